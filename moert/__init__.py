@@ -1,0 +1,39 @@
+"""Run Mixture-of-Experts language models larger than memory.
+
+The public names are loaded on first use, so that `import moert` stays light.
+"""
+
+from __future__ import annotations
+
+import pathlib as _pathlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# `quant`, `scheduler` and `device_profiles` stand at the top level of the repository and install as subpackages.
+if not (_pathlib.Path(__file__).parent / "quant").exists():
+    __path__.append(str(_pathlib.Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from moert.api import LLM as LLM
+    from moert.api import Completion as Completion
+    from moert.api import Piece as Piece
+    from moert.errors import MoertError as MoertError
+    from moert.sampling import SamplingParams as SamplingParams
+
+_EXPORTS = {
+    "LLM": "moert.api",
+    "Completion": "moert.api",
+    "Piece": "moert.api",
+    "MoertError": "moert.errors",
+    "SamplingParams": "moert.sampling",
+}
+__all__ = ["LLM", "Completion", "MoertError", "Piece", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'moert' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

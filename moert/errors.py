@@ -1,0 +1,47 @@
+"""Errors that a user can meet: each message is one sentence that says what is wrong, where, and what to do.
+
+The command line prints the message without a traceback and leaves with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class MoertError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(MoertError):
+    """An option or argument is wrong."""
+
+    exit_code = 2
+
+
+class BudgetError(MoertError):
+    """Something does not fit the memory that was allowed.
+
+    `least_bytes` is the least budget that would do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+
+class CheckpointError(MoertError):
+    """A source checkpoint is missing, malformed or unsafe to read."""
+
+
+class UnsupportedModelError(MoertError):
+    """The model type, or a variant of it that its configuration asks for, is not supported."""
+
+
+class StoreError(MoertError):
+    """A store is missing, damaged or of another format version."""
+
+
+class TemplateError(MoertError):
+    """The chat template of a model cannot be used."""

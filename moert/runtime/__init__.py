@@ -1,0 +1,1 @@
+"""Executes the plans of the scheduler: arena, reading threads, experts."""

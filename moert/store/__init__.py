@@ -1,0 +1,1 @@
+"""The store: a converted model on disk."""

@@ -1,0 +1,185 @@
+"""The nested-bit format: the single truth on widths, planes, tiles, groups and slices. Pure arithmetic.
+
+A matrix [N, K] is used at a width of b bits per weight as
+
+    w[n, k] = s_b[n, g] * (c_b[n, k] - (2**b - 1) / 2),    g = k // group_size
+
+where the code c_b (unsigned, b bits) is the prefix of the code of every larger width, and the scale s_b (fp16) is
+fitted for each width. The slice that raises the width from a to b holds bits a..b of the codes and the scales s_b, so
+slices 0..i together are the matrix at widths[i].
+
+Slice of a matrix, in bytes (every part starts on 64 bytes)
+    codes   [N/16 tiles][K/G groups][planes of the slice][16 rows x G columns, packed]
+    scales  [N/16 tiles][K/G groups][16 rows] fp16, little endian
+Planes hold 2 bits of every code (the last plane of an odd slice 1 bit), most significant first. 64 bytes of a plane are
+16 little-endian 32-bit words, one for each row of the tile. In a plane of p bits, byte j of a word holds, at bit p * i,
+the bits of column 4 * i + j of the 16 (p = 2) or 32 (p = 1) columns that the 64 bytes cover: shifting by p * i and
+masking leaves four consecutive columns of one row in each 32-bit lane, the operand of a 4-way dot product. Rows are
+padded to 16 and columns to the group size with codes of 0 (padded inputs are 0).
+
+Slice of an expert: the slices of gate [F, D], up [F, D] and down [D, F] one after the other, padded to 4096 bytes.
+
+Width 16 stands for weights kept as they are: one slice, the three matrices row-major in the dtype of the source.
+"""
+
+# N rows (outputs), K columns (inputs), G group size, D hidden, F expert inner size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+TILE_ROWS = 16
+PART_ALIGN = 64
+SLICE_ALIGN = 4096
+RAW_WIDTH = 16
+MIN_WIDTH, MAX_WIDTH = 2, 8
+GROUP_SIZES = (32, 64, 128)
+RAW_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def align(n: int, to: int) -> int:
+    """The least multiple of `to` that is not below `n`."""
+    return -(-n // to) * to
+
+
+def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Return `widths` as a tuple, or raise ValueError with the reason why they are not a valid list of widths."""
+    result = tuple(widths)
+    if result == (RAW_WIDTH,):
+        return result
+    if not result:
+        raise ValueError("the list of widths is empty")
+    if any(b < MIN_WIDTH or b > MAX_WIDTH for b in result):
+        raise ValueError(f"widths {list(result)} are not all from {MIN_WIDTH} to {MAX_WIDTH} (or {RAW_WIDTH} alone)")
+    if list(result) != sorted(set(result)):
+        raise ValueError(f"widths {list(result)} do not ascend")
+    return result
+
+
+def slice_planes(widths: Sequence[int], index: int) -> tuple[int, ...]:
+    """Bits of each plane of slice `index`, most significant plane first."""
+    bits = widths[index] - (widths[index - 1] if index else 0)
+    return (2,) * (bits // 2) + (1,) * (bits % 2)
+
+
+def midpoint(width: int) -> float:
+    """The code value, halfway between two codes, that stands for a weight of 0."""
+    return (2**width - 1) / 2
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """Sizes of the slices of one [rows, cols] matrix."""
+
+    rows: int
+    cols: int
+    group_size: int
+    widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_widths(self.widths)
+        if self.widths == (RAW_WIDTH,):
+            raise ValueError("raw matrices have no nested layout")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"a matrix of {self.rows} x {self.cols} has no elements")
+
+    @cached_property
+    def tiles(self) -> int:
+        return align(self.rows, TILE_ROWS) // TILE_ROWS
+
+    @cached_property
+    def groups(self) -> int:
+        return align(self.cols, self.group_size) // self.group_size
+
+    def planes(self, index: int) -> tuple[int, ...]:
+        """Bits of each plane of slice `index`."""
+        return slice_planes(self.widths, index)
+
+    def group_bytes(self, index: int) -> int:
+        """Bytes of codes that slice `index` holds for one tile and one group."""
+        return TILE_ROWS * self.group_size * sum(self.planes(index)) // 8
+
+    def codes_bytes(self, index: int) -> int:
+        """Bytes of all codes of slice `index`: also the offset of its scales. A multiple of 64."""
+        return self.tiles * self.groups * self.group_bytes(index)
+
+    def scales_bytes(self) -> int:
+        """Bytes of the scales of any slice, unpadded."""
+        return self.tiles * self.groups * TILE_ROWS * 2
+
+    def slice_bytes(self, index: int) -> int:
+        """Bytes of slice `index`, padded to 64."""
+        return self.codes_bytes(index) + align(self.scales_bytes(), PART_ALIGN)
+
+    def bits_per_weight(self, index: int) -> float:
+        """True bits per weight at widths[index]: codes and the scales of every slice up to it."""
+        return 8 * sum(self.slice_bytes(i) for i in range(index + 1)) / (self.rows * self.cols)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Sizes and offsets of the slices of one expert: gate [F, D], up [F, D], down [D, F].
+
+    With widths (16,) there is one slice that holds the matrices as they are, in `raw_dtype`.
+    """
+
+    hidden: int
+    inner: int
+    group_size: int
+    widths: tuple[int, ...]
+    raw_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        check_widths(self.widths)
+        if self.raw_dtype not in RAW_DTYPE_BYTES:
+            raise ValueError(f"dtype {self.raw_dtype} is not one of {', '.join(RAW_DTYPE_BYTES)}")
+        if not self.raw:
+            _ = self.matrices  # checks the shapes
+
+    @property
+    def raw(self) -> bool:
+        return self.widths == (RAW_WIDTH,)
+
+    @property
+    def num_slices(self) -> int:
+        return len(self.widths)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, cols) of gate, up and down."""
+        return ((self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner))
+
+    @cached_property
+    def matrices(self) -> tuple[MatrixLayout, ...]:
+        """Layouts of gate, up and down (not for raw experts)."""
+        return tuple(MatrixLayout(n, k, self.group_size, self.widths) for n, k in self.shapes)
+
+    def offsets(self, index: int) -> tuple[int, ...]:
+        """Offsets of gate, up and down in slice `index`, and the end of down."""
+        result = [0]
+        for m, (rows, cols) in enumerate(self.shapes):
+            if self.raw:
+                size = align(rows * cols * RAW_DTYPE_BYTES[self.raw_dtype], PART_ALIGN)
+            else:
+                size = self.matrices[m].slice_bytes(index)
+            result.append(result[-1] + size)
+        return tuple(result)
+
+    @cached_property
+    def slice_sizes(self) -> tuple[int, ...]:
+        """Bytes of each slice, padded to 4096."""
+        return tuple(align(self.offsets(i)[-1], SLICE_ALIGN) for i in range(self.num_slices))
+
+    def bytes_at(self, width: int) -> int:
+        """Bytes of all slices that an expert used at `width` needs. Raises ValueError for a width not stored."""
+        return sum(self.slice_sizes[: self.slices_for(width)])
+
+    def slices_for(self, width: int) -> int:
+        """How many slices `width` needs. Raises ValueError for a width not stored."""
+        if width not in self.widths:
+            raise ValueError(f"width {width} is not stored (stored: {', '.join(map(str, self.widths))})")
+        return self.widths.index(width) + 1

@@ -1,0 +1,1 @@
+"""Decisions as pure functions over plain data: standard library and numpy only."""
