@@ -27,8 +27,8 @@ def render(
     template: str | None,
     *,
     add_generation_prompt: bool = True,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
+    bos: str | None = None,
+    eos: str | None = None,
 ) -> str:
     """The prompt for `messages`. Without a template the contents follow one another, each user turn on a new line.
 
@@ -42,8 +42,8 @@ def render(
         return compiled.render(
             messages=[dict(m) for m in messages],
             add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token or "",
-            eos_token=eos_token or "",
+            bos_token=bos or "",
+            eos_token=eos or "",
             tools=None,
             documents=None,
         )
@@ -154,11 +154,7 @@ class Conversation:
         self.turns.append({"role": "user", "content": text})
 
     def answer(self, text: str) -> None:
-        """Keep an answer; if nothing was said, the question is taken back, since turns must alternate."""
-        if text:
-            self.turns.append({"role": "assistant", "content": text})
-        else:
-            self.take_back()
+        self.turns.append({"role": "assistant", "content": text})
 
     def take_back(self) -> str | None:
         """Remove the last question, with its answer if there is one, and return it; None if there is none."""

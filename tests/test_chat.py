@@ -59,16 +59,16 @@ def test_rendering_equals_transformers(
     expected = reference.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
-    mine = render(messages, template, add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>")
+    mine = render(messages, template, add_generation_prompt=prompt, bos="<s>", eos="</s>")
     assert mine == expected
 
 
 def test_a_template_that_refuses_system_prompts(reference: PreTrainedTokenizerFast) -> None:
     turns = [USER, BOT, USER]
     expected = reference.apply_chat_template(turns, chat_template=MISTRAL, tokenize=False)
-    assert render(turns, MISTRAL, bos_token="<s>", eos_token="</s>") == expected
+    assert render(turns, MISTRAL, bos="<s>", eos="</s>") == expected
     with pytest.raises(TemplateError, match="failed: Conversation roles must alternate"):
-        render([SYSTEM, USER], MISTRAL, bos_token="<s>", eos_token="</s>")
+        render([SYSTEM, USER], MISTRAL, bos="<s>", eos="</s>")
 
 
 def test_the_year_is_now() -> None:
@@ -140,8 +140,8 @@ def test_conversation() -> None:
     chat.ask("one")
     chat.answer("1")
     chat.ask("two")
-    chat.answer("")  # nothing was said
-    assert [m["content"] for m in chat.messages] == ["sys", "one", "1"]
+    assert [m["content"] for m in chat.messages] == ["sys", "one", "1", "two"]
+    assert chat.take_back() == "two"
     assert chat.take_back() == "one"
     assert chat.turns == []
     chat.ask("three")
