@@ -1,0 +1,149 @@
+// The kernels, written once with compiler vectors; each kernel_*.cpp compiles them for one instruction set.
+// No include guard on purpose: MOERT_ISA names the namespace.
+#include <cstring>
+
+#include "kernel.h"
+
+namespace moert {
+namespace MOERT_ISA {
+
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef float f32x16 __attribute__((vector_size(64)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class To, class From>
+inline To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To r;
+  std::memcpy(&r, &v, sizeof(To));
+  return r;
+}
+
+// fp16 -> float without F16C; exact for zero, subnormals and normals (scales are never infinite).
+inline f32x16 load_half(const uint8_t* p) {
+  typedef uint16_t u16x16 __attribute__((vector_size(32)));
+  u32x16 h = __builtin_convertvector(load<u16x16>(p), u32x16);
+  f32x16 magnitude = bits_as<f32x16>((h & 0x7fffu) << 13) * 0x1p112f;
+  return bits_as<f32x16>(bits_as<u32x16>(magnitude) | (h & 0x8000u) << 16);
+}
+
+// Codes of 16 rows for columns 4 * quad ... 4 * quad + 3 of a group, one byte each in the lane of its row.
+inline u32x16 codes_of(const NestedMatrix& w, int64_t cell, int quad) {
+  u32x16 codes = {};
+  for (int p = 0; p < w.num_planes; p++) {
+    const Plane& plane = w.planes[p];
+    const uint8_t* base = plane.data + cell * plane.stride;
+    if (plane.bits == 2) {
+      u32x16 word = load<u32x16>(base + 64 * (quad / 4));
+      codes |= ((word >> (2 * (quad % 4))) & 0x03030303u) << plane.shift;
+    } else {
+      u32x16 word = load<u32x16>(base + 64 * (quad / 8));
+      codes |= ((word >> (quad % 8)) & 0x01010101u) << plane.shift;
+    }
+  }
+  return codes;
+}
+
+inline f32x16 column(u32x16 codes, int byte) {
+  return __builtin_convertvector(bits_as<i32x16>((codes >> (8 * byte)) & 0xffu), f32x16);
+}
+
+template <int T>
+void nested_tokens(const NestedMatrix& w, const float* x, int64_t x_stride, float* out, int64_t out_stride,
+                   int64_t first, int64_t last) {
+  const int quads = w.group_size / 4;
+  for (int64_t tile = first; tile < last; tile++) {
+    f32x16 total[T] = {};
+    for (int64_t group = 0; group < w.groups; group++) {
+      const int64_t cell = tile * w.groups + group;
+      f32x16 sum[T] = {};
+      for (int quad = 0; quad < quads; quad++) {
+        const u32x16 codes = codes_of(w, cell, quad);
+        for (int byte = 0; byte < 4; byte++) {
+          const f32x16 c = column(codes, byte) - w.midpoint;
+          const int64_t k = group * w.group_size + 4 * quad + byte;
+          for (int t = 0; t < T; t++) sum[t] += c * x[t * x_stride + k];
+        }
+      }
+      const f32x16 scale = load_half(w.scales + cell * kTileRows * 2);
+      for (int t = 0; t < T; t++) total[t] += scale * sum[t];
+    }
+    const int64_t row = tile * kTileRows;
+    const int64_t rows = w.rows - row < kTileRows ? w.rows - row : kTileRows;
+    for (int t = 0; t < T; t++) std::memcpy(out + t * out_stride + row, &total[t], rows * sizeof(float));
+  }
+}
+
+void nested_matmul(const NestedMatrix& w, const float* x, int64_t tokens, int64_t x_stride, float* out,
+                   int64_t out_stride, int64_t first, int64_t last) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4)
+    nested_tokens<4>(w, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+  for (; t < tokens; t++)
+    nested_tokens<1>(w, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+}
+
+void nested_dequantise(const NestedMatrix& w, int64_t cols, float* out, int64_t out_stride, int64_t first,
+                       int64_t last) {
+  for (int64_t tile = first; tile < last; tile++) {
+    const int64_t row = tile * kTileRows;
+    const int64_t rows = w.rows - row < kTileRows ? w.rows - row : kTileRows;
+    for (int64_t group = 0; group < w.groups; group++) {
+      const int64_t cell = tile * w.groups + group;
+      const f32x16 scale = load_half(w.scales + cell * kTileRows * 2);
+      float block[128][kTileRows];
+      for (int quad = 0; quad < w.group_size / 4; quad++) {
+        const u32x16 codes = codes_of(w, cell, quad);
+        for (int byte = 0; byte < 4; byte++) {
+          const f32x16 v = (column(codes, byte) - w.midpoint) * scale;
+          std::memcpy(block[4 * quad + byte], &v, sizeof(v));
+        }
+      }
+      const int64_t start = group * w.group_size;
+      const int64_t count = cols - start < w.group_size ? cols - start : w.group_size;
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < count; k++) out[(row + r) * out_stride + start + k] = block[k][r];
+    }
+  }
+}
+
+template <int T>
+void bf16_tokens(const uint16_t* w, int64_t cols, const float* x, int64_t x_stride, float* out, int64_t out_stride,
+                 int64_t first, int64_t last) {
+  typedef uint16_t u16x16 __attribute__((vector_size(32)));
+  for (int64_t n = first; n < last; n++) {
+    const uint16_t* row = w + n * cols;
+    f32x16 sum[T] = {};
+    int64_t k = 0;
+    for (; k + 16 <= cols; k += 16) {
+      f32x16 v = bits_as<f32x16>(__builtin_convertvector(load<u16x16>(row + k), u32x16) << 16);
+      for (int t = 0; t < T; t++) sum[t] += v * load<f32x16>(x + t * x_stride + k);
+    }
+    for (int t = 0; t < T; t++) {
+      float total = 0;
+      for (int lane = 0; lane < 16; lane++) total += sum[t][lane];
+      for (int64_t rest = k; rest < cols; rest++)
+        total += bits_as<float>(uint32_t(row[rest]) << 16) * x[t * x_stride + rest];
+      out[t * out_stride + n] = total;
+    }
+  }
+}
+
+void bf16_matmul(const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
+                 int64_t out_stride, int64_t first, int64_t last) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4)
+    bf16_tokens<4>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+  for (; t < tokens; t++)
+    bf16_tokens<1>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+}
+
+}  // namespace MOERT_ISA
+}  // namespace moert

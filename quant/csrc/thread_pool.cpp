@@ -1,0 +1,78 @@
+#include "thread_pool.h"
+
+namespace moert {
+
+namespace {
+constexpr int kSpins = 2000;  // a few microseconds: about the gap between two products of one layer
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+}  // namespace
+
+void ThreadPool::resize(int threads) {
+  std::lock_guard<std::mutex> caller(callers_);
+  stop();
+  stopping_ = false;
+  for (int i = 1; i < threads; i++) workers_.emplace_back(&ThreadPool::work, this, i, generation_.load());
+}
+
+void ThreadPool::stop() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    generation_++;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+  workers_.clear();
+}
+
+void ThreadPool::run_part(int index) {
+  const int64_t parts = size();
+  const int64_t first = count_ * index / parts, last = count_ * (index + 1) / parts;
+  if (first < last) (*body_)(first, last);
+}
+
+void ThreadPool::work(int index, uint64_t seen) {
+  while (true) {
+    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; spin++) pause();
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load() != seen; });
+      seen = generation_.load();
+      if (stopping_) return;
+    }
+    run_part(index);
+    if (pending_.fetch_sub(1) == 1) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      done_.notify_one();
+    }
+  }
+}
+
+void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  std::lock_guard<std::mutex> caller(callers_);
+  if (workers_.empty() || count < 2) {
+    if (count > 0) body(0, count);
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    count_ = count;
+    body_ = &body;
+    pending_ = int(workers_.size());
+    generation_++;
+  }
+  wake_.notify_all();
+  run_part(0);
+  for (int spin = 0; spin < kSpins && pending_.load(std::memory_order_acquire) > 0; spin++) pause();
+  std::unique_lock<std::mutex> lock(mutex_);
+  done_.wait(lock, [&] { return pending_.load() == 0; });
+}
+
+}  // namespace moert

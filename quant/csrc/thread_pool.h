@@ -1,0 +1,42 @@
+// A pool of threads that split a range. Workers spin briefly, then sleep: a busy third thread would slow the others.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace moert {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads) { resize(threads); }
+  ~ThreadPool() { stop(); }
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return int(workers_.size()) + 1; }
+  void resize(int threads);
+  // Calls body(first, last) on contiguous parts of [0, count), one part a thread, and returns when all have ended.
+  // Calls from several threads are taken one after the other.
+  void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body);
+
+ private:
+  void work(int index, uint64_t seen);
+  void run_part(int index);
+  void stop();
+
+  std::vector<std::thread> workers_;
+  std::mutex callers_, mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> pending_{0};
+  bool stopping_ = false;
+  int64_t count_ = 0;
+  const std::function<void(int64_t, int64_t)>* body_ = nullptr;
+};
+
+}  // namespace moert

@@ -1,0 +1,100 @@
+"""Packing, unpacking and dequantising nested planes in torch: what every kernel is tested against."""
+
+# N rows, K columns, G group size; padded: N to 16 as [tiles, 16], K to G as [groups, G]
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .format import PART_ALIGN, TILE_ROWS, MatrixLayout, align, midpoint
+
+
+def _columns_per_chunk(bits: int) -> int:
+    return 32 // bits  # one 32-bit word of a row holds this many codes of `bits` bits
+
+
+def _pack_plane(values: Tensor, bits: int) -> Tensor:
+    """[tiles, groups, 16, G] uint8 values of `bits` bits -> [tiles, groups, bytes] uint8."""
+    tiles, groups, rows, cols = values.shape
+    span = _columns_per_chunk(bits)
+    v = values.reshape(tiles, groups, rows, cols // span, 8 // bits, 4).permute(0, 1, 3, 2, 5, 4)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (v << shifts).sum(dim=-1, dtype=torch.uint8).reshape(tiles, groups, -1)
+
+
+def _unpack_plane(data: Tensor, bits: int, cols: int) -> Tensor:
+    """[tiles, groups, bytes] uint8 -> [tiles, groups, 16, cols] uint8: the inverse of `_pack_plane`."""
+    tiles, groups, _ = data.shape
+    chunks = cols // _columns_per_chunk(bits)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    v = data.reshape(tiles, groups, chunks, TILE_ROWS, 4, 1) >> shifts & (2**bits - 1)
+    return v.permute(0, 1, 3, 2, 5, 4).reshape(tiles, groups, TILE_ROWS, cols)
+
+
+def pack(codes: Tensor, scales: Sequence[Tensor], layout: MatrixLayout) -> list[Tensor]:
+    """Pack codes of the largest width into slices.
+
+    codes: uint8 [N, K], values below 2**widths[-1]. scales: for each width, float [N, ceil(K/G)].
+    Returns one uint8 tensor [layout.slice_bytes(i)] per slice.
+    """
+    tiles, groups, G = layout.tiles, layout.groups, layout.group_size
+    padded = codes.new_zeros(tiles * TILE_ROWS, groups * G)
+    padded[: layout.rows, : layout.cols] = codes
+    tiled = padded.reshape(tiles, TILE_ROWS, groups, G).transpose(1, 2)
+    remaining = layout.widths[-1]
+    slices = []
+    for index, width in enumerate(layout.widths):
+        parts = []
+        for bits in layout.planes(index):
+            remaining -= bits
+            parts.append(_pack_plane(tiled >> remaining & (2**bits - 1), bits))
+        assert remaining == layout.widths[-1] - width
+        scale = torch.zeros(tiles * TILE_ROWS, groups, dtype=torch.float16)
+        scale[: layout.rows] = scales[index]
+        out = torch.zeros(layout.slice_bytes(index), dtype=torch.uint8)
+        end = layout.codes_bytes(index)
+        out[:end] = torch.cat(parts, dim=-1).reshape(-1)
+        scale_bytes = scale.reshape(tiles, TILE_ROWS, groups).transpose(1, 2).contiguous().view(torch.uint8)
+        out[end : end + layout.scales_bytes()] = scale_bytes.reshape(-1)
+        slices.append(out)
+    return slices
+
+
+def unpack_codes(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:
+    """Codes at widths[num_slices - 1]: uint8 [N, K]."""
+    G = layout.group_size
+    codes = torch.zeros(layout.tiles, layout.groups, TILE_ROWS, G, dtype=torch.uint8)
+    for index in range(num_slices):
+        data = slices[index][: layout.codes_bytes(index)].reshape(layout.tiles, layout.groups, -1)
+        start = 0
+        for bits in layout.planes(index):
+            end = start + TILE_ROWS * G * bits // 8
+            codes = codes << bits | _unpack_plane(data[..., start:end], bits, G)
+            start = end
+    matrix = codes.transpose(1, 2).reshape(layout.tiles * TILE_ROWS, layout.groups * G)
+    return matrix[: layout.rows, : layout.cols].contiguous()
+
+
+def unpack_scales(piece: Tensor, layout: MatrixLayout, index: int) -> Tensor:
+    """Scales of slice `index`, whose bytes are `piece`: float32 [N, groups]."""
+    start = layout.codes_bytes(index)
+    assert start % PART_ALIGN == 0
+    raw = piece[start : start + layout.scales_bytes()].clone().view(torch.float16)
+    scales = raw.reshape(layout.tiles, layout.groups, TILE_ROWS).transpose(1, 2)
+    return scales.reshape(layout.tiles * TILE_ROWS, layout.groups)[: layout.rows].float()
+
+
+def dequantise(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:
+    """The matrix at widths[num_slices - 1] from its first `num_slices` slices (1-D uint8): float32 [N, K]."""
+    last = num_slices - 1
+    codes = unpack_codes(slices, layout, num_slices).float() - midpoint(layout.widths[last])
+    scales = unpack_scales(slices[last], layout, last).repeat_interleave(layout.group_size, dim=1)
+    return codes.mul_(scales[:, : layout.cols])
+
+
+def padded_columns(layout: MatrixLayout) -> int:
+    """Columns with padding: the length that inputs of a kernel have."""
+    return align(layout.cols, layout.group_size)
