@@ -1,0 +1,79 @@
+"""Positional reads into memory that the caller owns, and writes that survive a power cut.
+
+Nothing here maps files: mapped pages would count as resident memory and defeat the memory budget.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_READ_BYTES = 1 << 30  # the kernel returns at most 2 GiB per call
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file descriptor for reading; what was read through it is dropped from the page cache afterwards."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        yield fd
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset` of the file; returns the bytes read, fewer only where the file ends."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done : done + _READ_BYTES]], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, shared, as flat bytes."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def sync_folder(path: Path) -> None:
+    """Make names created or renamed in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Any]:
+    """A binary file that appears at `path`, durable and whole, when the block ends; after an exception nothing stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; the same value always gives the same bytes."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=None, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,195 @@
+"""Opens a store and says where each slice lies. Reading slices into slots is the runtime's work, not done here."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moert.errors import StoreError
+from moert.models import registry
+from moert.models.architecture import Architecture
+from moert.quant.format import SLICE_ALIGN, ExpertLayout
+from moert.quant.matmul import PackedMatrix
+from moert.store.fileio import as_bytes, opened, read_into
+from moert.store.layout import (
+    CONFIG_FILE,
+    DENSE_FILE,
+    LENGTH_BYTES,
+    META_FILE,
+    DenseTensor,
+    ExpertFile,
+    build_header,
+    experts_file,
+)
+from moert.store.meta import StoreMeta, read_meta
+
+
+class Location(NamedTuple):
+    """Where slice 0 of an expert begins; its further slices follow."""
+
+    file: Path
+    offset: int
+
+
+class Store:
+    """A converted model: `path`, `meta`, `config` (config.json) and `architecture`.
+
+    Opening checks all that is cheap: moert.json, that every file is there and as long as it should be, and that
+    config.json is unchanged and describes the same model. What was written is checked when it is read.
+    """
+
+    def __init__(self, path: Path, meta: StoreMeta, config: dict[str, Any], architecture: Architecture) -> None:
+        self.path = path
+        self.meta = meta
+        self.config = config
+        self.architecture = architecture
+        self.layout: ExpertLayout = meta.layout
+        self.num_experts = meta.num_experts
+        self.moe_layers = meta.moe_layers
+        self._expert_bytes = sum(self.layout.slice_sizes)
+        self._files = {layer: path / experts_file(layer) for layer in meta.moe_layers}
+
+    @classmethod
+    def open(cls, path: Path | str) -> Store:
+        """Raises StoreError with one sentence that names the file, or UnsupportedModelError."""
+        path = Path(path)
+        if not path.is_dir():
+            raise StoreError(f"There is no store {path}.")
+        meta = read_meta(path / META_FILE)
+        for name, size in {**meta.weights, **meta.copies}.items():
+            _check_size(path / name, size.size)
+        data = (path / CONFIG_FILE).read_bytes()
+        if zlib.crc32(data) != meta.copies[CONFIG_FILE].crc32:
+            raise _changed(path / CONFIG_FILE, "is not as it was written")
+        config = json.loads(data)
+        store = cls(path, meta, config, registry.architecture(config))
+        store._check_layout()
+        return store
+
+    def _check_layout(self) -> None:
+        arch, meta = self.architecture, self.meta
+        same = (arch.moe_layers, arch.num_experts, arch.hidden_size, arch.expert_inner, arch.model_type) == (
+            meta.moe_layers,
+            meta.num_experts,
+            meta.layout.hidden,
+            meta.layout.inner,
+            meta.model_type,
+        )
+        shapes = {name: tuple(spec.shape) for name, spec in arch.dense_tensors().items()}
+        if not same or shapes != {t.name: t.shape for t in meta.dense}:
+            raise _changed(self.path / META_FILE, f"does not describe the model of {CONFIG_FILE}")
+        dense_header = build_header(t.entry for t in meta.dense)
+        dense = meta.weights[DENSE_FILE]
+        if (dense.data_start, dense.size) != (len(dense_header), len(dense_header) + self.dense_bytes):
+            raise _changed(self.path / META_FILE, f"gives sizes that are not those of {DENSE_FILE}")
+        _check_start(self.path / DENSE_FILE, dense_header)
+        for file in self._files.values():
+            weights = meta.weights[file.name]
+            start = weights.data_start
+            if start % SLICE_ALIGN or weights.size != start + self.num_experts * self._expert_bytes:
+                raise _changed(self.path / META_FILE, f"gives sizes that are not those of {file.name}")
+            _check_start(file, (start - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little"))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of memory that the tensors of `load_dense` take."""
+        return sum(t.nbytes for t in self.meta.dense)
+
+    def location(self, layer: int, expert: int) -> Location:
+        """Where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError for an expert not there."""
+        file = self._files[layer]
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert {expert} is not one of {self.num_experts}")
+        return Location(file, self.meta.weights[file.name].data_start + expert * self._expert_bytes)
+
+    def checksum(self, layer: int, expert: int, index: int) -> int:
+        """zlib.crc32 of a padded slice."""
+        return self.meta.checksums[layer][expert][index]
+
+    def load_dense(self) -> dict[str, Tensor | PackedMatrix]:
+        """All tensors but the experts', by canonical name, in memory of their own. StoreError names a damaged one."""
+        result: dict[str, Tensor | PackedMatrix] = {}
+        offset = self.meta.weights[DENSE_FILE].data_start
+        with opened(self.path / DENSE_FILE) as fd:
+            for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
+                result[tensor.name] = self._read_dense(fd, tensor, offset, crc)
+                offset += tensor.nbytes
+        return result
+
+    def _read_dense(self, fd: int, tensor: DenseTensor, offset: int, crc: int) -> Tensor | PackedMatrix:
+        if tensor.packed is not None:
+            data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        else:
+            data = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+        buffer = as_bytes(data)
+        if read_into(fd, buffer, offset) != len(buffer) or zlib.crc32(buffer) != crc:
+            raise _changed(self.path / DENSE_FILE, f"is damaged at tensor {tensor.name}")
+        return data if tensor.packed is None else PackedMatrix(tensor.packed, (data,))
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every byte that has a checksum; `progress` gets the bytes checked and the bytes in all.
+
+        Raises StoreError that names the first file, layer, expert and slice, or tensor, that is damaged.
+        """
+        done, total = 0, sum(file.size for file in self.meta.weights.values())
+
+        def advance(to: int) -> None:
+            nonlocal done
+            done = to
+            if progress is not None:
+                progress(done, total)
+
+        for name, copy in self.meta.copies.items():
+            if zlib.crc32((self.path / name).read_bytes()) != copy.crc32:
+                raise _changed(self.path / name, "is not as it was written")
+        start = self.meta.weights[DENSE_FILE].data_start
+        with opened(self.path / DENSE_FILE) as fd:
+            for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
+                self._read_dense(fd, tensor, start, crc)
+                start += tensor.nbytes
+                advance(start)
+        for layer, file in self._files.items():
+            self._verify_layer(layer, file, done, advance)
+
+    def _verify_layer(self, layer: int, file: Path, before: int, advance: Callable[[int], None]) -> None:
+        _check_start(file, ExpertFile(layer, self.num_experts, self.layout).header)
+        buffer = memoryview(bytearray(max(self.layout.slice_sizes)))
+        with opened(file) as fd:
+            for e in range(self.num_experts):
+                offset = self.location(layer, e).offset
+                for i, size in enumerate(self.layout.slice_sizes):
+                    part = buffer[:size]
+                    if read_into(fd, part, offset) != size or zlib.crc32(part) != self.checksum(layer, e, i):
+                        raise _changed(file, f"is damaged at layer {layer}, expert {e}, slice {i}")
+                    offset += size
+                advance(before + offset)
+
+
+def _changed(file: Path, what: str) -> StoreError:
+    return StoreError(f"{file} {what}: convert the model again.")
+
+
+def _check_size(file: Path, size: int) -> None:
+    try:
+        found = file.stat().st_size
+    except OSError as error:
+        raise _changed(file, "is missing") from error
+    if found != size:
+        raise _changed(file, f"is {'cut short' if found < size else 'too long'} ({found} bytes, not {size})")
+
+
+def _check_start(file: Path, expected: bytes) -> None:
+    found = bytearray(len(expected))
+    try:
+        with opened(file) as fd:
+            read_into(fd, memoryview(found), 0)
+    except OSError as error:
+        raise StoreError(f"Cannot read {file}: {error.strerror}.") from error
+    if found != expected:
+        raise _changed(file, "has a damaged header")
