@@ -15,7 +15,7 @@ import torch
 
 _native: ModuleType | None
 try:
-    from . import _native  # type: ignore[attr-defined, no-redef]
+    from moert.quant import _native  # type: ignore[attr-defined, no-redef]
 except ImportError:  # not built: everything still works, slowly, and `moert doctor` says so
     _native = None
 

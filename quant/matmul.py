@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import reference
-from .dispatch import Kernel, available_kernels, compiled, kernel_name, set_kernel, set_num_threads
-from .format import ExpertLayout, MatrixLayout, midpoint
+from moert.quant import reference
+from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, set_kernel, set_num_threads
+from moert.quant.format import ExpertLayout, MatrixLayout, midpoint
 
 __all__ = [
     "ACTIVATIONS",
@@ -67,7 +67,7 @@ def _operand(layout: MatrixLayout, addresses: Sequence[int]) -> tuple[Any, ...]:
 class PackedMatrix:
     """A nested-bit matrix in memory, used at the width of its last slice.
 
-    slices: contiguous uint8 [layout.slice_bytes(i)] of the first slices (best on 64 bytes). Raises ValueError for others.
+    slices: contiguous uint8 [layout.slice_bytes(i)] of the first slices (best on 64 bytes). Else ValueError.
     """
 
     layout: MatrixLayout

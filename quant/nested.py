@@ -1,7 +1,8 @@
 """Quantisers: choose the codes and the scales of nested slices.
 
 Round to nearest with one clipping range per group, searched so that the errors of all widths together are least, and
-scales refitted for each width by least squares. The search is compiled; the torch version says what it does. Refitting per width is what makes prefixes usable: Any-Precision LLM
+scales refitted for each width by least squares. The search is
+compiled; its torch version says what it does. Refitting per width is what makes prefixes usable: Any-Precision LLM
 (arXiv 2402.10517), AnyBCQ (arXiv 2510.10467).
 """
 
@@ -14,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import compiled
-from .format import PART_ALIGN, SLICE_ALIGN, ExpertLayout, MatrixLayout, align, midpoint
-from .reference import dequantise, pack, padded_columns
+from moert.quant.dispatch import compiled
+from moert.quant.format import PART_ALIGN, SLICE_ALIGN, ExpertLayout, MatrixLayout, align, midpoint
+from moert.quant.reference import dequantise, pack, padded_columns
 
 __all__ = ["dequantise", "pack_expert", "quantise"]
 

@@ -164,7 +164,7 @@ def test_streamed_pieces_join_to_the_completion(store):
     assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].finish_reason == "length"
     assert "".join(p.text for p in pieces) == whole[0].text == whole[1].text
-    assert sum((p.token_ids for p in pieces), []) == whole[0].token_ids
+    assert [token for p in pieces for token in p.token_ids] == whole[0].token_ids
     assert whole[0].stats.seed == 7
 
 

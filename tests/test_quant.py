@@ -200,12 +200,13 @@ def test_expert_ffn_matches_float64(widths):
     x = torch.randn(5, 96)
     for count in range(1, len(pieces) + 1):
         expert = matmul.PackedExpert.from_slices(pieces[:count], layout)
-        full = [m.double() if layout.raw else m.rows(0, m.shape[0]).double() for m in (expert.gate, expert.up, expert.down)]
+        parts = (expert.gate, expert.up, expert.down)
+        full = [m.double() if layout.raw else m.rows(0, m.shape[0]).double() for m in parts]
         g = x.double() @ full[0].T
         expected = (g * torch.sigmoid(g) * (x.double() @ full[1].T)) @ full[2].T
         torch.testing.assert_close(matmul.expert_ffn(x, expert).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_kernel_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="available: .*reference"):
+    with pytest.raises(ValueError, match=r"available: .*reference"):
         matmul.set_kernel("neon9")
