@@ -62,8 +62,9 @@ class Store:
         if not path.is_dir():
             raise StoreError(f"There is no store {path}.")
         meta = read_meta(path / META_FILE)
-        for name, size in {**meta.weights, **meta.copies}.items():
-            _check_size(path / name, size.size)
+        sizes = {name: file.size for name, file in meta.weights.items()}
+        for name, size in (sizes | {name: file.size for name, file in meta.copies.items()}).items():
+            _check_size(path / name, size)
         data = (path / CONFIG_FILE).read_bytes()
         if zlib.crc32(data) != meta.copies[CONFIG_FILE].crc32:
             raise _changed(path / CONFIG_FILE, "is not as it was written")

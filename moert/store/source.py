@@ -36,11 +36,6 @@ class SourceModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        if quantised := checkpoint.config.get("quantization_config"):
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-            raise CheckpointError(
-                f"{checkpoint.path} is quantised already (method {method}): use a bfloat16, float16 or float32 checkpoint."
-            )
         self.architecture: Architecture = registry.architecture(checkpoint.config)
         canonical_name = registry.family(self.architecture.model_type).canonical_name
         self._tensors: dict[str, TensorInfo] = {}
