@@ -1,0 +1,116 @@
+"""One number for all memory: what it is split into, and the least that would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from moert.config import format_bytes
+from moert.errors import BudgetError
+from moert.quant.format import align
+
+_MIB = 1 << 20
+# What is measured of interpreter and libraries differs by a few pages from run to run: rounded up, it does not.
+_LIBRARY_STEP = 32 * _MIB
+# Grown later by thread stacks, the allocator's slack and code pages not touched yet (measured: 20 to 40 MiB).
+_LIBRARY_GROWTH = 48 * _MIB
+_AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that a model needs besides its expert arena, and what the arena can use.
+
+    one_expert: the least arena. all_experts: more would be of no use.
+    """
+
+    libraries: int
+    dense: int
+    kv_cache: int
+    workspace: int
+    one_expert: int
+    all_experts: int
+
+    @property
+    def fixed(self) -> int:
+        return self.libraries + self.dense + self.kv_cache + self.workspace
+
+    @property
+    def least(self) -> int:
+        return self.fixed + self.one_expert
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How memory is split, in bytes. `total` is the promise: peak resident memory stays below it."""
+
+    total: int
+    libraries: int
+    dense: int
+    kv_cache: int
+    workspace: int
+    arena: int
+    automatic: bool
+
+    def line(self) -> str:
+        """The split, for people."""
+        parts = ("libraries", "dense", "kv_cache", "workspace", "arena")
+        split = ", ".join(f"{name.replace('_', ' ')} {format_bytes(getattr(self, name))}" for name in parts)
+        how = " (chosen: 80% of what is available, or all that the model can use)" if self.automatic else ""
+        return f"memory budget {format_bytes(self.total)}{how}: {split}"
+
+
+def library_bytes() -> int:
+    """Resident memory of interpreter and libraries now, with what they will still grow by, rounded up."""
+    return align(psutil.Process().memory_info().rss + _LIBRARY_GROWTH, _LIBRARY_STEP)
+
+
+def available_bytes() -> int:
+    """Memory that this process can still get: the machine's, or its control group's where that is less."""
+    available = psutil.virtual_memory().available
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit_file) as limit, open(used_file) as used:
+                available = min(available, int(limit.read()) - int(used.read()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return available
+
+
+def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | None, available: int) -> Budget:
+    """Split the memory allowed. Raises BudgetError, with the least that would do, where it does not fit.
+
+    memory_budget: bytes for everything, None to choose by what is `available` beyond what is resident already.
+    expert_budget: bytes of the arena alone; then the total is what that adds up to, checked against memory_budget.
+    """
+    if expert_budget is not None and expert_budget < needs.one_expert:
+        raise BudgetError(
+            f"An expert budget of {expert_budget} bytes ({format_bytes(expert_budget)}) holds no expert; the least that "
+            f"would do is {needs.one_expert} bytes ({format_bytes(needs.one_expert)}).",
+            needs.one_expert,
+        )
+    limit = memory_budget
+    if limit is None:
+        limit = needs.libraries + int(available * _AUTO_SHARE)
+    arena = min(expert_budget or needs.all_experts, needs.all_experts)
+    if expert_budget is None:
+        arena = min(arena, max(limit - needs.fixed, 0))
+    least = needs.fixed + (arena if expert_budget is not None else needs.one_expert)
+    if limit < least:
+        short = format_bytes(least - limit)
+        origin = "The memory budget" if memory_budget is not None else "80% of the memory available,"
+        raise BudgetError(
+            f"{origin} of {limit} bytes ({format_bytes(limit)}) is {short} too small: libraries "
+            f"{format_bytes(needs.libraries)}, dense weights {format_bytes(needs.dense)}, KV cache "
+            f"{format_bytes(needs.kv_cache)}, workspace {format_bytes(needs.workspace)} and experts "
+            f"{format_bytes(least - needs.fixed)} need at least {least} bytes ({format_bytes(least)}).",
+            least,
+        )
+    total = memory_budget if memory_budget is not None else needs.fixed + arena
+    return Budget(
+        total, needs.libraries, needs.dense, needs.kv_cache, needs.workspace, arena, automatic=memory_budget is None
+    )

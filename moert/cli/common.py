@@ -1,0 +1,175 @@
+"""What the commands share: options, the status stream (stderr), loading a model, the line of speeds."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from moert import source
+from moert.cli.progress import conversion_progress
+from moert.config import format_bytes
+from moert.errors import UsageError
+
+if TYPE_CHECKING:
+    from moert.api import LLM, GenerationStats
+    from moert.sampling import SamplingParams
+
+# option, name of the field of SamplingParams, type, help
+SAMPLING = (
+    ("--temp", "temperature", float, "0 always takes the likeliest token"),
+    ("--top-k", "top_k", int, "draw from the K likeliest tokens (0: all)"),
+    ("--top-p", "top_p", float, "draw from the likeliest tokens that make up P (1: all)"),
+    ("--min-p", "min_p", float, "drop tokens less likely than P times the likeliest (0: none)"),
+    ("--repeat-penalty", "repeat_penalty", float, "make tokens seen before less likely (1: off)"),
+    ("--seed", "seed", int, "same seed, same text"),
+)
+
+
+class Status:
+    """Everything that is not data, on stderr. `quiet` silences all but answers to the user's commands."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @property
+    def live(self) -> bool:
+        """Whether spinners and bars make sense."""
+        return self.console.is_terminal and not self.quiet
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.show(text)
+
+    def show(self, text: str, style: str = "dim") -> None:
+        self.console.print(text, style=style, markup=False)
+
+    def spinner(self, text: str) -> contextlib.AbstractContextManager[object]:
+        return self.console.status(text) if self.live else contextlib.nullcontext()
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """ "2,3,4" -> (2, 3, 4)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 2,3,4") from None
+
+
+def add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversion")
+    group.add_argument(
+        "--widths",
+        type=parse_widths,
+        metavar="LIST",
+        help="bits per expert weight, ascending (default 2,3,4; 16: unchanged)",
+    )
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help="weights that share a scale: 32, 64 or 128 (default 64)"
+    )
+    group.add_argument("--dense-bits", type=int, choices=(8, 16), help="bits of all other large matrices (default 8)")
+
+
+def add_quiet_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="no status lines")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m", "--model", help="store, checkpoint folder or hub id (default: the small model that comes along)"
+    )
+    parser.add_argument("--offline", action="store_true", help="never use the network")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that run a model."""
+    add_model_option(parser)
+    parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
+    add_quiet_option(parser)
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB")
+    group.add_argument("--expert-budget", metavar="SIZE", help="memory for experts alone (for experiments)")
+    group.add_argument(
+        "--precision", metavar="POLICY", help="width of the experts, such as fixed:4 (default: the widest)"
+    )
+    group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
+    group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
+    group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
+    for option, name, kind, text in SAMPLING:
+        group.add_argument(option, dest=name, type=kind, metavar=name[0].upper() if kind is float else "N", help=text)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
+    add_conversion_options(parser)
+
+
+def open_llm(args: argparse.Namespace, status: Status) -> LLM:
+    """Load the model that the options name, converting it first if it must be."""
+    with conversion_progress(status) as progress:
+        path = source.resolve(
+            args.model,
+            offline=args.offline,
+            widths=args.widths,
+            group_size=args.group_size,
+            dense_bits=args.dense_bits,
+            on_status=status.say,
+            progress=progress,
+        )
+    with status.spinner(f"Loading {model_name(args)}"):
+        from moert.api import LLM  # loads torch
+
+        return LLM(
+            path,
+            memory_budget=args.memory_budget,
+            expert_budget=args.expert_budget,
+            precision=args.precision,
+            ctx_size=args.ctx_size,
+            threads=args.threads,
+            offline=args.offline,
+            on_status=status.say,
+        )
+
+
+def model_name(args: argparse.Namespace) -> str:
+    return Path(args.model).name if args.model else "the shipped model"
+
+
+def sampling_params(args: argparse.Namespace, defaults: SamplingParams, status: Status) -> SamplingParams:
+    """The model's defaults, changed by the options; says what came from where."""
+    names = [*(name for _, name, _, _ in SAMPLING), "max_tokens", "stop", "ignore_eos"]
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    params = defaults.replace(**given)
+    ours = type(defaults)()
+
+    def origin(name: str) -> str:
+        if name in given:
+            return "option"
+        return "default" if getattr(defaults, name) == getattr(ours, name) else "model"
+
+    shown = [name for name in names if name in given or getattr(params, name) not in (None, (), False)]
+    status.say("Sampling: " + ", ".join(f"{name} {getattr(params, name)} ({origin(name)})" for name in shown))
+    return params
+
+
+def check_system(args: argparse.Namespace, chat: bool) -> None:
+    if args.system is not None and not chat:
+        raise UsageError("A system prompt (-sys) needs --chat: without it the prompt is continued as it is.")
+
+
+def speeds(stats: GenerationStats) -> str:
+    """One line: how long, how fast, what was read."""
+    parts = [f"{stats.completion_tokens} tokens"]
+    if stats.decode_tokens_per_s:
+        parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
+    parts.append(f"first after {stats.ttft_s:.2f} s")
+    if stats.prefill_tokens_per_s:
+        parts.append(f"prompt {stats.prompt_tokens} at {stats.prefill_tokens_per_s:.0f} tokens/s")
+    if stats.hit_ratio is not None:
+        parts.append(f"cache hits {stats.hit_ratio:.0%}")
+    parts.append(f"read {format_bytes(round(stats.bytes_read_per_token or 0))}/token")
+    parts.append(f"peak memory {format_bytes(stats.peak_rss_bytes)}")
+    return " · ".join(parts)

@@ -1,0 +1,43 @@
+"""Turn a Hugging Face checkpoint into a store, which can then be run. The checkpoint is only read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moert import source
+from moert.cli import common
+from moert.cli.progress import conversion_progress
+from moert.config import format_bytes
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder or hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
+    parser.add_argument("--resume", action="store_true", help="go on with a conversion that was cut off")
+    parser.add_argument("--offline", action="store_true", help="never use the network")
+    common.add_quiet_option(parser)
+    common.add_conversion_options(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    status = common.Status(args.quiet)
+    settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
+    folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
+    status.say(f"Converting {args.src} ({settings}) into {args.out}.")
+    with status.spinner("Starting"):
+        from moert.store.convert import convert  # loads torch
+    with conversion_progress(status) as progress:
+        store = convert(
+            folder,
+            args.out,
+            widths=settings.widths,
+            group_size=settings.group_size,
+            dense_bits=settings.dense_bits,
+            resume=args.resume,
+            progress=progress,
+            source_name=args.src,
+        )
+    size = sum(f.stat().st_size for f in store.path.iterdir())
+    status.say(f"Done: {format_bytes(size)} in {args.out}; try moert chat -m {args.out}")
+    return 0

@@ -1,0 +1,185 @@
+"""Check this machine and installation: what moert can use here, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from moert import __version__, source
+from moert.config import format_bytes
+from moert.errors import MoertError
+
+OPTIONAL = ("bitsandbytes", "triton", "matplotlib", "transformers")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. state: `ok`, `note` (works, but not as well as it could) or `broken`."""
+
+    name: str
+    value: str
+    state: str = "ok"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    findings = [check() for check in CHECKS]
+    usable = all(f.state != "broken" for f in findings)
+    if args.json:
+        print(json.dumps({"usable": usable, "findings": [asdict(f) for f in findings]}))
+        return 0 if usable else 1
+    console = Console(highlight=False, soft_wrap=True)
+    colours = {"ok": "green", "note": "yellow", "broken": "red"}
+    for f in findings:
+        console.print(f"{f.state:7}", style=colours[f.state], end="")
+        console.print(f"{f.name:20}{f.value}", markup=False)
+    console.print("moert is usable here." if usable else "moert is not usable here: see what is broken above.")
+    return 0 if usable else 1
+
+
+def _version() -> Finding:
+    return Finding("moert", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding("torch", f"cannot be loaded ({error}): install it again", "broken")
+    return Finding("torch", torch.__version__)
+
+
+def _cpu() -> Finding:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return Finding("CPU", f"{platform.processor() or platform.machine()}, instruction set not known")
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    usable = " ".join(f for f in CPU_FLAGS if f in flags) or "none of the extensions that moert knows"
+    return Finding("CPU", f"{fields.get('model name', platform.machine())}: {usable}")
+
+
+def _kernel() -> Finding:
+    try:
+        from moert.quant.matmul import kernel_name
+    except (ImportError, OSError) as error:
+        return Finding("kernel", f"cannot be loaded ({error}): install moert again", "broken")
+    name = kernel_name()
+    slow = "reference" in name or "torch" in name
+    return Finding(
+        "kernel", name + (" (slow: the compiled kernels are missing)" if slow else ""), "note" if slow else "ok"
+    )
+
+
+def _cores() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("cores", f"{usable} usable, {psutil.cpu_count(logical=False) or '?'} physical in the machine")
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    return Finding("memory", f"{format_bytes(memory.total)}, {format_bytes(memory.available)} available")
+
+
+def _cgroup() -> Finding:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path(path).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if limit < psutil.virtual_memory().total:
+            return Finding("memory limit", f"{format_bytes(limit)} (control group)")
+    return Finding("memory limit", "none")
+
+
+def _cache() -> Finding:
+    try:
+        folder = source.cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except (OSError, RuntimeError) as error:
+        return Finding("cache", f"cannot be written ({error}): set MOERT_CACHE to a folder that can", "note")
+    return Finding("cache", f"{folder}, {format_bytes(free)} free")
+
+
+def _direct_reads() -> Finding:
+    from moert.runtime.transfer import direct_io_works
+
+    try:
+        with tempfile.NamedTemporaryFile(dir=source.cache_folder()) as file:
+            file.write(bytes(4096))
+            file.flush()
+            works = direct_io_works(Path(file.name))
+    except (OSError, RuntimeError):
+        return Finding("O_DIRECT", "not known: the cache folder cannot be written", "note")
+    fallback = "not supported by the cache's file system: reads are buffered, and displace what other programs cached"
+    return Finding("O_DIRECT", "works in the cache folder", "ok") if works else Finding("O_DIRECT", fallback, "note")
+
+
+def _gpu() -> Finding:
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return Finding("GPU", f"{torch.cuda.get_device_name(0)} (not used by this version)")
+    except (ImportError, OSError, RuntimeError):
+        pass
+    return Finding("GPU", "none")
+
+
+def _packages() -> Finding:
+    def version(name: str) -> str:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} not installed"
+
+    return Finding("optional packages", ", ".join(version(name) for name in OPTIONAL))
+
+
+def _hub() -> Finding:
+    from huggingface_hub.constants import HF_HOME
+
+    token = "set" if os.environ.get("HF_TOKEN") else "not set"
+    return Finding("Hugging Face", f"HF_HOME {HF_HOME}, HF_TOKEN {token}")
+
+
+def _model() -> Finding:
+    try:
+        return Finding("shipped model", str(source.shipped_model()))
+    except MoertError as error:
+        return Finding("shipped model", str(error), "note")
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    _version,
+    _torch,
+    _cpu,
+    _kernel,
+    _cores,
+    _memory,
+    _cgroup,
+    _cache,
+    _direct_reads,
+    _gpu,
+    _packages,
+    _hub,
+    _model,
+)

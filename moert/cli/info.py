@@ -1,0 +1,96 @@
+"""What is in a store: the model, its sizes, the widths that it can be run at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from moert import source
+from moert.cli import common
+from moert.config import format_bytes
+from moert.errors import UsageError
+
+if TYPE_CHECKING:
+    from moert.store.reader import Store
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    common.add_model_option(parser)
+    parser.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_quiet_option(parser)
+    common.add_conversion_options(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    status = common.Status(args.quiet)
+    settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
+    store_path = source.find(args.model, settings)
+    if store_path is None:
+        source.checkpoint(args.model, offline=True)  # says what is wrong with the name, if anything is
+        raise UsageError(f"{args.model} is not converted yet ({settings}): moert convert or moert chat does it.")
+    from moert.store.reader import Store
+
+    with status.spinner("Reading"):
+        store = Store.open(store_path)
+    facts = describe(store)
+    if args.verify:
+        with status.spinner("Checking every byte"):
+            store.verify(None)
+        facts["files"] = "every checksum is right"
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    for name, value in facts.items():
+        if name == "widths":
+            for width in value:
+                bits, size = f"{width['bits_per_weight']:.2f} bits per weight", format_bytes(width["bytes_per_expert"])
+                print(f"{'width ' + str(width['width']):22}{bits}, {size} per expert, {width['precision']}")
+        else:
+            shown = (
+                format_bytes(value) if name.endswith("_bytes") else f"{value:,}" if isinstance(value, int) else value
+            )
+            print(f"{name.removesuffix('_bytes').replace('_', ' '):22}{shown}")
+    return 0
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """Facts of a store under stable names; sizes in bytes."""
+    arch, layout = store.architecture, store.layout
+    expert = sum(rows * cols for rows, cols in layout.shapes)
+    dense = 0
+    for spec in arch.dense_tensors().values():
+        size = 1
+        for n in spec.shape:
+            size *= n
+        dense += size
+    layers = len(store.moe_layers)
+    return {
+        "path": str(store.path),
+        "source": store.meta.source_name,
+        "family": arch.model_type,
+        "parameters": dense + layers * store.num_experts * expert,
+        "active_parameters": dense + layers * arch.top_k * expert,
+        "layers": arch.num_layers,
+        "moe_layers": layers,
+        "experts_per_layer": store.num_experts,
+        "experts_per_token": arch.top_k,
+        "context_length": arch.max_position_embeddings,
+        "dense_bits": store.meta.dense_bits,
+        "group_size": store.meta.group_size,
+        "quantiser": store.meta.quantiser,
+        "widths": [
+            {
+                "width": width,
+                "bits_per_weight": 8 * layout.bytes_at(width) / expert,
+                "bytes_per_expert": layout.bytes_at(width),
+                "precision": f"fixed:{width}",
+            }
+            for width in layout.widths
+        ],
+        "experts_bytes": layers * store.num_experts * sum(layout.slice_sizes),
+        "dense_bytes": store.dense_bytes,
+        "disk_bytes": sum(f.stat().st_size for f in store.path.iterdir()),
+        "files": "present, with the right sizes",
+    }

@@ -1,0 +1,72 @@
+"""The entry point: finds the command, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moert import __version__
+from moert.errors import MoertError, UsageError
+
+COMMANDS = {
+    "chat": "talk with a model",
+    "generate": "continue a prompt",
+    "convert": "turn a Hugging Face checkpoint into a store",
+    "info": "what is in a store",
+    "doctor": "check this machine and installation",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns its exit code. Raises MoertError, OSError, KeyboardInterrupt, SystemExit."""
+    if argv and argv[0] in COMMANDS:
+        command = importlib.import_module(f"moert.cli.{argv[0]}")
+        parser = argparse.ArgumentParser(f"moert {argv[0]}", description=command.__doc__, allow_abbrev=False)
+        command.add_options(parser)
+        return int(command.main(parser.parse_args(argv[1:])))
+    listing = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "moert",
+        description="Run Mixture-of-Experts language models larger than memory.",
+        epilog=f"commands:\n{listing}\n\nmoert COMMAND --help shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moert {__version__}")
+    parser.add_argument("command", metavar="COMMAND")
+    name = parser.parse_known_args(argv)[0].command
+    if argv[0] in ("-q", "--quiet") or name in COMMANDS:
+        raise UsageError(f"Options stand after the command: moert {name} {argv[0]} ...")
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    raise UsageError(
+        f"There is no command {name!r}; " + (f"did you mean {close[0]}?" if close else "see moert --help.")
+    )
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """The `moert` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except MoertError as error:
+        print(f"moert: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough; keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"moert: {where}{error.strerror or error}.", file=sys.stderr)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,58 @@
+"""Settings of one run, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moert.errors import UsageError
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+DEFAULT_CTX_SIZE = 4096
+PREFILL_CHUNK = 256  # tokens per forward pass of a prompt: bounds the workspace
+
+
+def parse_bytes(value: int | str, what: str = "size") -> int:
+    """Read a size such as `2GiB`, `1500MB`, `800M` or a number of bytes. Raises UsageError for anything else."""
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value, re.IGNORECASE)
+        if match is None or match[2].lower() not in _UNITS:
+            raise UsageError(f"{what} {value!r} is not a size; write for example 2GiB, 1500MB or a number of bytes.")
+        unit = _UNITS[match[2].lower()]
+        size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    if size <= 0:
+        raise UsageError(f"{what} {value!r} must be above zero.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """A size for people: `1.50 GiB`, `12.0 MiB`, `512 B`."""
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1)):
+        if abs(size) < 1024:
+            return f"{size:.{digits}f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the user asked for; None means: choose.
+
+    memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
+    `fixed:4`. ctx_size: tokens that the KV cache holds. threads: of the kernels. Raises UsageError for bad values.
+    """
+
+    memory_budget: int | None = None
+    expert_budget: int | None = None
+    precision: str | None = None
+    ctx_size: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("memory_budget", "expert_budget", "ctx_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")

@@ -1,0 +1,165 @@
+"""Puts store, budget, experts and model together: tokens in, logits out."""
+
+# T tokens, V vocabulary, D hidden, H query heads, J key/value heads
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget
+from moert.config import DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
+from moert.errors import BudgetError, UsageError
+from moert.models.architecture import Architecture
+from moert.models.decoder import Decoder
+from moert.models.kv_cache import KVCache
+from moert.quant.matmul import kernel_name, set_num_threads
+from moert.runtime.experts import ExpertRunner
+from moert.runtime.residency import slots_for
+from moert.runtime.telemetry import Counters
+from moert.runtime.transfer import direct_io_works
+from moert.scheduler.precision import FixedPrecision, parse_precision
+from moert.store.reader import Store
+
+_MIB = 1 << 20
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: a second thread of a core adds nothing to these kernels."""
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
+
+
+def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
+    """Upper estimate of the temporary memory of a forward pass, and of sampling from its logits."""
+    T = min(PREFILL_CHUNK, ctx_size)
+    q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    inner = max(arch.expert_inner, arch.dense_inner if not all(arch.is_moe_layer) else 0, arch.shared_inner)
+    floats = T * (8 * arch.hidden_size + 4 * q_size + 6 * kv_size + 4 * inner)
+    floats += 3 * T * arch.top_k * arch.hidden_size  # one place per contribution, and gathered inputs
+    floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
+    floats += 2 * T * ctx_size  # masks
+    floats += 12 * arch.vocab_size  # logits, and copies that sampling sorts
+    return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
+
+
+class Engine:
+    """A loaded model with its KV cache: a single sequence, computed in chunks.
+
+    `tokens` are those in the KV cache. Raises BudgetError where memory does not suffice, UsageError for settings that
+    do not fit the model, StoreError where the store is damaged.
+    """
+
+    def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
+        arch = store.architecture
+        try:
+            self.precision: FixedPrecision = parse_precision(config.precision, store.layout.widths)
+        except ValueError as error:
+            raise UsageError(f"{error}.") from None
+        self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
+        self.threads = config.threads or default_threads()
+        set_num_threads(self.threads)
+        slices = self.precision.slices(store.layout.widths)
+        self.budget = self._split(store, config, slices)
+        num_experts = len(store.moe_layers) * store.num_experts
+        slots = slots_for(self.budget.arena, slices, store.layout, num_experts)
+        self._describe(store, config, slots[0], num_experts, on_status)
+        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
+        self._decoder = Decoder(arch, store.load_dense(), self._runner)
+        self._cache = KVCache(arch, self.ctx_size)
+        self.tokens: list[int] = []
+
+    def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
+        libraries, available = library_bytes(), available_bytes()
+
+        def split(ctx_size: int, slices: int) -> Budget:
+            one = sum(store.layout.slice_sizes[:slices])
+            needs = Needs(
+                libraries=libraries,
+                dense=store.dense_bytes,
+                kv_cache=KVCache.bytes_for(store.architecture, ctx_size),
+                workspace=workspace_bytes(store.architecture, ctx_size),
+                one_expert=one,
+                all_experts=one * len(store.moe_layers) * store.num_experts,
+            )
+            return split_budget(needs, config.memory_budget, config.expert_budget, available)
+
+        try:
+            return split(self.ctx_size, slices)
+        except BudgetError as error:
+            advice = []
+            for ctx_size in (c for c in (8192, 4096, 2048, 1024, 512, 256) if c < self.ctx_size):
+                if _fits(split, ctx_size, slices):
+                    advice.append(f"--ctx-size {ctx_size}")
+                    break
+            for count in range(slices - 1, 0, -1):
+                if _fits(split, self.ctx_size, count):
+                    advice.append(f"--precision fixed:{store.layout.widths[count - 1]}")
+                    break
+            hint = f" {' or '.join(advice)} would fit." if advice else " No smaller context or width alone would fit."
+            raise BudgetError(f"{error}{hint}", error.least_bytes) from None
+
+    def _describe(
+        self, store: Store, config: EngineConfig, slots: int, num_experts: int, on_status: Callable[[str], None]
+    ) -> None:
+        chosen = []
+        if config.precision is None:
+            chosen.append(f"precision {self.precision} (widest stored)")
+        if config.ctx_size is None:
+            chosen.append(f"context {self.ctx_size}")
+        if config.threads is None:
+            chosen.append(f"{self.threads} threads")
+        if chosen:
+            on_status(f"chosen: {', '.join(chosen)}, kernel {kernel_name()}")
+        if self.ctx_size > store.architecture.max_position_embeddings:
+            trained = store.architecture.max_position_embeddings
+            on_status(f"warning: the context of {self.ctx_size} is longer than the {trained} the model was made for")
+        on_status(self.budget.line())
+        share = f"{slots} of {num_experts} experts ({slots / num_experts:.0%})"
+        if slots < num_experts:
+            where = "O_DIRECT" if direct_io_works(store.location(store.moe_layers[0], 0).file) else "buffered reads"
+            on_status(f"expert arena holds {share}; the others are read from disk when needed ({where})")
+        else:
+            on_status(f"expert arena holds all {num_experts} experts")
+
+    @property
+    def counters(self) -> Counters:
+        return self._runner.counters
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        del self.tokens[length:]
+        self._cache.truncate(min(length, self._cache.length))
+
+    def forward(self, ids: Sequence[int], all_logits: bool = False) -> Tensor:
+        """Run tokens behind those already there, in chunks: float32 logits [V] of the last, or [T, V] of all.
+
+        Raises UsageError where they do not fit the context; an error or Ctrl-C leaves the tokens of whole chunks.
+        """
+        self._cache.check_room(len(ids))
+        self._cache.truncate(len(self.tokens))
+        logits = []
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = list(ids[start : start + PREFILL_CHUNK])
+            result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
+            self.tokens += chunk
+            logits = [*logits, result] if all_logits else [result]
+        return torch.cat(logits) if all_logits else logits[-1]
+
+    def close(self) -> None:
+        """End the reading threads."""
+        self._runner.close()
+
+
+def _fits(split: Callable[[int, int], Budget], ctx_size: int, slices: int) -> bool:
+    try:
+        split(ctx_size, slices)
+    except BudgetError:
+        return False
+    return True
+
+

@@ -1,0 +1,161 @@
+"""Executes plans: the experts of one layer, from routing to their weighted sum."""
+
+# T tokens, K experts per token, D hidden
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moert.quant.format import ExpertLayout
+from moert.quant.matmul import PackedExpert, expert_ffn
+from moert.runtime.residency import Arena
+from moert.runtime.telemetry import Counters
+from moert.runtime.transfer import Read, SliceReader
+from moert.scheduler.cache import SliceCache
+from moert.scheduler.planner import plan_layer
+from moert.scheduler.precision import FixedPrecision
+from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
+from moert.store.reader import Store
+
+
+class ExpertRunner:
+    """Computes routed experts out of the arena, and reads what is missing. Not safe to call from two threads."""
+
+    def __init__(self, store: Store, slots: Sequence[int], precision: FixedPrecision, activation: str) -> None:
+        self._store = store
+        self._layout: ExpertLayout = store.layout
+        self._arena = Arena(slots, store.layout.slice_sizes)
+        self._cache = SliceCache(slots)
+        self._reader = SliceReader()
+        self._precision = precision
+        self._slices = precision.slices(store.layout.widths)
+        self._activation = activation
+        self._ready: dict[tuple[ExpertKey, int], PackedExpert] = {}
+        self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
+        self.counters = Counters()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the routed experts.
+
+        x: float32 [T, D]. indices: int64 [T, K], no expert twice in a row. weights: float32 [T, K].
+        Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
+        """
+        rows = _rows_by_expert(indices)
+        sums = _weight_by_expert(indices, weights)
+        routed = [RoutedExpert(e, len(at), sums[e], self._slices) for e, at in rows.items()]
+        plan = plan_layer(layer, routed, self._cache)
+        self._count(plan)
+        # Every contribution has its own place and they are added in the order of their rank, so that the result does
+        # not depend on what was in memory.
+        T, K = indices.shape
+        parts = x.new_empty(T * K, x.shape[1])
+        for wave in plan.waves:
+            self._run_wave(plan, wave, x, rows, parts)
+        return torch.bmm(weights.view(T, 1, K), parts.view(T, K, -1)).view(T, -1)
+
+    def _run_wave(self, plan: Plan, wave: Wave, x: Tensor, rows: dict[int, Tensor], parts: Tensor) -> None:
+        layer = plan.layer
+        for key in wave.evictions:
+            self._release(key)
+        loads = {load: self._start(layer, load) for load in wave.loads}
+        arrived: set[Load] = set()
+        try:
+            for expert in wave.resident:
+                self._compute(ExpertKey(layer, expert), plan.slices[expert], x, rows[expert], parts)
+            for load, read in loads.items():
+                before = time.perf_counter()
+                read.wait()
+                self.counters.waited_s += time.perf_counter() - before
+                arrived.add(load)
+                self._checked.update(SliceKey(layer, load.expert, i) for i in range(load.first, load.last))
+                self._compute(ExpertKey(layer, load.expert), load.last, x, rows[load.expert], parts)
+        except BaseException:  # Ctrl-C too: what did not arrive must not be taken for resident later
+            for read in loads.values():
+                read.settle()
+            self._recover(layer, loads.keys() - arrived)
+            raise
+
+    def _start(self, layer: int, load: Load) -> Read:
+        keys = [SliceKey(layer, load.expert, index) for index in range(load.first, load.last)]
+        for key in keys:
+            self._arena.take(key)
+        location = self._store.location(layer, load.expert)
+        read = Read(
+            location.file,
+            location.offset + sum(self._layout.slice_sizes[: load.first]),
+            [self._arena.buffer(key) for key in keys],
+            [None if key in self._checked else self._store.checksum(*key) for key in keys],
+            f"expert {load.expert} of layer {layer}",
+        )
+        self._reader.submit(read)
+        self.counters.reads += 1
+        self.counters.bytes_read += sum(len(b) for b in read.buffers)
+        return read
+
+    def _packed(self, key: ExpertKey, slices: int) -> PackedExpert:
+        """The expert, used with its first `slices` slices: built once, kept until one of them is evicted."""
+        found = self._ready.get((key, slices))
+        if found is None:
+            views = [self._arena.view(SliceKey(*key, index)) for index in range(slices)]
+            found = self._ready[key, slices] = PackedExpert.from_slices(views, self._layout)
+        return found
+
+    def _compute(self, key: ExpertKey, slices: int, x: Tensor, at: Tensor, parts: Tensor) -> None:
+        before = time.perf_counter()
+        K = len(parts) // len(x)
+        parts[at] = expert_ffn(x[at // K], self._packed(key, slices), self._activation)
+        self.counters.computed_s += time.perf_counter() - before
+
+    def _release(self, key: SliceKey) -> None:
+        self._arena.release(key)
+        for slices in range(key.slice + 1, self._layout.num_slices + 1):
+            self._ready.pop((ExpertKey(key.layer, key.expert), slices), None)
+
+    def _recover(self, layer: int, lost: set[Load]) -> None:
+        """Bring cache and arena together again after a plan that broke off.
+
+        The cache is already in the state after the whole plan. Slices whose read did not end well give up their slots;
+        then the cache loses what the arena does not hold, and the arena what the cache does not know.
+        """
+        for load in lost:
+            for index in range(load.first, load.last):
+                self._release(SliceKey(layer, load.expert, index))
+        held = self._arena.held()
+        for key, count in self._cache.resident_experts().items():
+            present = next((i for i in range(count) if SliceKey(*key, i) not in held), count)
+            if present < count:
+                self._cache.shrink(key, present)
+        known = {SliceKey(*key, i) for key, count in self._cache.resident_experts().items() for i in range(count)}
+        for item in held - known:
+            self._release(item)
+
+    def _count(self, plan: Plan) -> None:
+        resident = plan.waves[0].resident
+        self.counters.expert_uses += len(plan.slices)
+        self.counters.expert_hits += len(resident)
+        self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
+
+
+def _rows_by_expert(indices: Tensor) -> dict[int, Tensor]:
+    """Positions in the flattened [T, K] indices at which each expert stands, ascending."""
+    flat = indices.flatten()
+    if len(indices) == 1:
+        return {expert: torch.tensor([at]) for at, expert in enumerate(flat.tolist())}
+    order = flat.argsort(stable=True)
+    experts, counts = flat[order].unique_consecutive(return_counts=True)
+    return dict(zip(experts.tolist(), order.split(counts.tolist()), strict=True))
+
+
+def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
+    flat = indices.flatten()
+    if len(indices) == 1:
+        return dict(zip(flat.tolist(), weights.flatten().tolist(), strict=True))
+    sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
+    return {expert: sum_ for expert, sum_ in enumerate(sums.tolist())}

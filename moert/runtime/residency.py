@@ -1,0 +1,63 @@
+"""The expert arena: preallocated slots in host memory, so that it cannot grow."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moert.quant.format import ExpertLayout
+from moert.scheduler.types import SliceKey
+
+
+def slots_for(arena_bytes: int, slices: int, layout: ExpertLayout, num_experts: int) -> tuple[int, ...]:
+    """Slots per slice index when every expert is used with `slices` slices: as many as fit, at most all experts."""
+    fit = min(arena_bytes // sum(layout.slice_sizes[:slices]), num_experts)
+    return (fit,) * slices + (0,) * (layout.num_slices - slices)
+
+
+class Arena:
+    """Slots of each slice size in one anonymous mapping, aligned for O_DIRECT. Pages cost memory once written.
+
+    slots[i]: number of slots for slices of index i, each sizes[i] bytes (a multiple of 4096).
+    """
+
+    def __init__(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
+        self._map = mmap.mmap(-1, max(self.total_bytes, mmap.PAGESIZE))
+        self._bytes = memoryview(self._map)
+        self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._starts: list[int] = []
+        at = 0
+        for n, size in zip(slots, sizes, strict=True):
+            self._starts.append(at)
+            at += n * size
+        self._free = [list(range(n - 1, -1, -1)) for n in slots]
+        self._slot_of: dict[SliceKey, int] = {}
+
+    def take(self, key: SliceKey) -> None:
+        """Give a free slot to `key`. Raises IndexError where none is free: the cache counts slots too."""
+        self._slot_of[key] = self._free[key.slice].pop()
+
+    def release(self, key: SliceKey) -> None:
+        self._free[key.slice].append(self._slot_of.pop(key))
+
+    def held(self) -> set[SliceKey]:
+        """All slices that have a slot."""
+        return set(self._slot_of)
+
+    def _at(self, key: SliceKey) -> int:
+        return self._starts[key.slice] + self._slot_of[key] * self.sizes[key.slice]
+
+    def buffer(self, key: SliceKey) -> memoryview:
+        """The slot of `key`, to read into."""
+        at = self._at(key)
+        return self._bytes[at : at + self.sizes[key.slice]]
+
+    def view(self, key: SliceKey) -> Tensor:
+        """The slot of `key`, to compute with: uint8 [sizes[key.slice]], valid until it is released."""
+        at = self._at(key)
+        return self._tensor[at : at + self.sizes[key.slice]]

@@ -1,0 +1,72 @@
+"""Plain data that the planner takes and gives. Nothing here knows of tensors, files or devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """One expert of the model."""
+
+    layer: int
+    expert: int
+
+
+class SliceKey(NamedTuple):
+    """One slice of one expert: slice 0 is the base width, each further one raises it."""
+
+    layer: int
+    expert: int
+    slice: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExpert:
+    """What the router asks of one expert in one layer of one step.
+
+    tokens: how many tokens are routed to it. weight: sum of their router weights. slices: how many slices the
+    precision policy wants it to be computed with (at least 1).
+    """
+
+    expert: int
+    tokens: int
+    weight: float
+    slices: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.slices < 1:
+            raise ValueError(f"expert {self.expert}: {self.tokens} tokens and {self.slices} slices, both are at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read slices first ... last - 1 of an expert: they lie next to each other, so this is one read."""
+
+    expert: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Part of a plan whose experts are in memory together.
+
+    In order: evict, submit the loads, compute `resident` at once, compute the loaded experts as they arrive.
+    """
+
+    evictions: tuple[SliceKey, ...]
+    loads: tuple[Load, ...]
+    resident: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens in one layer of one step. Every routed expert is computed in exactly one wave.
+
+    slices: for each routed expert, with how many slices it computes.
+    """
+
+    layer: int
+    slices: dict[int, int]
+    waves: tuple[Wave, ...]

@@ -1,0 +1,110 @@
+"""Rules of the project's layout: import directions, light imports, file lengths."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "pyproject.toml").exists():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+# What each package may import of ours, besides itself. "models" sees experts only through a protocol.
+ALLOWED = {
+    "quant": set(),
+    "scheduler": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "sampling": {"errors"},
+    "tokenizer": {"errors"},
+    "chat": {"errors"},
+    "models": {"errors", "quant"},
+    "store": {"errors", "quant", "models"},
+    "runtime": {"errors", "quant", "scheduler", "store"},
+    "budget": {"errors", "config", "quant"},
+    "engine": {"errors", "config", "budget", "quant", "scheduler", "store", "runtime", "models"},
+}
+LINE_LIMIT, FAMILY_LIMIT = 400, 220
+
+
+def sources():
+    for folder in ("moert", "quant", "scheduler", "tests", "examples"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                yield path
+
+
+def part_of(path):
+    """Name of the part of the project that a file of the package belongs to, e.g. `store` or `api`."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if parts[0] != "moert" else parts[1].removesuffix(".py")
+
+
+def imports_of(path):
+    package = ["moert", *path.relative_to(ROOT).parts[:-1]]
+    if package[1] == "moert":
+        package = package[1:]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, *(node.module.split(".") if node.module else [])])
+
+
+def test_imports_go_in_the_directions_of_the_design():
+    wrong = []
+    for path in sources():
+        relative = path.relative_to(ROOT)
+        if path.suffix != ".py" or relative.parts[0] in ("tests", "examples"):
+            continue
+        part = part_of(path)
+        for name in imports_of(path):
+            head = name.split(".")
+            if head[0] in ("quant", "scheduler", "device_profiles"):
+                wrong.append(f"{relative}: bare import of {name}")
+            if part == "scheduler" and head[0] == "torch":
+                wrong.append(f"{relative}: the scheduler knows no torch")
+            if head[0] == "moert" and len(head) > 1 and part in ALLOWED and head[1] not in ALLOWED[part] | {part}:
+                wrong.append(f"{relative}: {part} imports {name}")
+    assert not wrong, wrong
+
+
+def test_every_part_is_known():
+    top = {"__init__", "__main__", "api", "source", "cli"}
+    parts = {part_of(p) for p in sources() if p.relative_to(ROOT).parts[0] in ("moert", "quant", "scheduler")}
+    assert parts - {"py.typed"} <= ALLOWED.keys() | top
+
+
+def test_files_are_short():
+    long = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
+    assert not {name: n for name, n in long.items() if n > LINE_LIMIT}
+    families = {name: n for name, n in long.items() if name.startswith("moert/models/")}
+    assert not {name: n for name, n in families.items() if n > FAMILY_LIMIT}
+
+
+def loaded_after(statement, *modules):
+    code = f"{statement}; import sys; print([m for m in {modules!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ast.literal_eval(result.stdout)
+
+
+def test_importing_the_package_is_light():
+    assert loaded_after("import moert", "torch", "transformers", "tokenizers", "rich", "huggingface_hub") == []
+
+
+def test_using_the_package_never_loads_transformers():
+    assert loaded_after("from moert import LLM, SamplingParams", "transformers", "accelerate", "torch.cuda.nccl") == []
+
+
+def test_the_command_line_imports_commands_lazily():
+    assert loaded_after("import moert.cli.main", "torch", "transformers", "rich", "prompt_toolkit") == []
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    import moert
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = moert.nothing
