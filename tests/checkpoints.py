@@ -1,15 +1,18 @@
-"""Small checkpoints written without transformers, for the tests of the store."""
+"""Small checkpoints written without transformers, and how refusals are checked, for the tests of the store."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moert.errors import MoertError
 from moert.models import registry
 
 BASE = {
@@ -99,3 +102,16 @@ def make_checkpoint(
 def folder_bytes(path: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def refusal(action: Callable[[], object], kind: type[MoertError], *parts: str) -> None:
+    """The action raises one sentence that has all the parts."""
+    with pytest.raises(kind) as caught:
+        action()
+    message = str(caught.value)
+    assert type(caught.value) is kind
+    assert caught.value.exit_code == 1
+    assert message.endswith(".")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message

@@ -225,7 +225,7 @@ class _Run:
         if free < needed:
             partial.abandon()
             raise StoreError(
-                f"Converting needs {_gib(needed)} on the disk of {self.out}, but only {_gib(free)} are free:"
+                f"Converting needs {_size(needed)} on the disk of {self.out}, but only {_size(free)} are free:"
                 " free some space or choose another place."
             )
         self._copy(partial)
@@ -301,13 +301,11 @@ class _Run:
         """The sentence for a write that failed."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return StoreError(
-                f"The disk of {self.out} is full: converting needs {_gib(self.total - self.kept)} of free space there;"
+                f"The disk of {self.out} is full: converting needs {_size(self.total - self.kept)} of free space there;"
                 " make room and go on with --resume."
             )
         return StoreError(f"Cannot convert to {self.out}: {error.filename or 'writing'}: {error.strerror}.")
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
-
-
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"

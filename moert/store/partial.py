@@ -132,7 +132,8 @@ class Partial:
         # Never recursively: what is not ours stays.
         if self.store.is_dir():
             self.store.rmdir()
-        (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+        for name in (PROGRESS_FILE, PROGRESS_FILE + ".tmp"):
+            (self.folder / name).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
         except OSError:

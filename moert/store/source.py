@@ -53,7 +53,10 @@ class SourceModel:
     @classmethod
     def open(cls, path: Path) -> SourceModel:
         """Raises CheckpointError or UnsupportedModelError with one sentence on what is wrong."""
-        return cls(Checkpoint.open(path))
+        try:
+            return cls(Checkpoint.open(path))
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
 
     def _prefix(self, layer: int) -> str:
         return f"model.layers.{layer}.mlp.experts."
