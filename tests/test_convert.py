@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,31 @@ def test_lossless_store_holds_the_weights_of_every_family(tmp_path: Path, family
             for start, w in zip(offsets, expert_weights(weights, layer, e), strict=False):
                 assert data[start : start + w.nbytes] == w.contiguous().view(torch.uint8).numpy().tobytes()
     store.verify()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_layouts_that_transformers_writes_give_the_same_store(
+    tmp_path: Path, family: str, tiny_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
+) -> None:
+    settings: dict[str, Any] = {"widths": (16,), "dense_bits": 16, "source_name": family}
+    checkpoint = tiny_checkpoint(family, max_shard_size="50KB")
+    store = convert(checkpoint, tmp_path / "per-expert", **settings)
+    convert(tiny_checkpoint(family, fused=True), tmp_path / "fused", **settings)
+    assert folder_bytes(tmp_path / "fused") | {"config.json": b"", "moert.json": b""} == (
+        folder_bytes(tmp_path / "per-expert") | {"config.json": b"", "moert.json": b""}
+    )
+    state = reference_model(checkpoint).state_dict()
+    for name, tensor in store.load_dense().items():
+        assert isinstance(tensor, torch.Tensor)
+        assert torch.equal(tensor.float(), state[name]), name
+    sizes = [n * k for n, k in store.layout.shapes]
+    for layer in store.moe_layers:
+        for e in range(store.num_experts):
+            data = torch.frombuffer(bytearray(expert_bytes(store, layer, e)[0]), dtype=torch.bfloat16).float()
+            starts = [offset // 2 for offset in store.layout.offsets(0)]
+            found = [data[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+            for part, expected in zip(found, expert_weights(state, layer, e), strict=True):
+                assert torch.equal(part, expected.reshape(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

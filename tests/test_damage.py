@@ -271,8 +271,8 @@ def test_malformed_configuration(source: Path, refused: Callable[..., None], tex
 
 
 def test_unknown_model_type_and_unsupported_variant(source: Path, refused: Callable[..., None]) -> None:
-    edit_json(source / "config.json", lambda config: config.update(hidden_act="gelu"))
-    refused("hidden_act", "gelu", kind=UnsupportedModelError)
+    edit_json(source / "config.json", lambda config: config.update(hidden_act="xielu"))
+    refused("hidden_act", "xielu", kind=UnsupportedModelError)
     edit_json(source / "config.json", lambda config: config.update(model_type="llama"))
     refused("llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", kind=UnsupportedModelError)
 
