@@ -150,8 +150,13 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams, status: 
             return "option"
         return "default" if getattr(defaults, name) == getattr(ours, name) else "model"
 
-    shown = [name for name in names if name in given or getattr(params, name) not in (None, (), False)]
-    status.say("Sampling: " + ", ".join(f"{name} {getattr(params, name)} ({origin(name)})" for name in shown))
+    values = {name: getattr(params, name) for name in names}
+    values["seed"] = "random" if params.seed is None else params.seed
+    if not params.ignore_eos:
+        del values["ignore_eos"]
+    if not params.stop:
+        del values["stop"]
+    status.say("Sampling: " + ", ".join(f"{name} {value} ({origin(name)})" for name, value in values.items()))
     return params
 
 
