@@ -16,10 +16,18 @@ from moert import source
 from moert.cli import common, main, progress
 from moert.errors import BudgetError, StoreError, UsageError
 
+from .program import FakeLLM, Program
+
+
+@pytest.fixture
+def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    return Program(capsys, monkeypatch, tmp_path)
+
+
 # The program as a whole
 
 
-def test_no_command_unknown_commands_and_options(moert: Any) -> None:
+def test_no_command_unknown_commands_and_options(moert: Program) -> None:
     assert moert().code == 2
     assert moert("chta") == (2, "", "moert: There is no command 'chta'; did you mean chat?\n")
     assert "see moert --help" in moert("zzz").err
@@ -44,7 +52,7 @@ def test_no_command_unknown_commands_and_options(moert: Any) -> None:
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_errors_are_one_sentence_and_a_code(moert: Any, error: Exception, code: int, message: str) -> None:
+def test_errors_are_one_sentence_and_a_code(moert: Program, error: Exception, code: int, message: str) -> None:
     assert moert("generate", "-p", "x", llm=error) == (code, "", message)
 
 
@@ -63,8 +71,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 # generate
 
 
-def test_generate_streams_text_to_stdout_and_status_to_stderr(fake_llm: Any, moert: Any) -> None:
-    llm = fake_llm(["Hel", "lo"])
+def test_generate_streams_text_to_stdout_and_status_to_stderr(moert: Program) -> None:
+    llm = FakeLLM(["Hel", "lo"])
     result = moert("generate", "-p", "Hi", "--temp", "0.5", "--stop", "a", "--stop", "b", "-n", "9", llm=llm)
     assert result.out == "Hello\n"
     assert llm.closed
@@ -74,12 +82,12 @@ def test_generate_streams_text_to_stdout_and_status_to_stderr(fake_llm: Any, moe
     assert "2 tokens · 8.5 tokens/s · first after 0.25 s" in result.err
     assert "seed 77" in result.err
     assert "\x1b" not in result.err
-    assert "temperature 0.6 (model)" in moert("generate", "-p", "x", llm=fake_llm(["y"])).err
-    assert moert("generate", "-p", "x", "-q", llm=fake_llm(["y"])).err == ""
+    assert "temperature 0.6 (model)" in moert("generate", "-p", "x", llm=FakeLLM(["y"])).err
+    assert moert("generate", "-p", "x", "-q", llm=FakeLLM(["y"])).err == ""
 
 
-def test_generate_json_is_one_object(fake_llm: Any, moert: Any) -> None:
-    result = moert("generate", "-p", "Hi", "--json", llm=fake_llm(["Hel", "lo"]))
+def test_generate_json_is_one_object(moert: Program) -> None:
+    result = moert("generate", "-p", "Hi", "--json", llm=FakeLLM(["Hel", "lo"]))
     data = json.loads(result.out)
     wanted = (
         "text token_ids prompt_tokens completion_tokens ttft_s prefill_tokens_per_s decode_tokens_per_s hit_ratio "
@@ -89,16 +97,16 @@ def test_generate_json_is_one_object(fake_llm: Any, moert: Any) -> None:
     assert (data["text"], data["finish_reason"], data["model"]) == ("Hello", "stop", "/models/fake")
 
 
-def test_generate_takes_its_prompt_from_stdin_or_a_file(fake_llm: Any, moert: Any, tmp_path: Path) -> None:
-    llm = fake_llm(["a"], ["b"])
+def test_generate_takes_its_prompt_from_stdin_or_a_file(moert: Program, tmp_path: Path) -> None:
+    llm = FakeLLM(["a"], ["b"])
     moert("generate", stdin="one\ntwo\n", llm=llm)
     (tmp_path / "p.txt").write_text("from é\n\n")
     moert("generate", "-f", str(tmp_path / "p.txt"), llm=llm)
     assert llm.asked == ["one\ntwo", "from é\n"]
 
 
-def test_generate_chat_uses_messages(fake_llm: Any, moert: Any) -> None:
-    llm = fake_llm(["a"], ["b"])
+def test_generate_chat_uses_messages(moert: Program) -> None:
+    llm = FakeLLM(["a"], ["b"])
     moert("generate", "--chat", "-sys", "S", "-p", "Q", llm=llm)
     assert llm.asked == [["S", "Q"]]
     llm.tokenizer.chat_template = None
@@ -124,17 +132,15 @@ def test_generate_chat_uses_messages(fake_llm: Any, moert: Any) -> None:
         (("-p", "x", "--dense-bits", "4"), b"", "invalid choice"),
     ],
 )
-def test_generate_refuses(
-    fake_llm: Any, moert: Any, tmp_path: Path, argv: tuple[str, ...], stdin: bytes, message: str
-) -> None:
+def test_generate_refuses(moert: Program, tmp_path: Path, argv: tuple[str, ...], stdin: bytes, message: str) -> None:
     (tmp_path / "binary").write_bytes(b"\xff")
     argv = tuple(str(tmp_path / "binary") if a == "BINARY" else a for a in argv)
-    result = moert("generate", *argv, stdin=stdin, llm=fake_llm(["x"]))
+    result = moert("generate", *argv, stdin=stdin, llm=FakeLLM(["x"]))
     assert (result.code, result.out) == (2, "")
     assert message in result.err
 
 
-def test_generate_without_a_prompt_on_a_terminal(moert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_without_a_prompt_on_a_terminal(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     args = SimpleNamespace(prompt=None, file=None)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     from moert.cli.generate import _prompt
@@ -143,15 +149,15 @@ def test_generate_without_a_prompt_on_a_terminal(moert: Any, monkeypatch: pytest
         _prompt(args)  # type: ignore[arg-type]
 
 
-def test_generate_names_a_file_that_is_missing(moert: Any) -> None:
+def test_generate_names_a_file_that_is_missing(moert: Program) -> None:
     assert moert("generate", "-f", "/missing") == (1, "", "moert: /missing: No such file or directory.\n")
 
 
-def test_ctrl_c_while_generating_keeps_the_text(fake_llm: Any, moert: Any) -> None:
-    assert moert("generate", "-q", "-p", "x", llm=fake_llm(["some", KeyboardInterrupt()])) == (130, "some\n", "")
+def test_ctrl_c_while_generating_keeps_the_text(moert: Program) -> None:
+    assert moert("generate", "-q", "-p", "x", llm=FakeLLM(["some", KeyboardInterrupt()])) == (130, "some\n", "")
 
 
-def test_the_model_option_reaches_source_and_engine(fake_llm: Any, moert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_option_reaches_source_and_engine(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     assert moert("generate", "-p", "x", "-m", "/missing/model").code == 1
     seen: dict[str, Any] = {}
 
@@ -161,7 +167,7 @@ def test_the_model_option_reaches_source_and_engine(fake_llm: Any, moert: Any, m
 
     def llm(path: Path, **options: object) -> object:
         seen.update(options, path=path)
-        return fake_llm(["y"])
+        return FakeLLM(["y"])
 
     monkeypatch.setattr(source, "resolve", resolve)
     monkeypatch.setitem(sys.modules, "moert.api", SimpleNamespace(LLM=llm))  # type: ignore[arg-type]
@@ -175,7 +181,7 @@ def test_the_model_option_reaches_source_and_engine(fake_llm: Any, moert: Any, m
 # convert, info, doctor
 
 
-def test_convert(moert: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[Any] = []
 
     def convert(src: Path, out: Path, **options: Any) -> object:
@@ -214,7 +220,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert report is None
 
 
-def test_info_of_what_is_not_converted(moert: Any, tmp_path: Path) -> None:
+def test_info_of_what_is_not_converted(moert: Program, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     result = moert("info", "-m", str(tmp_path))
     assert result.code == 2
@@ -222,7 +228,7 @@ def test_info_of_what_is_not_converted(moert: Any, tmp_path: Path) -> None:
     assert moert("info", "-m", "/missing").code == 1
 
 
-def test_doctor(moert: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = moert("doctor")
     assert result.code == 0
     for name in ("moert", "torch", "CPU", "kernel", "cores", "memory", "O_DIRECT", "GPU", "Hugging Face", "usable"):
@@ -239,6 +245,6 @@ def test_doctor(moert: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert "install it again" in result.out
 
 
-def test_doctor_says_when_reads_are_buffered(moert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_when_reads_are_buffered(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moert.runtime.transfer.direct_io_works", lambda path: False)
     assert "reads are buffered" in moert("doctor").out

@@ -18,11 +18,19 @@ from moert.cli import chat, common
 from moert.cli.session import ChatSession
 from moert.errors import StoreError, UsageError
 
+from .program import FakeLLM, Program
+
+
+@pytest.fixture
+def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    return Program(capsys, monkeypatch, tmp_path)
+
+
 # chat without a terminal
 
 
-def test_chat_answers_every_line_of_stdin(fake_llm: Any, moert: Any) -> None:
-    llm = fake_llm(["A1"], ["A2\n"], ["A3"])
+def test_chat_answers_every_line_of_stdin(moert: Program) -> None:
+    llm = FakeLLM(["A1"], ["A2\n"], ["A3"])
     result = moert("chat", "-sys", "S", stdin='one\n\n  two\n"""three\n\nfour"""\n', llm=llm)
     assert (result.code, result.out) == (0, "A1\nA2\nA3\n")
     assert llm.asked == [
@@ -31,21 +39,21 @@ def test_chat_answers_every_line_of_stdin(fake_llm: Any, moert: Any) -> None:
         ["S", "one", "A1", "  two", "A2\n", "three\n\nfour"],
     ]
     assert result.err.count("tokens/s · first") == 3
-    assert moert("chat", "-q", stdin="x", llm=fake_llm(["y"])) == (0, "y\n", "")
-    assert "no chat template" in moert("chat", llm=fake_llm(template=None)).err
+    assert moert("chat", "-q", stdin="x", llm=FakeLLM(["y"])) == (0, "y\n", "")
+    assert "no chat template" in moert("chat", llm=FakeLLM(template=None)).err
 
 
-def test_chat_without_a_terminal_knows_commands_but_answers_other_lines(fake_llm: Any, moert: Any) -> None:
-    llm = fake_llm(["A"], ["B"])
+def test_chat_without_a_terminal_knows_commands_but_answers_other_lines(moert: Program) -> None:
+    llm = FakeLLM(["A"], ["B"])
     moert("chat", stdin="/usr/bin\n/clear\n/quit\nnever\n", llm=llm)
     assert llm.asked == [["/usr/bin"]]
     moert("chat", stdin='"""\n/quit\n', llm=llm)
     assert llm.asked[1:] == [["/quit"]]
 
 
-def test_chat_without_a_terminal_fails_as_a_program_does(fake_llm: Any, moert: Any) -> None:
-    assert moert("chat", "-q", stdin="x\ny\n", llm=fake_llm([StoreError("Damaged.")])) == (1, "", "moert: Damaged.\n")
-    assert moert("chat", "-q", stdin="x\ny\n", llm=fake_llm(["a", KeyboardInterrupt()])) == (130, "a\n", "")
+def test_chat_without_a_terminal_fails_as_a_program_does(moert: Program) -> None:
+    assert moert("chat", "-q", stdin="x\ny\n", llm=FakeLLM([StoreError("Damaged.")])) == (1, "", "moert: Damaged.\n")
+    assert moert("chat", "-q", stdin="x\ny\n", llm=FakeLLM(["a", KeyboardInterrupt()])) == (130, "a\n", "")
 
 
 # chat with a terminal
@@ -78,36 +86,36 @@ def ctrl_c() -> None:
 
 
 @pytest.mark.parametrize("leave", ["/exit\n", "/quit\n", "/bye\n", "\x04", "\x03\x03"])
-def test_ways_to_leave(fake_llm: Any, terminal: Terminal, leave: str) -> None:
-    terminal.type("hello\n" + leave + "never\n\x04", llm := fake_llm(["hi"], ["x"]))
+def test_ways_to_leave(terminal: Terminal, leave: str) -> None:
+    terminal.type("hello\n" + leave + "never\n\x04", llm := FakeLLM(["hi"], ["x"]))
     assert terminal.out == "hi\n"
     assert llm.asked == [["hello"]]
     assert ("Ctrl-C again leaves" in terminal.err) == (leave == "\x03\x03")
 
 
-def test_ctrl_c_at_the_prompt_only_counts_in_a_row(fake_llm: Any, terminal: Terminal) -> None:
-    terminal.type("\x03hello\n\x03bye\n\x04", llm := fake_llm(["hi"], ["x"]))
+def test_ctrl_c_at_the_prompt_only_counts_in_a_row(terminal: Terminal) -> None:
+    terminal.type("\x03hello\n\x03bye\n\x04", llm := FakeLLM(["hi"], ["x"]))
     assert len(llm.asked) == 2
     assert terminal.err.count("Ctrl-C again leaves") == 2
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(fake_llm: Any, terminal: Terminal) -> None:
-    llm = fake_llm(["one ", ctrl_c, "two ", "three"], ["more"])
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Terminal) -> None:
+    llm = FakeLLM(["one ", ctrl_c, "two ", "three"], ["more"])
     terminal.type("q\nand\n\x04", llm)
     assert terminal.out == "one two \nmore\n"
     assert "(stopped)" in terminal.err
     assert llm.asked[1] == ["q", "one two ", "and"]
 
 
-def test_ctrl_c_twice_or_before_the_first_token_breaks_in(fake_llm: Any, terminal: Terminal) -> None:
-    llm = fake_llm(["one", ctrl_c, ctrl_c, "never"], [ctrl_c, "never"], ["three"])
+def test_ctrl_c_twice_or_before_the_first_token_breaks_in(terminal: Terminal) -> None:
+    llm = FakeLLM(["one", ctrl_c, ctrl_c, "never"], [ctrl_c, "never"], ["three"])
     session = terminal.type("a\nb\nc\n\x04", llm)
     assert terminal.out == "one\nthree\n"
     assert [m["content"] for m in session.conversation.messages] == ["a", "one", "c", "three"]
 
 
-def test_an_error_does_not_end_the_chat(fake_llm: Any, terminal: Terminal) -> None:
-    llm = fake_llm([UsageError("The prompt does not fit the context.")], ["one", StoreError("Damaged.")], ["fine"])
+def test_an_error_does_not_end_the_chat(terminal: Terminal) -> None:
+    llm = FakeLLM([UsageError("The prompt does not fit the context.")], ["one", StoreError("Damaged.")], ["fine"])
     terminal.type("long\nb\nc\n\x04", llm)
     assert "moert: The prompt does not fit the context." in terminal.err
     assert "/clear empties the context" in terminal.err
@@ -115,18 +123,18 @@ def test_an_error_does_not_end_the_chat(fake_llm: Any, terminal: Terminal) -> No
     assert llm.asked[1:] == [["b"], ["b", "one", "c"]]
 
 
-def test_a_full_context_and_a_cut_answer_say_so(fake_llm: Any, terminal: Terminal) -> None:
-    terminal.type("a\n\x04", fake_llm(["b"], finish="length"), max_tokens=50)
+def test_a_full_context_and_a_cut_answer_say_so(terminal: Terminal) -> None:
+    terminal.type("a\n\x04", FakeLLM(["b"], finish="length"), max_tokens=50)
     assert "The context of 100 tokens is full: /clear" in terminal.err
-    terminal.type("a\n\x04", fake_llm(["b"], finish="length"), max_tokens=2)
+    terminal.type("a\n\x04", FakeLLM(["b"], finish="length"), max_tokens=2)
     assert "(cut at max_tokens 2)" in terminal.err
-    session = terminal.type("a\n\x04", fake_llm([""]))
+    session = terminal.type("a\n\x04", FakeLLM([""]))
     assert "ended the text at once" in terminal.err
     assert session.conversation.turns == []
 
 
-def test_regen_clear_and_system(fake_llm: Any, terminal: Terminal) -> None:
-    llm = fake_llm(["1"], ["2"], ["3"], [StoreError("x")])
+def test_regen_clear_and_system(terminal: Terminal) -> None:
+    llm = FakeLLM(["1"], ["2"], ["3"], [StoreError("x")])
     session = terminal.type("/regen\na\n/regen\n/clear\n/system Be brief.\n/system\nb\n/regen\n\x04", llm, seed=5)
     assert "nothing to answer again" in terminal.err
     assert llm.asked[:3] == [["a"], ["a"], ["Be brief.", "b"]]
@@ -135,10 +143,10 @@ def test_regen_clear_and_system(fake_llm: Any, terminal: Terminal) -> None:
     assert [m["content"] for m in session.conversation.turns] == ["b", "3"]  # a failed /regen loses nothing
 
 
-def test_set_and_stats_and_help(fake_llm: Any, terminal: Terminal) -> None:
+def test_set_and_stats_and_help(terminal: Terminal) -> None:
     keys = "/set\n/set temp 0.1\n/set top_k x\n/set top_p 9\n/set nope 1\n/set seed 4\n/set seed random\n"
     keys += "/stats\na\n/stats\n/help\n/sytem x\n/\n\x04"
-    session = terminal.type(keys, fake_llm(["1"]))
+    session = terminal.type(keys, FakeLLM(["1"]))
     assert session.params.temperature == 0.1
     assert session.params.seed is None
     for expected in (
@@ -158,8 +166,8 @@ def test_set_and_stats_and_help(fake_llm: Any, terminal: Terminal) -> None:
         assert expected in terminal.err
 
 
-def test_a_text_of_several_lines(fake_llm: Any, terminal: Terminal) -> None:
-    terminal.type('"""one\n/exit\n\nthree"""\n"""same line"""\n\x04', llm := fake_llm(["1"], ["2"]))
+def test_a_text_of_several_lines(terminal: Terminal) -> None:
+    terminal.type('"""one\n/exit\n\nthree"""\n"""same line"""\n\x04', llm := FakeLLM(["1"], ["2"]))
     assert llm.asked == [["one\n/exit\n\nthree"], ["one\n/exit\n\nthree", "1", "same line"]]
 
 

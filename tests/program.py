@@ -90,15 +90,18 @@ class Result(NamedTuple):
     err: str
 
 
-@pytest.fixture
-def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """Runs the program: moert("generate", "-p", "x", stdin="...", llm=FakeLLM(...))."""
-    monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+class Program:
+    """Runs `moert` in this process: moert("generate", "-p", "x", stdin="...", llm=FakeLLM(...))."""
 
-    def run(*argv: str, stdin: str | bytes = "", llm: object = None) -> Result:
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+        monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def __call__(self, *argv: str, stdin: str | bytes = "", llm: object = None) -> Result:
+        """`llm` stands in for the model; an exception is raised where one would be loaded."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
 
         def open_llm(args: object, status: object) -> object:
             if isinstance(llm, BaseException):
@@ -106,17 +109,9 @@ def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
             return llm
 
         if llm is not None:
-            monkeypatch.setattr(common, "open_llm", open_llm)
+            self._monkeypatch.setattr(common, "open_llm", open_llm)
         with pytest.raises(SystemExit) as caught:
             main.run(argv)
-        out, err = capsys.readouterr()
+        out, err = self._capsys.readouterr()
         assert "Traceback" not in err
         return Result(int(caught.value.code or 0), out, err)
-
-    return run
-
-
-@pytest.fixture
-def fake_llm() -> type[FakeLLM]:
-    """The class: tests cannot import it from here."""
-    return FakeLLM
