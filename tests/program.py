@@ -46,7 +46,7 @@ class FakeLLM:
 
     def __init__(self, *answers: Sequence[Part], template: str | None = "t", finish: str = "stop") -> None:
         self.answers, self.finish = list(answers), finish
-        self.tokenizer = SimpleNamespace(chat_template=template)
+        self.tokenizer = SimpleNamespace(chat_template=template, generation_config={"temperature": 0.6})
         self.default_params = SamplingParams(temperature=0.6)
         self.store = SimpleNamespace(path=Path("/models/fake"))
         self.asked: list[Any] = []

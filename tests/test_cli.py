@@ -202,6 +202,11 @@ def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "Done: 2.0 KiB" in result.err
     options = calls[0][2]
     assert (options["widths"], options["group_size"], options["dense_bits"], options["resume"]) == ((2, 4), 64, 8, True)
+    again = moert("convert", "o/m", str(tmp_path / "out"))
+    assert (again.code, again.err) == (
+        1,
+        f"moert: {tmp_path / 'out'} exists already: delete it or choose another name.\n",
+    )
     missing = moert("convert", str(tmp_path / "none"), "out")
     assert missing.code == 1
     assert "There is no folder" in missing.err
