@@ -68,15 +68,8 @@ class SamplingParams:
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """The defaults that a checkpoint's generation_config.json asks for; what it leaves out keeps ours."""
-        names = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
-        names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
-        found = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
-        if config.get("do_sample") is False:
-            found["temperature"] = 0.0
-        if isinstance(found.get("stop"), str):
-            found["stop"] = (found["stop"],)
         try:
-            return cls(**found)
+            return cls(**generation_fields(config))
         except UsageError as error:
             raise UsageError(f"generation_config.json cannot be used: {error}") from None
 
@@ -87,6 +80,18 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
+
+
+def generation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of SamplingParams that a generation_config.json gives, unchecked."""
+    names = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
+    names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
+    found = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    if config.get("do_sample") is False:
+        found["temperature"] = 0.0
+    if isinstance(found.get("stop"), str):
+        found["stop"] = (found["stop"],)
+    return found
 
 
 class Sampler:

@@ -166,12 +166,12 @@ def _download(repo: str, offline: bool, say: Status) -> Path:
 
     from moert.models import registry
 
+    if not offline:
+        say(f"Downloading {repo} from the Hugging Face hub (what is here already is not loaded again).")
     try:
         # The small file first: a model that cannot be used is refused before its gigabytes come.
         config = Path(hub.hf_hub_download(repo, _CONFIG_FILE, local_files_only=offline))
         registry.architecture(json.loads(config.read_text(encoding="utf-8")))
-        if not offline:
-            say(f"Downloading {repo} from the Hugging Face hub (what is here already is not loaded again).")
         return Path(hub.snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=offline))
     except MoertError:
         raise

@@ -64,11 +64,16 @@ class Tokenizer:
         return self._special("eos_token")
 
     @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json; empty where there is none."""
+        return self._read_json("generation_config.json")
+
+    @cached_property
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends an answer: those that any of the model's files name."""
         found: set[int] = set()
-        for name in ("generation_config.json", "config.json"):
-            value = self._read_json(name).get("eos_token_id")
+        for config in (self.generation_config, self._read_json("config.json")):
+            value = config.get("eos_token_id")
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, int) and not isinstance(item, bool):
                     found.add(item)

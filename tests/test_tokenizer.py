@@ -132,6 +132,7 @@ def test_every_file_may_name_an_end(tmp_path: Path) -> None:
         "tokenizer_config.json": {"eos_token": {"content": "</s>"}, "bos_token": "<s>"},
     }
     tokenizer = saved(fresh(), files, tmp_path)
+    assert tokenizer.generation_config == {"eos_token_id": [7, 2]}
     assert tokenizer.eos_ids == {7, 2, 5, 1}
     assert (tokenizer.bos, tokenizer.eos) == ("<s>", "</s>")
     bare = tmp_path / "bare"

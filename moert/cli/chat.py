@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     person = sys.stdin.isatty()
     with common.open_llm(args, status) as llm:
-        params = common.sampling_params(args, llm.default_params, status)
+        params = common.sampling_params(args, llm, status)
         if llm.tokenizer.chat_template is None:
             status.say("The model has no chat template: it continues your text instead of answering it.")
         session = ChatSession(llm, params, args.system, status, person)

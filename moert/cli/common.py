@@ -138,20 +138,25 @@ def model_name(args: argparse.Namespace) -> str:
     return Path(args.model).name if args.model else "the shipped model"
 
 
-def sampling_params(args: argparse.Namespace, defaults: SamplingParams, status: Status) -> SamplingParams:
+def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:
     """The model's defaults, changed by the options; says what came from where."""
+    from moert.sampling import generation_fields
+
     names = [*(name for _, name, _, _ in SAMPLING), "max_tokens", "stop", "ignore_eos"]
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    params = defaults.replace(**given)
-    ours = type(defaults)()
-
-    def origin(name: str) -> str:
-        if name in given:
-            return "option"
-        return "default" if getattr(defaults, name) == getattr(ours, name) else "model"
-
-    shown = [name for name in names if name in given or getattr(params, name) not in (None, (), False)]
-    status.say("Sampling: " + ", ".join(f"{name} {getattr(params, name)} ({origin(name)})" for name in shown))
+    params = llm.default_params.replace(**given)
+    origins = dict.fromkeys(generation_fields(llm.tokenizer.generation_config), "model") | dict.fromkeys(
+        given, "option"
+    )
+    values = {name: getattr(params, name) for name in names}
+    values["seed"] = "random" if params.seed is None else params.seed
+    if not params.ignore_eos:
+        del values["ignore_eos"]
+    if not params.stop:
+        del values["stop"]
+    status.say(
+        "Sampling: " + ", ".join(f"{name} {value} ({origins.get(name, 'default')})" for name, value in values.items())
+    )
     return params
 
 
@@ -167,7 +172,8 @@ def speeds(stats: GenerationStats) -> str:
         parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
     parts.append(f"first after {stats.ttft_s:.2f} s")
     if stats.prefill_tokens_per_s:
-        parts.append(f"prompt {stats.prompt_tokens} at {stats.prefill_tokens_per_s:.0f} tokens/s")
+        cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+        parts.append(f"prompt {stats.prompt_tokens}{cached} at {stats.prefill_tokens_per_s:.0f} tokens/s")
     if stats.hit_ratio is not None:
         parts.append(f"cache hits {stats.hit_ratio:.0%}")
     parts.append(f"read {format_bytes(round(stats.bytes_read_per_token or 0))}/token")

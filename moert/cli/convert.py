@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from moert import source
 from moert.cli import common
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes
+from moert.errors import StoreError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
+    if os.path.lexists(args.out):  # said before a download, not after it
+        raise StoreError(f"{args.out} exists already: delete it or choose another name.")
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
     status.say(f"Converting {args.src} ({settings}) into {args.out}.")
     with status.spinner("Starting"):

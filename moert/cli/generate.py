@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     status = common.Status(args.quiet)
     with common.open_llm(args, status) as llm:
-        params = common.sampling_params(args, llm.default_params, status)
+        params = common.sampling_params(args, llm, status)
         messages = [{"role": "system", "content": args.system}] if args.system else []
         messages.append({"role": "user", "content": prompt})
         if args.chat and llm.tokenizer.chat_template is None:

@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"moert {__version__}")
     parser.add_argument("command", metavar="COMMAND")
     name = parser.parse_known_args(argv)[0].command
-    if argv[0] in ("-q", "--quiet") or name in COMMANDS:
-        raise UsageError(f"Options stand after the command: moert {name} {argv[0]} ...")
+    if argv[0].startswith("-"):
+        raise UsageError(f"Options stand after the command: moert COMMAND {argv[0]} ...")
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     raise UsageError(
         f"There is no command {name!r}; " + (f"did you mean {close[0]}?" if close else "see moert --help.")

@@ -1,0 +1,117 @@
+"""A model that says what a test wants, in place of `moert.api.LLM`, and a way to run the program with it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Self
+
+import pytest
+
+from moert.cli import common, main
+from moert.sampling import SamplingParams
+
+Part = str | BaseException | Callable[[], object]
+
+
+@dataclass
+class Stats:
+    prompt_tokens: int = 3
+    cached_tokens: int = 0
+    completion_tokens: int = 2
+    ttft_s: float = 0.25
+    prefill_tokens_per_s: float | None = 12.0
+    decode_tokens_per_s: float | None = 8.5
+    hit_ratio: float | None = 0.75
+    bytes_read: int = 4096
+    bytes_read_per_token: float = 2048.0
+    peak_rss_bytes: int = 1 << 30
+    budget_bytes: int = 2 << 30
+    precision: str = "fixed:4"
+    mean_width: float | None = 4.0
+    seed: int = 77
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class FakeLLM:
+    """Gives one of `answers` after the other. Part of an answer: text, an exception to raise, something to call."""
+
+    ctx_size = 100
+
+    def __init__(self, *answers: Sequence[Part], template: str | None = "t", finish: str = "stop") -> None:
+        self.answers, self.finish = list(answers), finish
+        self.tokenizer = SimpleNamespace(chat_template=template, generation_config={"temperature": 0.6})
+        self.default_params = SamplingParams(temperature=0.6)
+        self.store = SimpleNamespace(path=Path("/models/fake"))
+        self.asked: list[Any] = []
+        self.params: list[SamplingParams] = []
+        self.closed = False
+
+    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[Any]:
+        self.asked.append(prompt)
+        self.params.append(params)
+        parts = self.answers.pop(0)
+        for i, part in enumerate(parts):
+            if isinstance(part, BaseException):
+                raise part
+            if callable(part):
+                part()
+                continue
+            finish = self.finish if i == len(parts) - 1 else None
+            yield SimpleNamespace(text=part, token_ids=[i], finish_reason=finish, stats=Stats())
+
+    def stream_chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Any]:
+        return self.stream([m["content"] for m in messages], params)
+
+    def generate(self, prompt: str, params: SamplingParams) -> list[Any]:
+        pieces = list(self.stream(prompt, params))
+        text = "".join(p.text for p in pieces)
+        return [SimpleNamespace(text=text, token_ids=[0, 1], finish_reason=self.finish, stats=pieces[-1].stats)]
+
+    def chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Any:
+        return self.generate([m["content"] for m in messages], params)[0]  # type: ignore[arg-type]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.closed = True
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Program:
+    """Runs `moert` in this process: moert("generate", "-p", "x", stdin="...", llm=FakeLLM(...))."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+        monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def __call__(self, *argv: str, stdin: str | bytes = "", llm: object = None) -> Result:
+        """`llm` stands in for the model; an exception is raised where one would be loaded."""
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+        def open_llm(args: object, status: object) -> object:
+            if isinstance(llm, BaseException):
+                raise llm
+            return llm
+
+        if llm is not None:
+            self._monkeypatch.setattr(common, "open_llm", open_llm)
+        with pytest.raises(SystemExit) as caught:
+            main.run(argv)
+        out, err = self._capsys.readouterr()
+        assert "Traceback" not in err
+        return Result(int(caught.value.code or 0), out, err)

@@ -1,0 +1,255 @@
+"""The command line as a user meets it: what goes to stdout and stderr, exit codes, and every error in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moert import source
+from moert.cli import common, main, progress
+from moert.errors import BudgetError, StoreError, UsageError
+
+from .program import FakeLLM, Program
+
+
+@pytest.fixture
+def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    return Program(capsys, monkeypatch, tmp_path)
+
+
+# The program as a whole
+
+
+def test_no_command_unknown_commands_and_options(moert: Program) -> None:
+    assert moert().code == 2
+    assert moert("chta") == (2, "", "moert: There is no command 'chta'; did you mean chat?\n")
+    assert "see moert --help" in moert("zzz").err
+    assert moert("--bogus", "chat").err == "moert: Options stand after the command: moert COMMAND --bogus ...\n"
+    for command in main.COMMANDS:
+        result = moert(command, *(["a", "b"] if command == "convert" else []), "--bogus")
+        assert result.code == 2
+        assert "--bogus" in result.err
+        assert moert(command, "--help").out.startswith(f"usage: moert {command}")
+    assert moert("--version") == (0, "moert 0.1.0\n", "")
+    assert all(command in moert("--help").out for command in main.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (StoreError("The store is damaged."), 1, "moert: The store is damaged.\n"),
+        (UsageError("Bad."), 2, "moert: Bad.\n"),
+        (BudgetError("Does not fit.", 5), 2, "moert: Does not fit.\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "moert: /x: Permission denied.\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "moert: No space left on device.\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_are_one_sentence_and_a_code(moert: Program, error: Exception, code: int, message: str) -> None:
+    assert moert("generate", "-p", "x", llm=error) == (code, "", message)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "moert", "doctor", "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(main.__file__).parents[2]
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+# generate
+
+
+def test_generate_streams_text_to_stdout_and_status_to_stderr(moert: Program) -> None:
+    llm = FakeLLM(["Hel", "lo"])
+    result = moert("generate", "-p", "Hi", "--temp", "0.5", "--stop", "a", "--stop", "b", "-n", "9", llm=llm)
+    assert result.out == "Hello\n"
+    assert llm.closed
+    assert llm.asked == ["Hi"]
+    assert (llm.params[0].temperature, llm.params[0].stop, llm.params[0].max_tokens) == (0.5, ("a", "b"), 9)
+    assert "temperature 0.5 (option), top_k 0 (default)" in result.err
+    assert "2 tokens · 8.5 tokens/s · first after 0.25 s" in result.err
+    assert "seed 77" in result.err
+    assert "\x1b" not in result.err
+    assert "temperature 0.6 (model)" in moert("generate", "-p", "x", llm=FakeLLM(["y"])).err
+    assert moert("generate", "-p", "x", "-q", llm=FakeLLM(["y"])).err == ""
+
+
+def test_generate_json_is_one_object(moert: Program) -> None:
+    result = moert("generate", "-p", "Hi", "--json", llm=FakeLLM(["Hel", "lo"]))
+    data = json.loads(result.out)
+    wanted = (
+        "text token_ids prompt_tokens completion_tokens ttft_s prefill_tokens_per_s decode_tokens_per_s hit_ratio "
+        "bytes_read bytes_read_per_token peak_rss_bytes budget_bytes precision mean_width finish_reason seed model"
+    )
+    assert set(wanted.split()) <= set(data)
+    assert (data["text"], data["finish_reason"], data["model"]) == ("Hello", "stop", "/models/fake")
+
+
+def test_generate_takes_its_prompt_from_stdin_or_a_file(moert: Program, tmp_path: Path) -> None:
+    llm = FakeLLM(["a"], ["b"])
+    moert("generate", stdin="one\ntwo\n", llm=llm)
+    (tmp_path / "p.txt").write_text("from é\n\n")
+    moert("generate", "-f", str(tmp_path / "p.txt"), llm=llm)
+    assert llm.asked == ["one\ntwo", "from é\n"]
+
+
+def test_generate_chat_uses_messages(moert: Program) -> None:
+    llm = FakeLLM(["a"], ["b"])
+    moert("generate", "--chat", "-sys", "S", "-p", "Q", llm=llm)
+    assert llm.asked == [["S", "Q"]]
+    llm.tokenizer.chat_template = None
+    result = moert("generate", "--chat", "--json", "-p", "Q", llm=llm)
+    assert "no chat template" in result.err
+    assert json.loads(result.out)["text"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "stdin", "message"),
+    [
+        ((), b"", "moert: The prompt is empty."),
+        (("-p", ""), b"", "moert: The prompt is empty."),
+        ((), b"\xff\xfe", "moert: The prompt in stdin is not UTF-8 text."),
+        (("-f", "BINARY"), b"", "is not UTF-8 text."),
+        (("-p", "x", "-sys", "y"), b"", "moert: A system prompt (-sys) needs --chat"),
+        (("-p", "x", "-f", "y"), b"", "not allowed with argument"),
+        (("-p", "x", "--temp", "hot"), b"", "invalid float value: 'hot'"),
+        (("-p", "x", "--temp", "-1"), b"", "moert: temperature is -1.0, but must be"),
+        (("-p", "x", "-n", "0"), b"", "moert: max_tokens is 0, but must be"),
+        (("-p", "x", "--stop", ""), b"", "moert: stop is"),
+        (("-p", "x", "--widths", "2;3"), b"", "'2;3' is not a list of whole numbers such as 2,3,4"),
+        (("-p", "x", "--dense-bits", "4"), b"", "invalid choice"),
+    ],
+)
+def test_generate_refuses(moert: Program, tmp_path: Path, argv: tuple[str, ...], stdin: bytes, message: str) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff")
+    argv = tuple(str(tmp_path / "binary") if a == "BINARY" else a for a in argv)
+    result = moert("generate", *argv, stdin=stdin, llm=FakeLLM(["x"]))
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+def test_generate_without_a_prompt_on_a_terminal(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = SimpleNamespace(prompt=None, file=None)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    from moert.cli.generate import _prompt
+
+    with pytest.raises(UsageError, match="There is no prompt"):
+        _prompt(args)  # type: ignore[arg-type]
+
+
+def test_generate_names_a_file_that_is_missing(moert: Program) -> None:
+    assert moert("generate", "-f", "/missing") == (1, "", "moert: /missing: No such file or directory.\n")
+
+
+def test_ctrl_c_while_generating_keeps_the_text(moert: Program) -> None:
+    assert moert("generate", "-q", "-p", "x", llm=FakeLLM(["some", KeyboardInterrupt()])) == (130, "some\n", "")
+
+
+def test_the_model_option_reaches_source_and_engine(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert moert("generate", "-p", "x", "-m", "/missing/model").code == 1
+    seen: dict[str, Any] = {}
+
+    def resolve(model: str, **options: object) -> Path:
+        seen.update(options, model=model)
+        return Path("/resolved")
+
+    def llm(path: Path, **options: object) -> object:
+        seen.update(options, path=path)
+        return FakeLLM(["y"])
+
+    monkeypatch.setattr(source, "resolve", resolve)
+    monkeypatch.setitem(sys.modules, "moert.api", SimpleNamespace(LLM=llm))  # type: ignore[arg-type]
+    options = "--memory-budget 2GiB --expert-budget 1GiB --precision fixed:3 -c 64 -t 2 --offline --widths 3,4"
+    assert moert("generate", "-p", "x", "-m", "o/m", *options.split()).out == "y\n"
+    assert (seen["model"], seen["path"], seen["widths"], seen["offline"]) == ("o/m", Path("/resolved"), (3, 4), True)
+    assert (seen["memory_budget"], seen["expert_budget"], seen["precision"]) == ("2GiB", "1GiB", "fixed:3")
+    assert (seen["ctx_size"], seen["threads"]) == (64, 2)
+
+
+# convert, info, doctor
+
+
+def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def convert(src: Path, out: Path, **options: Any) -> object:
+        calls.append((src, out, options))
+        for done in (0, 50, 100):
+            options["progress"](SimpleNamespace(stage="experts", done=done, total=100, resumed=0))
+        out.mkdir()
+        (out / "moert.json").write_bytes(bytes(2048))
+        return SimpleNamespace(path=out)
+
+    monkeypatch.setitem(sys.modules, "moert.store.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "config.json").write_text("{}")
+    result = moert("convert", str(tmp_path / "src"), str(tmp_path / "out"), "--widths", "2,4", "--resume")
+    assert (result.code, result.out) == (0, "")
+    assert "experts: 50 B of 100 B (50%)" in result.err
+    assert "Done: 2.0 KiB" in result.err
+    options = calls[0][2]
+    assert (options["widths"], options["group_size"], options["dense_bits"], options["resume"]) == ((2, 4), 64, 8, True)
+    again = moert("convert", "o/m", str(tmp_path / "out"))
+    assert (again.code, again.err) == (
+        1,
+        f"moert: {tmp_path / 'out'} exists already: delete it or choose another name.\n",
+    )
+    missing = moert("convert", str(tmp_path / "none"), "out")
+    assert missing.code == 1
+    assert "There is no folder" in missing.err
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    status = common.Status()
+    monkeypatch.setattr(type(status.console), "is_terminal", True)
+    with progress.conversion_progress(status) as report:
+        assert report is not None
+        for done in (10, 20):
+            report(SimpleNamespace(stage="experts", done=done, total=100, resumed=5))  # type: ignore[arg-type]
+    assert "experts" in capsys.readouterr().err
+    with progress.conversion_progress(common.Status(quiet=True)) as report:
+        assert report is None
+
+
+def test_info_of_what_is_not_converted(moert: Program, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = moert("info", "-m", str(tmp_path))
+    assert result.code == 2
+    assert "is not converted yet" in result.err
+    assert moert("info", "-m", "/missing").code == 1
+
+
+def test_doctor(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = moert("doctor")
+    assert result.code == 0
+    for name in ("moert", "torch", "CPU", "kernel", "cores", "memory", "O_DIRECT", "GPU", "Hugging Face", "usable"):
+        assert name in result.out
+    data = json.loads(moert("doctor", "--json").out)
+    assert data["usable"] is True
+    assert {f["state"] for f in data["findings"]} <= {"ok", "note"}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setitem(sys.modules, "torch", None)  # type: ignore[arg-type]
+    result = moert("doctor")
+    assert result.code == 1
+    assert "set MOERT_CACHE to a folder that can" in result.out
+    assert "install it again" in result.out
+
+
+def test_doctor_says_when_reads_are_buffered(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moert.runtime.transfer.direct_io_works", lambda path: False)
+    assert "reads are buffered" in moert("doctor").out
