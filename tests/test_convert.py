@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moert.errors import StoreError, UsageError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedMatrix
+from moert.store import parallel
 from moert.store import source as source_module
 from moert.store.convert import ConvertProgress, RoundToNearest, convert
 from moert.store.reader import Store
@@ -33,15 +34,6 @@ from .checkpoints import (
 )
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are not worth waking a second thread for: on a busy machine it costs most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def expert_bytes(store: Store, layer: int, e: int) -> list[bytes]:
@@ -358,3 +350,27 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         [sys.executable, "-c", MEMORY_CHILD, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(result.stdout) < 24 << 20
+
+
+def test_workers_keep_order_raise_and_give_torch_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "num_workers", lambda item_bytes: 3)
+    before = torch.get_num_threads()
+    ahead: list[int] = []
+
+    def square(n: int) -> int:
+        time.sleep(0.002 * (n % 3))
+        assert torch.get_num_threads() == 1
+        return n * n
+
+    with parallel.workers(1) as pool:
+        for n, result in enumerate(pool.map(square, (ahead.append(n) or n for n in range(20)))):  # type: ignore[func-returns-value]
+            assert result == n * n
+            assert len(ahead) <= n + 4
+        with pytest.raises(ZeroDivisionError):
+            list(pool.map(lambda n: 1 // n, [2, 1, 0, 1]))
+    assert torch.get_num_threads() == before
+
+
+def test_large_experts_get_fewer_workers() -> None:
+    assert parallel.num_workers(parallel.MEMORY_BYTES * 2) == 1
+    assert 1 <= parallel.num_workers(0) <= parallel.MAX_WORKERS

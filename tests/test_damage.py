@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,6 @@ from .checkpoints import folder_bytes, make_checkpoint, make_config, make_weight
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small are not worth waking a second thread for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Turns a checkpoint into a store: one expert, or some rows of a dense matrix, in memory at a time.
+"""Turns a checkpoint into a store: one expert, or some rows of a dense matrix, in memory at a time for each core.
 
 Works in OUT.partial beside OUT: progress.json records every finished file with its checksums, and store/ becomes OUT
 by one rename at the end, so that OUT is whole or not there. The source is only read.
@@ -7,10 +7,11 @@ by one rename at the end, so that OUT is whole or not there. The source is only 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ from moert.store.layout import (
     experts_file,
 )
 from moert.store.meta import CopiedFile, StoreMeta, WeightFile
+from moert.store.parallel import Workers, workers
 from moert.store.partial import Finished, Partial
 from moert.store.reader import Store
 from moert.store.source import SourceModel, row_chunks
@@ -67,7 +69,8 @@ class ConvertProgress:
 
 
 class Quantiser(Protocol):
-    """Chooses the codes of an expert. `name` is recorded in the store: two results of one name must be the same."""
+    """Chooses the codes of an expert; called from several threads at once. Results of one `name`, which is recorded in
+    the store, must always be the same."""
 
     name: str
 
@@ -229,12 +232,14 @@ class _Run:
                 " free some space or choose another place."
             )
         self._copy(partial)
-        if DENSE_FILE not in partial.finished:
-            self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE))
-        for index, file in enumerate(self.plan.experts):
-            if file.name not in partial.finished:
-                stage = f"experts of layer {index + 1} of {len(self.plan.experts)}"
-                self._finish(partial, file.name, self._write_experts(partial.store / file.name, file, stage))
+        weights = sum(n * k for n, k in self.plan.layout.shapes)
+        with workers(4 * weights) as pool:
+            if DENSE_FILE not in partial.finished:
+                self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))
+            for index, file in enumerate(self.plan.experts):
+                if file.name not in partial.finished:
+                    stage = f"experts of layer {index + 1} of {len(self.plan.experts)}"
+                    self._finish(partial, file.name, self._write_experts(partial.store / file.name, file, stage, pool))
 
     def _finish(self, partial: Partial, name: str, file: Finished) -> None:
         partial.finish(name, file)
@@ -249,53 +254,63 @@ class _Run:
                 with atomic_file(partial.store / path.name) as file:
                     file.write(path.read_bytes())
 
-    def _write_dense(self, path: Path) -> Finished:
+    def _write_dense(self, path: Path, pool: Workers) -> Finished:
         with atomic_file(path) as file:
             writer = TensorWriter(file, [t.entry for t in self.plan.dense])
             self._advance("dense weights", writer.size)
             checksums = []
             for tensor in self.plan.dense:
                 try:
-                    checksums.append(writer.write(self._dense_parts(tensor)))
+                    checksums.append(writer.write(self._dense_parts(tensor, pool)))
                 except ValueError as error:
                     raise CheckpointError(f"Cannot convert tensor {tensor.name}: {error}.") from error
             writer.finish()
         return Finished(writer.size, writer.data_start, checksums)
 
-    def _dense_parts(self, tensor: DenseTensor) -> Iterator[Tensor]:
+    def _dense_parts(self, tensor: DenseTensor, pool: Workers) -> Iterator[Tensor]:
         """The bytes of a dense tensor, some rows at a time: all codes, then all scales (rows are independent)."""
         scales: list[Tensor] = []
         left = tensor.nbytes
-        for start, stop in row_chunks(tensor.shape):
-            part = self.plan.source.dense(tensor.name, start, stop)
-            if tensor.packed is not None:
-                layout = MatrixLayout(stop - start, tensor.packed.cols, tensor.packed.group_size, tensor.packed.widths)
-                (packed,) = nested.quantise(part.float(), layout)
-                part, rest = packed[: layout.codes_bytes(0)], packed[layout.codes_bytes(0) :]
-                scales.append(rest[: layout.scales_bytes()].clone())
+        for part, rest in pool.map(functools.partial(self._dense_rows, tensor), row_chunks(tensor.shape)):
+            scales.append(rest)
             self._advance("dense weights", part.nbytes)
             left -= part.nbytes
             yield part
-        if tensor.packed is not None:
-            part = torch.cat([*scales, torch.zeros(left - sum(s.nbytes for s in scales), dtype=torch.uint8)])
-            self._advance("dense weights", part.nbytes)
-            yield part
+        if left:
+            padding = torch.zeros(left - sum(s.nbytes for s in scales), dtype=torch.uint8)
+            self._advance("dense weights", left)
+            yield torch.cat([*scales, padding])
 
-    def _write_experts(self, path: Path, plan: ExpertFile, stage: str) -> Finished:
+    def _dense_rows(self, tensor: DenseTensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes and scales of some rows of a packed tensor; of another the rows as they are, and nothing."""
+        weights = self.plan.source.dense(tensor.name, *rows)
+        if tensor.packed is None:
+            return weights, weights.new_empty(0, dtype=torch.uint8)
+        layout = replace(tensor.packed, rows=len(weights))
+        (packed,) = nested.quantise(weights.float(), layout)
+        codes, scales = packed[: layout.codes_bytes(0)], packed[layout.codes_bytes(0) :]
+        return codes, scales[: layout.scales_bytes()].clone()
+
+    def _write_experts(self, path: Path, plan: ExpertFile, stage: str, pool: Workers) -> Finished:
         with atomic_file(path) as file:
             writer = TensorWriter(file, list(plan.entries()))
             self._advance(stage, writer.size)
             checksums = []
-            for e in range(plan.num_experts):
-                weights = self.plan.source.expert(plan.layer, e)
-                try:
-                    slices = self.plan.quantiser(plan.layer, e, *weights, plan.layout)
-                    checksums += [writer.write([piece]) for piece in slices]
-                except ValueError as error:
-                    raise CheckpointError(f"Cannot convert expert {e} of layer {plan.layer}: {error}.") from error
+            for slices in pool.map(functools.partial(self._expert, plan.layer), range(plan.num_experts)):
+                checksums += [writer.write([piece]) for piece in slices]
                 self._advance(stage, plan.expert_bytes)
             writer.finish()
         return Finished(writer.size, writer.data_start, checksums)
+
+    def _expert(self, layer: int, e: int) -> Sequence[Tensor]:
+        weights, layout = self.plan.source.expert(layer, e), self.plan.layout
+        try:
+            slices = self.plan.quantiser(layer, e, *weights, layout)
+            if tuple(piece.nbytes for piece in slices) != layout.slice_sizes:
+                raise ValueError(f"{self.plan.quantiser.name} gave slices of other sizes than planned")
+        except ValueError as error:
+            raise CheckpointError(f"Cannot convert expert {e} of layer {layer}: {error}.") from error
+        return slices
 
     def explain(self, error: OSError) -> StoreError:
         """The sentence for a write that failed."""
