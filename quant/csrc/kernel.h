@@ -1,9 +1,11 @@
-// Products with nested-bit planes and with bf16 rows: the interface that every instruction set implements.
+// The interface that every instruction set implements.
 //
 // Contract: pointers are to memory that the caller owns and keeps alive; codes start on 64 bytes; nothing is allocated;
-// a range [first, last) of tiles or rows may be computed by any thread, and the result does not depend on the split.
-// Arithmetic: weights are w = s * (c - (2^b - 1) / 2) as quant/format.py defines them; inputs, products and sums are
-// float32. Sums run over the columns of a group in ascending order, then over groups in ascending order.
+// a range [first, last) of tiles, rows or groups may be computed by any thread, and the result does not depend on the
+// split. Arithmetic of products: weights are w = s * (c - (2^b - 1) / 2) as quant/format.py defines them; inputs are
+// int8 per group, x = t * q; the dot product of codes and q over a group is exact in int32 (at most 128 * 255 * 127),
+//     y = sum over groups of (2 * dot - (2^b - 1) * sum(q)) * (s * t / 2)
+// in float32, groups in ascending order. One token or many, the sums are the same.
 #pragma once
 
 #include <cstddef>
@@ -28,6 +30,7 @@ struct NestedMatrix {
   int64_t tiles, groups, rows;
   int group_size;
   float midpoint;
+  int levels;  // 2^b - 1, twice the midpoint
 };
 
 // Rounding with a search of the clipping range, as quant/nested.py describes it.
@@ -40,17 +43,27 @@ struct Search {
   int64_t num_groups;
 };
 
+// Inputs of a product: per token `groups` groups of int8 with a scale and a sum each.
+struct Activations {
+  const int8_t* q;       // [tokens][groups * group_size], on 64 bytes
+  const float* scales;   // [tokens][groups]: half the scale, so that y needs no factor
+  const int32_t* sums;   // [tokens][groups]
+  int64_t tokens, groups;
+};
+
 struct Kernel {
   const char* name;
   bool (*supported)();
-  // out[t * out_stride + n] = sum_k w[n, k] * x[t * x_stride + k], for the rows n of tiles [first, last).
-  // x holds groups * group_size values per token, the padded ones 0.
-  void (*nested_matmul)(const NestedMatrix& w, const float* x, int64_t tokens, int64_t x_stride, float* out,
-                        int64_t out_stride, int64_t first, int64_t last);
+  // x [cols] -> one token of Activations; columns beyond `cols` become 0.
+  void (*quantise)(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales,
+                   int32_t* sums);
+  // out[t * out_stride + n] = y for the rows n of tiles [first, last).
+  void (*nested_matmul)(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                        int64_t last);
   // out[n * out_stride + k] = w[n, k] for the rows of tiles [first, last) and k < cols.
   void (*nested_dequantise)(const NestedMatrix& w, int64_t cols, float* out, int64_t out_stride, int64_t first,
                             int64_t last);
-  // The same product with bf16 rows [rows, cols], rows [first, last).
+  // out[t * out_stride + n] = sum_k w[n, k] * x[t * x_stride + k] in float32, for bf16 rows [first, last) of `cols`.
   void (*bf16_matmul)(const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
                       int64_t out_stride, int64_t first, int64_t last);
   // Codes [num_groups][group_size] of the largest width and fp16 scales [num_widths][num_groups] of the groups
@@ -63,6 +76,7 @@ extern const Kernel kGenericKernel;
 #if defined(__x86_64__)
 extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
+extern const Kernel kAmxKernel;
 #endif
 
 }  // namespace moert

@@ -1,12 +1,99 @@
-// The kernels compiled for: avx512.
+// AVX-512 with VNNI: 16 rows of a tile in the 16 lanes of a register, four columns in the bytes of a lane.
 #define MOERT_ISA isa_avx512
+#include "kernel_avx512.h"
+
 #include "kernel_body.h"
 
 namespace moert {
+namespace MOERT_ISA {
+
+// Few tokens: the weights are unpacked on the way and used for T tokens at once.
+template <int T>
+void few_tokens(const NestedMatrix& w, const Activations& x, int64_t start, float* out, int64_t out_stride,
+                int64_t first, int64_t last) {
+  const int64_t q_stride = x.groups * w.group_size;
+  const int8_t* q = x.q + start * q_stride;
+  for (int64_t tile = first; tile < last; tile++) {
+    __m512 total[T];
+    for (int t = 0; t < T; t++) total[t] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < w.groups; group++) {
+      const int64_t cell = tile * w.groups + group;
+      __m512i dot[T][2] = {};
+      for (int block = 0; block < w.group_size / 32; block++) {
+        __m512i codes[8];
+        unpack32(w, cell, block, codes);
+        const int8_t* columns = q + group * w.group_size + 32 * block;
+        for (int i = 0; i < 8; i++)
+          for (int t = 0; t < T; t++)
+            dot[t][i & 1] = _mm512_dpbusd_epi32(dot[t][i & 1], codes[i], four_columns(columns + t * q_stride + 4 * i));
+      }
+      const __m512 scale = load_scales(w, cell);
+      for (int t = 0; t < T; t++)
+        total[t] = add_group(total[t], _mm512_add_epi32(dot[t][0], dot[t][1]), scale, w, x, start + t, group);
+    }
+    const __mmask16 mask = row_mask(w, tile);
+    for (int t = 0; t < T; t++) _mm512_mask_storeu_ps(out + (start + t) * out_stride + tile * kTileRows, mask, total[t]);
+  }
+}
+
+// Many tokens: a panel of a tile is unpacked once, then used for eight tokens at a time.
+void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                 int64_t last) {
+  constexpr int kTokens = 8;
+  alignas(64) static thread_local uint8_t panel[kPanelColumns * kTileRows];
+  const int64_t q_stride = x.groups * w.group_size, panel_groups = kPanelColumns / w.group_size;
+  for (int64_t tile = first; tile < last; tile++) {
+    const __mmask16 mask = row_mask(w, tile);
+    for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
+      const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
+      unpack_panel(w, tile, begin, end, panel);
+      for (int64_t start = 0; start < x.tokens; start += kTokens) {
+        const int count = x.tokens - start < kTokens ? int(x.tokens - start) : kTokens;
+        float* place = out + start * out_stride + tile * kTileRows;
+        __m512 total[kTokens];
+        for (int t = 0; t < kTokens; t++)
+          total[t] = begin && t < count ? _mm512_maskz_loadu_ps(mask, place + t * out_stride) : _mm512_setzero_ps();
+        const int8_t* q[kTokens];  // tokens beyond the last compute the last again; nothing is stored for them
+        for (int t = 0; t < kTokens; t++) q[t] = x.q + (start + (t < count ? t : count - 1)) * q_stride;
+        for (int64_t group = begin; group < end; group++) {
+          const uint8_t* codes = panel + (group - begin) * w.group_size * kTileRows;
+          __m512i dot[kTokens] = {};
+          for (int quad = 0; quad < w.group_size / 4; quad++) {
+            const __m512i c = _mm512_load_si512(codes + 64 * quad);
+            const int64_t column = group * w.group_size + 4 * quad;
+            for (int t = 0; t < kTokens; t++) dot[t] = _mm512_dpbusd_epi32(dot[t], c, four_columns(q[t] + column));
+          }
+          const __m512 scale = load_scales(w, tile * w.groups + group);
+          for (int t = 0; t < count; t++) total[t] = add_group(total[t], dot[t], scale, w, x, start + t, group);
+        }
+        for (int t = 0; t < count; t++) _mm512_mask_storeu_ps(place + t * out_stride, mask, total[t]);
+      }
+    }
+  }
+}
+
+void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                   int64_t last) {
+  if (x.tokens > 4) return many_tokens(w, x, out, out_stride, first, last);
+  switch (x.tokens) {
+    case 4: return few_tokens<4>(w, x, 0, out, out_stride, first, last);
+    case 3: return few_tokens<3>(w, x, 0, out, out_stride, first, last);
+    case 2: return few_tokens<2>(w, x, 0, out, out_stride, first, last);
+    case 1: return few_tokens<1>(w, x, 0, out, out_stride, first, last);
+  }
+}
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace MOERT_ISA
 
 extern const Kernel kAvx512Kernel = {
     "avx512",
-    [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")); },
+    isa_avx512::supported,
+    isa_avx512::quantise,
     isa_avx512::nested_matmul,
     isa_avx512::nested_dequantise,
     isa_avx512::bf16_matmul,

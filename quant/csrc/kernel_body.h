@@ -56,39 +56,37 @@ inline f32x16 column(u32x16 codes, int byte) {
   return __builtin_convertvector(bits_as<i32x16>((codes >> (8 * byte)) & 0xffu), f32x16);
 }
 
-template <int T>
-void nested_tokens(const NestedMatrix& w, const float* x, int64_t x_stride, float* out, int64_t out_stride,
-                   int64_t first, int64_t last) {
-  const int quads = w.group_size / 4;
-  for (int64_t tile = first; tile < last; tile++) {
-    f32x16 total[T] = {};
-    for (int64_t group = 0; group < w.groups; group++) {
-      const int64_t cell = tile * w.groups + group;
-      f32x16 sum[T] = {};
-      for (int quad = 0; quad < quads; quad++) {
-        const u32x16 codes = codes_of(w, cell, quad);
-        for (int byte = 0; byte < 4; byte++) {
-          const f32x16 c = column(codes, byte) - w.midpoint;
-          const int64_t k = group * w.group_size + 4 * quad + byte;
-          for (int t = 0; t < T; t++) sum[t] += c * x[t * x_stride + k];
-        }
-      }
-      const f32x16 scale = load_half(w.scales + cell * kTileRows * 2);
-      for (int t = 0; t < T; t++) total[t] += scale * sum[t];
-    }
-    const int64_t row = tile * kTileRows;
-    const int64_t rows = w.rows - row < kTileRows ? w.rows - row : kTileRows;
-    for (int t = 0; t < T; t++) std::memcpy(out + t * out_stride + row, &total[t], rows * sizeof(float));
-  }
-}
+// Rounds to the nearest whole number, ties to even, for |v| < 2^22.
+inline f32x16 round_even(f32x16 v) { return (v + 12582912.0f) - 12582912.0f; }
 
-void nested_matmul(const NestedMatrix& w, const float* x, int64_t tokens, int64_t x_stride, float* out,
-                   int64_t out_stride, int64_t first, int64_t last) {
-  int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4)
-    nested_tokens<4>(w, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
-  for (; t < tokens; t++)
-    nested_tokens<1>(w, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales, int32_t* sums) {
+  typedef int8_t i8x16 __attribute__((vector_size(16)));
+  for (int64_t group = 0; group < groups; group++) {
+    f32x16 part[8] = {}, poison = {};
+    float peak = 0;
+    const int64_t start = group * group_size;
+    for (int i = 0; i < group_size / 16; i++) {
+      const int64_t left = cols - start - 16 * i;
+      if (left <= 0) break;
+      std::memcpy(&part[i], x + start + 16 * i, (left < 16 ? left : 16) * sizeof(float));
+      poison += part[i] * 0.0f;  // NaN where an input is not finite: it must reach the output
+      const f32x16 size = bits_as<f32x16>(bits_as<u32x16>(part[i]) & 0x7fffffffu);
+      for (int lane = 0; lane < 16; lane++) peak = size[lane] > peak ? size[lane] : peak;
+    }
+    const float scale = peak / 127, inverse = peak > 0 ? 127 / peak : 0;
+    i32x16 sum = {};
+    for (int i = 0; i < group_size / 16; i++) {
+      const i32x16 whole = __builtin_convertvector(round_even(part[i] * inverse), i32x16);
+      sum += whole;
+      const i8x16 narrow = __builtin_convertvector(whole, i8x16);
+      std::memcpy(q + start + 16 * i, &narrow, sizeof(narrow));
+    }
+    int32_t total = 0;
+    float bad = 0;
+    for (int lane = 0; lane < 16; lane++) total += sum[lane], bad += poison[lane];
+    scales[group] = scale / 2 + bad;
+    sums[group] = total;
+  }
 }
 
 void nested_dequantise(const NestedMatrix& w, int64_t cols, float* out, int64_t out_stride, int64_t first,

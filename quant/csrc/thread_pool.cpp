@@ -18,6 +18,7 @@ void ThreadPool::resize(int threads) {
   std::lock_guard<std::mutex> caller(callers_);
   stop();
   stopping_ = false;
+  size_ = threads;
   for (int i = 1; i < threads; i++) workers_.emplace_back(&ThreadPool::work, this, i, generation_.load());
 }
 
@@ -56,11 +57,11 @@ void ThreadPool::work(int index, uint64_t seen) {
 }
 
 void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  std::lock_guard<std::mutex> caller(callers_);
-  if (workers_.empty() || count < 2) {
+  if (size_ == 1 || count < 2) {
     if (count > 0) body(0, count);
     return;
   }
+  std::lock_guard<std::mutex> caller(callers_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     count_ = count;

@@ -18,10 +18,10 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int size() const { return int(workers_.size()) + 1; }
+  int size() const { return size_; }
   void resize(int threads);
   // Calls body(first, last) on contiguous parts of [0, count), one part a thread, and returns when all have ended.
-  // Calls from several threads are taken one after the other.
+  // Calls from several threads are taken one after the other; a pool of one is no pool: each computes by itself.
   void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body);
 
  private:
@@ -33,7 +33,7 @@ class ThreadPool {
   std::mutex callers_, mutex_;
   std::condition_variable wake_, done_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int> pending_{0};
+  std::atomic<int> pending_{0}, size_{1};
   bool stopping_ = false;
   int64_t count_ = 0;
   const std::function<void(int64_t, int64_t)>* body_ = nullptr;
