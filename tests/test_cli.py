@@ -18,6 +18,8 @@ from moert.errors import BudgetError, StoreError, UsageError
 
 from .program import FakeLLM, Program
 
+ROOT = Path(main.__file__).parents[2]
+
 
 @pytest.fixture
 def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
@@ -58,14 +60,20 @@ def test_errors_are_one_sentence_and_a_code(moert: Program, error: Exception, co
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [sys.executable, "-m", "moert", "doctor", "--json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(main.__file__).parents[2]
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from moert.cli.main import run\n"
+    code += "try: run(sys.argv[1:])\nfinally: print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    for command in main.COMMANDS:
+        done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "set()\n")
 
 
 # generate
@@ -84,6 +92,15 @@ def test_generate_streams_text_to_stdout_and_status_to_stderr(moert: Program) ->
     assert "\x1b" not in result.err
     assert "temperature 0.6 (model)" in moert("generate", "-p", "x", llm=FakeLLM(["y"])).err
     assert moert("generate", "-p", "x", "-q", llm=FakeLLM(["y"])).err == ""
+
+
+def test_control_characters_are_kept_from_terminals_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common.write_text("a\x1b[2J\n\t\r")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    common.write_text("é\x1b[2J\n\t\x9b")
+    assert capsys.readouterr().out == "a\x1b[2J\n\t\ré[2J\n\t"
 
 
 def test_generate_json_is_one_object(moert: Program) -> None:

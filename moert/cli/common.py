@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,13 @@ def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> Sampl
         "Sampling: " + ", ".join(f"{name} {value} ({origins.get(name, 'default')})" for name, value in values.items())
     )
     return params
+
+
+def write_text(text: str) -> None:
+    """Print a piece of an answer. On a terminal without control characters: a model must not be able to steer it."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    print(text, end="", flush=True)
 
 
 def check_system(args: argparse.Namespace, chat: bool) -> None:

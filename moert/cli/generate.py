@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
         stats = None
         try:
             for piece in llm.stream_chat(messages, params) if args.chat else llm.stream(prompt, params):
-                print(piece.text, end="", flush=True)
+                common.write_text(piece.text)
                 stats = piece.stats
         finally:
             print(flush=True)
