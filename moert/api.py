@@ -193,7 +193,7 @@ class LLM:
                 yield Piece(text, new, None, meter.stats(len(out)))
                 new = []
             if self._latest is not request:
-                raise UsageError("Another request was started on this model before this answer ended; take them in turn.")
+                raise UsageError("Another request began on this model before this answer ended; take them in turn.")
             logits = engine.forward([token])
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -211,7 +211,9 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

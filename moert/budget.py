@@ -89,8 +89,8 @@ def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | N
     """
     if expert_budget is not None and expert_budget < needs.one_expert:
         raise BudgetError(
-            f"An expert budget of {expert_budget} bytes ({format_bytes(expert_budget)}) holds no expert; the least that "
-            f"would do is {needs.one_expert} bytes ({format_bytes(needs.one_expert)}).",
+            f"An expert budget of {expert_budget} bytes ({format_bytes(expert_budget)}) holds no expert; the least "
+            f"that would do is {needs.one_expert} bytes ({format_bytes(needs.one_expert)}).",
             needs.one_expert,
         )
     limit = memory_budget

@@ -70,8 +70,13 @@ class Engine:
         self._describe(store, config, slots[0], num_experts, on_status)
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
-        self._cache = KVCache(arch, self.ctx_size)
+        self._cache = KVCache(arch, self.ctx_size, self._kv_dtype(store))
         self.tokens: list[int] = []
+
+    @staticmethod
+    def _kv_dtype(store: Store) -> torch.dtype:
+        """float16, but float32 for a lossless store: that one is the reference that others are compared with."""
+        return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
         libraries, available = library_bytes(), available_bytes()
@@ -81,7 +86,7 @@ class Engine:
             needs = Needs(
                 libraries=libraries,
                 dense=store.dense_bytes,
-                kv_cache=KVCache.bytes_for(store.architecture, ctx_size),
+                kv_cache=KVCache.bytes_for(store.architecture, ctx_size, self._kv_dtype(store)),
                 workspace=workspace_bytes(store.architecture, ctx_size),
                 one_expert=one,
                 all_experts=one * len(store.moe_layers) * store.num_experts,
@@ -142,7 +147,7 @@ class Engine:
         """
         self._cache.check_room(len(ids))
         self._cache.truncate(len(self.tokens))
-        logits = []
+        logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
             result = self._decoder(torch.tensor(chunk), self._cache, all_logits)

@@ -1,19 +1,15 @@
 """One API for products with weights as they are and with nested-bit weights.
 
-The kernel is chosen at import: the widest instruction set that the processor has, or the one that the environment
-variable MOERT_KERNEL names (avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback
-where the compiled module is missing. Few tokens go through the kernels, which read each weight once; for many the
-weights are unpacked a block of rows at a time and multiplied by torch.
+Few tokens go through the compiled kernels, which read each weight once; for many the weights are unpacked a block of
+rows at a time and multiplied by torch. `moert.quant.dispatch` says which kernel is in use.
 """
 
 # T tokens, N rows (outputs), K columns (inputs), D hidden, F expert inner size
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from types import ModuleType
 from typing import Any
 
@@ -21,27 +17,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import reference
-from .format import ExpertLayout, MatrixLayout, midpoint
+from moert.quant import reference
+from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, set_kernel, set_num_threads
+from moert.quant.format import ExpertLayout, MatrixLayout, midpoint
 
-native: ModuleType | None
-try:
-    from . import _native as native  # type: ignore[attr-defined, no-redef]
-except ImportError:  # not built: everything still works, slowly, and `moert doctor` says so
-    native = None
+__all__ = [
+    "ACTIVATIONS",
+    "Kernel",
+    "PackedExpert",
+    "PackedMatrix",
+    "available_kernels",
+    "expert_ffn",
+    "gather_rows",
+    "kernel_name",
+    "linear",
+    "set_kernel",
+    "set_num_threads",
+]
 
 # Below this many tokens a kernel that streams the weights wins over unpacking them for torch (measured, 2 cores).
 FEW_TOKENS = 12
 _BLOCK_WEIGHTS = 1 << 20  # weights unpacked at a time: 4 MiB of float32
-
-
-class Kernel(StrEnum):
-    """Instruction sets, and the torch reference."""
-
-    AVX512 = "avx512"
-    AVX2 = "avx2"
-    GENERIC = "generic"
-    REFERENCE = "reference"
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,42 +46,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
 }
-
-
-def available_kernels() -> list[Kernel]:
-    """Kernels that run on this machine, the default first."""
-    names = native.kernel_names() if native is not None else []
-    return [Kernel(name) for name in names] + [Kernel.REFERENCE]
-
-
-def set_kernel(kernel: Kernel | str) -> None:
-    """Use `kernel` from now on. Raises ValueError naming the kernels that this machine has."""
-    global _active
-    names = [str(k) for k in available_kernels()]
-    if kernel not in names:
-        raise ValueError(f"kernel {kernel!r} is not available here (available: {', '.join(names)})")
-    _active = Kernel(kernel)
-    if native is not None and _active is not Kernel.REFERENCE:
-        native.set_kernel(str(_active))
-
-
-_active = available_kernels()[0]
-if os.environ.get("MOERT_KERNEL"):
-    set_kernel(os.environ["MOERT_KERNEL"])
-
-
-def kernel_name() -> str:
-    """Name of the kernel in use."""
-    return str(_active)
-
-
-def set_num_threads(threads: int) -> None:
-    """Threads of the kernels and of torch. Raises ValueError below 1."""
-    if threads < 1:
-        raise ValueError(f"{threads} threads: at least 1 is needed")
-    torch.set_num_threads(threads)
-    if native is not None:
-        native.set_num_threads(threads)
 
 
 def _operand(layout: MatrixLayout, addresses: Sequence[int]) -> tuple[Any, ...]:
@@ -107,7 +67,7 @@ def _operand(layout: MatrixLayout, addresses: Sequence[int]) -> tuple[Any, ...]:
 class PackedMatrix:
     """A nested-bit matrix in memory, used at the width of its last slice.
 
-    slices: contiguous uint8 [layout.slice_bytes(i)] of the first slices (best on 64 bytes). Raises ValueError for others.
+    slices: contiguous uint8 [layout.slice_bytes(i)] of the first slices (best on 64 bytes). Else ValueError.
     """
 
     layout: MatrixLayout
@@ -129,10 +89,11 @@ class PackedMatrix:
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first..last dequantised, float32 [last - first, K]. `first` is a multiple of 16."""
-        if native is None or _active is Kernel.REFERENCE:
+        module = compiled()
+        if module is None:
             return reference.dequantise(self.slices, self.layout, len(self.slices))[first:last]
         out = torch.empty(last - first, self.layout.cols)
-        native.nested_dequantise(*self.operand, self.layout.cols, out.data_ptr(), out.stride(0), first, last)
+        module.nested_dequantise(*self.operand, self.layout.cols, out.data_ptr(), out.stride(0), first, last)
         return out
 
 
@@ -190,8 +151,9 @@ def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
     if isinstance(w, Tensor) and w.dtype == torch.float32:
         return functional.linear(x, w)
     streams = isinstance(w, PackedMatrix) or (w.dtype == torch.bfloat16 and w.is_contiguous())
-    if native is not None and _active is not Kernel.REFERENCE and streams and len(x) < FEW_TOKENS:
-        return _few_tokens(x, w, native)
+    module = compiled()
+    if module is not None and streams and len(x) < FEW_TOKENS:
+        return _few_tokens(x, w, module)
     out = torch.empty(len(x), rows)
     step = max(16, _BLOCK_WEIGHTS // cols // 16 * 16)
     for first in range(0, rows, step):

@@ -1,7 +1,8 @@
 """Quantisers: choose the codes and the scales of nested slices.
 
 Round to nearest with one clipping range per group, searched so that the errors of all widths together are least, and
-scales refitted for each width by least squares. Refitting per width is what makes prefixes usable: Any-Precision LLM
+scales refitted for each width by least squares. The search is
+compiled; its torch version says what it does. Refitting per width is what makes prefixes usable: Any-Precision LLM
 (arXiv 2402.10517), AnyBCQ (arXiv 2510.10467).
 """
 
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .format import PART_ALIGN, SLICE_ALIGN, ExpertLayout, MatrixLayout, align, midpoint
-from .reference import dequantise, pack, padded_columns
+from moert.quant.dispatch import compiled
+from moert.quant.format import PART_ALIGN, SLICE_ALIGN, ExpertLayout, MatrixLayout, align, midpoint
+from moert.quant.reference import dequantise, pack, padded_columns
 
 __all__ = ["dequantise", "pack_expert", "quantise"]
 
@@ -38,25 +40,23 @@ def _fit(w: Tensor, codes: Tensor, width: int, top: int) -> tuple[Tensor, Tensor
     return scale, torch.addcmul(w, levels, scale[:, None], value=-1).square().sum(-1)
 
 
-def _search(w: Tensor, widths: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """Codes (float32 [groups, G]) and scales (one [groups] per width) of groups w [groups, G]."""
+def _search(w: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 [groups, G]) and scales (fp16 [widths, groups]) of groups w [groups, G]."""
     top = widths[-1]
     peak = w.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    energy = w.square().sum(-1).clamp_min(1e-30)
-    best_cost = torch.full_like(energy, float("inf"))
+    best_cost = w.new_full((len(w),), float("inf"))
     best_codes = torch.zeros_like(w)
-    best_scales = [torch.zeros_like(energy) for _ in widths]
+    best_scales = w.new_zeros(len(widths), len(w))
     for clip in CLIPS:
-        step = peak * (clip * 2 / 2**top)
-        codes = torch.floor(w / step).add_(2 ** (top - 1)).clamp_(0, 2**top - 1)
+        codes = torch.floor(w * (2 ** (top - 1) / (peak * clip)) + 2 ** (top - 1)).clamp_(0, 2**top - 1)
         fits = [_fit(w, codes, width, top) for width in widths]
         # Relative to what rounding costs at that width (a factor of 4 per bit), so that no width is drowned.
-        cost = sum(weight * 4.0**width * error for weight, width, (_, error) in zip(weights, widths, fits, strict=True))
+        cost = sum(error * 4.0**width for width, (_, error) in zip(widths, fits, strict=True))
         better = cost < best_cost
         best_cost = torch.where(better, cost, best_cost)
         best_codes = torch.where(better[:, None], codes, best_codes)
-        best_scales = [torch.where(better, fit[0], old) for fit, old in zip(fits, best_scales, strict=True)]
-    return best_codes, best_scales
+        best_scales = torch.where(better, torch.stack([scale for scale, _ in fits]), best_scales)
+    return best_codes.to(torch.uint8), best_scales.to(torch.float16)
 
 
 def quantise(w: Tensor, layout: MatrixLayout) -> list[Tensor]:
@@ -68,26 +68,24 @@ def quantise(w: Tensor, layout: MatrixLayout) -> list[Tensor]:
     if tuple(w.shape) != (layout.rows, layout.cols):
         raise ValueError(f"shape {tuple(w.shape)} is not {layout.rows} x {layout.cols}")
     w = w.float()
-    peak = float(w.abs().max())
-    if not peak < _FP16_MAX:  # also true for NaN
+    if not float(w.abs().max()) < _FP16_MAX:  # also true for NaN
         raise ValueError("the weights hold values that are not finite or above 65504")
-    padded = w
     if padded_columns(layout) != layout.cols:
-        padded = w.new_zeros(layout.rows, padded_columns(layout))
-        padded[:, : layout.cols] = w
-    groups = padded.reshape(-1, layout.group_size)
+        w = torch.nn.functional.pad(w, (0, padded_columns(layout) - layout.cols))
+    groups = w.contiguous().view(-1, layout.group_size)
     codes = torch.empty(groups.shape, dtype=torch.uint8)
-    scales = [torch.empty(len(groups)) for _ in layout.widths]
-    weights = [1.0] * len(layout.widths)
-    step = _BLOCK_WEIGHTS // layout.group_size
-    for start in range(0, len(groups), step):
-        block = slice(start, start + step)
-        found, fitted = _search(groups[block], layout.widths, weights)
-        codes[block] = found.to(torch.uint8)
-        for target, values in zip(scales, fitted, strict=True):
-            target[block] = values
-    shape = (layout.rows, layout.groups)
-    return pack(codes.reshape(layout.rows, -1)[:, : layout.cols], [s.reshape(shape) for s in scales], layout)
+    scales = torch.empty(len(layout.widths), len(groups), dtype=torch.float16)
+    module = compiled()
+    if module is not None:
+        pointers = (codes.data_ptr(), scales.data_ptr())
+        module.search_codes(groups.data_ptr(), len(groups), layout.group_size, layout.widths, CLIPS, *pointers)
+    else:
+        step = _BLOCK_WEIGHTS // layout.group_size
+        for start in range(0, len(groups), step):
+            block = slice(start, start + step)
+            codes[block], scales[:, block] = _search(groups[block], layout.widths)
+    codes = codes.view(layout.rows, -1)[:, : layout.cols]
+    return pack(codes, list(scales.view(-1, layout.rows, layout.groups)), layout)
 
 
 def pack_expert(gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout) -> list[Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .format import PART_ALIGN, TILE_ROWS, MatrixLayout, align, midpoint
+from moert.quant.format import PART_ALIGN, TILE_ROWS, MatrixLayout, align, midpoint
 
 
 def _columns_per_chunk(bits: int) -> int:

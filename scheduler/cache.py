@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from .types import ExpertKey, RoutedExpert, SliceKey
+from moert.scheduler.types import ExpertKey, RoutedExpert, SliceKey
 
 
 class CachePolicy(Protocol):
@@ -95,10 +95,8 @@ class SliceCache:
         evicted: list[SliceKey] = []
         for index in range(first, last):
             if self.free[index] == 0:
-                victim = next(
-                    (k for k in self.policy.eviction_order() if k not in keep and k != key and self._resident[k] > index),
-                    None,
-                )
+                candidates = (k for k in self.policy.eviction_order() if k not in keep and k != key)
+                victim = next((k for k in candidates if self._resident[k] > index), None)
                 if victim is None:
                     raise ValueError(f"no slot for slice {index} of expert {key.expert} in layer {key.layer}")
                 evicted += self.shrink(victim, index)

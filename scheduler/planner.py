@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cache import SliceCache
-from .types import ExpertKey, Load, Plan, RoutedExpert, Wave
+from moert.scheduler.cache import SliceCache
+from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, Wave
 
 
 def hottest_first(routed: Sequence[RoutedExpert]) -> list[RoutedExpert]:

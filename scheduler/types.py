@@ -36,7 +36,7 @@ class RoutedExpert:
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.slices < 1:
-            raise ValueError(f"expert {self.expert}: {self.tokens} tokens and {self.slices} slices, both are at least 1")
+            raise ValueError(f"expert {self.expert}: {self.tokens} tokens, {self.slices} slices; both are at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def test_importing_the_package_is_light():
 
 
 def test_using_the_package_never_loads_transformers():
-    assert loaded_after("from moert import LLM, SamplingParams", "transformers", "accelerate", "torch.cuda.nccl") == []
+    assert loaded_after("from moert import LLM, SamplingParams", "transformers", "accelerate") == []
 
 
 def test_the_command_line_imports_commands_lazily():

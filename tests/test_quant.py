@@ -132,6 +132,23 @@ def test_quantiser_is_close_to_brute_force_per_width_and_nested_costs_little():
             assert error <= bound * least
 
 
+@settings(max_examples=40, deadline=None)
+@given(layouts, st.integers(0, 2**31), st.sampled_from([1e-9, 1e-4, 1.0, 1e3]))
+def test_the_compiled_search_is_as_good_as_the_reference(layout, seed, size):
+    w = torch.randn(layout.rows, layout.cols, generator=torch.Generator().manual_seed(seed)) * size
+    errors = []
+    try:
+        for kernel in matmul.available_kernels():
+            matmul.set_kernel(kernel)
+            pieces = nested.quantise(w, layout)
+            matmul.set_kernel("reference")
+            full = [nested.dequantise(pieces, layout, i + 1) for i in range(len(pieces))]
+            errors.append([float((f - w).double().square().sum()) for f in full])
+    finally:
+        matmul.set_kernel(matmul.available_kernels()[0])
+    assert np.allclose(errors, errors[-1], rtol=2e-2, atol=1e-12 * size**2)
+
+
 def test_more_bits_are_never_worse():
     layout = fmt.MatrixLayout(48, 192, 64, (2, 3, 4, 5, 8))
     w = torch.randn(48, 192) * torch.rand(48, 1) * 3
@@ -183,12 +200,13 @@ def test_expert_ffn_matches_float64(widths):
     x = torch.randn(5, 96)
     for count in range(1, len(pieces) + 1):
         expert = matmul.PackedExpert.from_slices(pieces[:count], layout)
-        full = [m.double() if layout.raw else m.rows(0, m.shape[0]).double() for m in (expert.gate, expert.up, expert.down)]
+        parts = (expert.gate, expert.up, expert.down)
+        full = [m.double() if layout.raw else m.rows(0, m.shape[0]).double() for m in parts]
         g = x.double() @ full[0].T
         expected = (g * torch.sigmoid(g) * (x.double() @ full[1].T)) @ full[2].T
         torch.testing.assert_close(matmul.expert_ffn(x, expert).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_kernel_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="available: .*reference"):
+    with pytest.raises(ValueError, match=r"available: .*reference"):
         matmul.set_kernel("neon9")

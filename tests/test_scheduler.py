@@ -99,7 +99,8 @@ def test_partial_eviction_keeps_the_base():
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("fixed:5", "does not hold"), ("routed", "not known"), ("fixed:", "not known"), ("4", "not known")]
+    ("text", "reason"),
+    [("fixed:5", "does not hold"), ("routed", "not known"), ("fixed:", "not known"), ("4", "not known")],
 )
 def test_unknown_precision_is_refused(text, reason):
     with pytest.raises(ValueError, match=reason):

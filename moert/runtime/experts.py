@@ -149,8 +149,9 @@ def _rows_by_expert(indices: Tensor) -> dict[int, Tensor]:
     if len(indices) == 1:
         return {expert: torch.tensor([at]) for at, expert in enumerate(flat.tolist())}
     order = flat.argsort(stable=True)
-    experts, counts = flat[order].unique_consecutive(return_counts=True)
-    return dict(zip(experts.tolist(), order.split(counts.tolist()), strict=True))
+    counts = torch.bincount(flat)
+    experts = counts.nonzero().flatten()
+    return dict(zip(experts.tolist(), torch.split(order, counts[experts].tolist()), strict=True))
 
 
 def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
@@ -158,4 +159,4 @@ def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
     if len(indices) == 1:
         return dict(zip(flat.tolist(), weights.flatten().tolist(), strict=True))
     sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
-    return {expert: sum_ for expert, sum_ in enumerate(sums.tolist())}
+    return dict(enumerate(sums.tolist()))

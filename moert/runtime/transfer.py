@@ -59,7 +59,7 @@ class _File:
 class Read:
     """One read in flight: `buffers` are filled in order from `offset` of `path`.
 
-    checksums: CRC-32 that each buffer must have, or None where it was checked before. `what` names the expert in errors.
+    checksums: CRC-32 that each buffer must have, or None where it was checked before. `what`: the expert, for errors.
     """
 
     path: Path
@@ -92,7 +92,9 @@ class SliceReader:
         self._queue: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._work, name=f"moert-read-{i}", daemon=True) for i in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"moert-read-{i}", daemon=True) for i in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 

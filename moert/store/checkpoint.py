@@ -68,12 +68,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} has no {TOKENIZER_FILE}: save the tokenizer there in the format of the tokenizers library."
             )
-        files = tuple(path / name for name in sorted(set(weight_map.values())) or [SINGLE_FILE])
+        shards: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            shards.setdefault(shard, []).append(name)
+        files = tuple(path / name for name in sorted(shards) or [SINGLE_FILE])
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             found = {info.name: info for info in read_header(file)}
-            if weight_map:  # the index decides: files may hold leftovers that it does not name
-                listed = [name for name, shard in weight_map.items() if shard == file.name]
+            if shards:  # the index decides: files may hold leftovers that it does not name
+                listed = shards[file.name]
                 if lost := next((name for name in listed if name not in found), None):
                     raise CheckpointError(f"Tensor {lost} is not in {file}, although {INDEX_FILE} says so.")
                 found = {name: found[name] for name in listed}

@@ -43,7 +43,8 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, shared, as flat bytes."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def sync_folder(path: Path) -> None:
@@ -57,7 +58,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Any]:
-    """A binary file that appears at `path`, durable and whole, when the block ends; after an exception nothing stays."""
+    """A binary file that appears at `path`, whole and durable, when the block ends; nothing stays after an error."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -9,7 +9,7 @@
     group_size        weights that share a scale
     dense_bits        8 or 16
     experts           {layers: [MoE layers], count, hidden, inner, dtype of the source}
-    dense             canonical name -> {shape, width: 8} or {shape, dtype}, and crc32, in the order of dense.safetensors
+    dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order
     weights           file -> {size, data_start: where tensor data begin}, in bytes
     copies            config.json and tokenizer.json -> {size, crc32}
     checksums         layer -> expert -> slice: CRC-32 of the padded slice

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +64,10 @@ class Store:
         if not path.is_dir():
             raise StoreError(f"There is no store {path}.")
         meta = read_meta(path / META_FILE)
-        for name, size in {**meta.weights, **meta.copies}.items():
-            _check_size(path / name, size.size)
-        data = (path / CONFIG_FILE).read_bytes()
+        sizes = {name: file.size for name, file in meta.weights.items()}
+        for name, size in (sizes | {name: file.size for name, file in meta.copies.items()}).items():
+            _check_size(path / name, size)
+        data = _read(path / CONFIG_FILE)
         if zlib.crc32(data) != meta.copies[CONFIG_FILE].crc32:
             raise _changed(path / CONFIG_FILE, "is not as it was written")
         config = json.loads(data)
@@ -116,7 +119,7 @@ class Store:
         """All tensors but the experts', by canonical name, in memory of their own. StoreError names a damaged one."""
         result: dict[str, Tensor | PackedMatrix] = {}
         offset = self.meta.weights[DENSE_FILE].data_start
-        with opened(self.path / DENSE_FILE) as fd:
+        with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
                 result[tensor.name] = self._read_dense(fd, tensor, offset, crc)
                 offset += tensor.nbytes
@@ -146,10 +149,10 @@ class Store:
                 progress(done, total)
 
         for name, copy in self.meta.copies.items():
-            if zlib.crc32((self.path / name).read_bytes()) != copy.crc32:
+            if zlib.crc32(_read(self.path / name)) != copy.crc32:
                 raise _changed(self.path / name, "is not as it was written")
         start = self.meta.weights[DENSE_FILE].data_start
-        with opened(self.path / DENSE_FILE) as fd:
+        with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
                 self._read_dense(fd, tensor, start, crc)
                 start += tensor.nbytes
@@ -160,7 +163,7 @@ class Store:
     def _verify_layer(self, layer: int, file: Path, before: int, advance: Callable[[int], None]) -> None:
         _check_start(file, ExpertFile(layer, self.num_experts, self.layout).header)
         buffer = memoryview(bytearray(max(self.layout.slice_sizes)))
-        with opened(file) as fd:
+        with _reading(file) as fd:
             for e in range(self.num_experts):
                 offset = self.location(layer, e).offset
                 for i, size in enumerate(self.layout.slice_sizes):
@@ -175,6 +178,22 @@ def _changed(file: Path, what: str) -> StoreError:
     return StoreError(f"{file} {what}: convert the model again.")
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[int]:
+    try:
+        with opened(file) as fd:
+            yield fd
+    except OSError as error:
+        raise StoreError(f"Cannot read {file}: {error.strerror}.") from error
+
+
+def _read(file: Path) -> bytes:
+    with _reading(file) as fd:
+        data = bytearray(os.fstat(fd).st_size)
+        read_into(fd, memoryview(data), 0)
+    return bytes(data)
+
+
 def _check_size(file: Path, size: int) -> None:
     try:
         found = file.stat().st_size
@@ -186,10 +205,7 @@ def _check_size(file: Path, size: int) -> None:
 
 def _check_start(file: Path, expected: bytes) -> None:
     found = bytearray(len(expected))
-    try:
-        with opened(file) as fd:
-            read_into(fd, memoryview(found), 0)
-    except OSError as error:
-        raise StoreError(f"Cannot read {file}: {error.strerror}.") from error
+    with _reading(file) as fd:
+        read_into(fd, memoryview(found), 0)
     if found != expected:
         raise _changed(file, "has a damaged header")

@@ -36,11 +36,6 @@ class SourceModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        if quantised := checkpoint.config.get("quantization_config"):
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-            raise CheckpointError(
-                f"{checkpoint.path} is quantised already (method {method}): use a bfloat16, float16 or float32 checkpoint."
-            )
         self.architecture: Architecture = registry.architecture(checkpoint.config)
         canonical_name = registry.family(self.architecture.model_type).canonical_name
         self._tensors: dict[str, TensorInfo] = {}
@@ -58,7 +53,10 @@ class SourceModel:
     @classmethod
     def open(cls, path: Path) -> SourceModel:
         """Raises CheckpointError or UnsupportedModelError with one sentence on what is wrong."""
-        return cls(Checkpoint.open(path))
+        try:
+            return cls(Checkpoint.open(path))
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
 
     def _prefix(self, layer: int) -> str:
         return f"model.layers.{layer}.mlp.experts."

@@ -30,6 +30,16 @@ struct NestedMatrix {
   float midpoint;
 };
 
+// Rounding with a search of the clipping range, as quant/nested.py describes it.
+struct Search {
+  const int* widths;  // ascending
+  int num_widths;
+  const float* clips;
+  int num_clips;
+  int group_size;
+  int64_t num_groups;
+};
+
 struct Kernel {
   const char* name;
   bool (*supported)();
@@ -43,6 +53,10 @@ struct Kernel {
   // The same product with bf16 rows [rows, cols], rows [first, last).
   void (*bf16_matmul)(const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
                       int64_t out_stride, int64_t first, int64_t last);
+  // Codes [num_groups][group_size] of the largest width and fp16 scales [num_widths][num_groups] of the groups
+  // [first, last) of w [num_groups][group_size].
+  void (*search_codes)(const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first,
+                       int64_t last);
 };
 
 extern const Kernel kGenericKernel;

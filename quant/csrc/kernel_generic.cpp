@@ -10,6 +10,7 @@ extern const Kernel kGenericKernel = {
     isa_generic::nested_matmul,
     isa_generic::nested_dequantise,
     isa_generic::bf16_matmul,
+    isa_generic::search_codes,
 };
 
 }  // namespace moert

@@ -99,6 +99,19 @@ void bf16_matmul(uintptr_t w, int64_t rows, int64_t cols, uintptr_t x, int64_t t
   });
 }
 
+void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::vector<int>& widths,
+                  const std::vector<float>& clips, uintptr_t codes, uintptr_t scales) {
+  if (widths.empty() || widths.size() > 8 || group_size % 16 != 0 || group_size > 128)
+    throw std::invalid_argument("bad widths or group size");
+  const Search search{widths.data(), int(widths.size()), clips.data(), int(clips.size()), group_size, num_groups};
+  const Kernel* kernel = active;
+  nb::gil_scoped_release release;
+  pool().parallel_for(num_groups, [&](int64_t first, int64_t last) {
+    kernel->search_codes(search, reinterpret_cast<const float*>(w), reinterpret_cast<uint8_t*>(codes),
+                         reinterpret_cast<uint16_t*>(scales), first, last);
+  });
+}
+
 }  // namespace
 }  // namespace moert
 
@@ -108,6 +121,7 @@ NB_MODULE(_native, m) {
   m.def("nested_matmul", &nested_matmul);
   m.def("nested_dequantise", &nested_dequantise);
   m.def("bf16_matmul", &bf16_matmul);
+  m.def("search_codes", &search_codes);
   m.def("set_num_threads", [](int n) {
     if (n < 1) throw std::invalid_argument("at least one thread is needed");
     nb::gil_scoped_release release;

@@ -1,0 +1,89 @@
+"""The decoder: embedding, layers, head. One sequence at a time, in chunks of any length, over a KV cache."""
+
+# T tokens, V vocabulary, D hidden
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moert.errors import CheckpointError
+from moert.models.architecture import Architecture
+from moert.models.attention import Attention, Span, span
+from moert.models.kv_cache import KVCache
+from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
+from moert.models.moe import Experts, MoEBlock
+from moert.models.rope import Rotation
+from moert.quant.matmul import gather_rows
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then experts or a dense MLP, each behind a norm and beside a residual: [T, D] -> [T, D]."""
+
+    def __init__(self, arch: Architecture, dense: DenseTensors, layer: int, experts: Experts) -> None:
+        super().__init__()
+        name = f"model.layers.{layer}"
+        self.input_layernorm = RMSNorm(dense, f"{name}.input_layernorm", arch.rms_norm_eps)
+        self.self_attn = Attention(arch, dense, layer)
+        self.post_attention_layernorm = RMSNorm(dense, f"{name}.post_attention_layernorm", arch.rms_norm_eps)
+        self.mlp: nn.Module
+        if arch.is_moe_layer[layer]:
+            self.mlp = MoEBlock(arch, dense, layer, experts)
+        else:
+            self.mlp = GatedMLP(dense, f"{name}.mlp", arch.hidden_act)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, cache)
+        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return result
+
+
+class Decoder(nn.Module):
+    """The model without its routed experts, which `experts` computes.
+
+    `dense` holds exactly the tensors of `arch.dense_tensors()`; CheckpointError names one that is missing, unknown or
+    of another shape.
+    """
+
+    def __init__(self, arch: Architecture, dense: DenseTensors, experts: Experts) -> None:
+        super().__init__()
+        _check(arch, dense)
+        self.arch = arch
+        self.rotation = Rotation(arch.rope, arch.head_dim)
+        self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
+        self.layers = nn.ModuleList(DecoderLayer(arch, dense, layer, experts) for layer in range(arch.num_layers))
+        self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
+        self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:
+        """Run tokens int64 [T] behind those in `cache`, which then holds them too.
+
+        Returns float32 logits: [V] for the last token, or [T, V]. UsageError if the tokens do not fit the cache;
+        ValueError if there are none.
+        """
+        past, count = cache.length, tokens.shape[0]
+        if count == 0:
+            raise ValueError("a forward pass needs at least one token")
+        cache.check_room(count)
+        cos, sin = self.rotation.cos_sin(past, count)
+        spans = {window: span(past, count, window) for window in set(self.arch.sliding_windows)}
+        x = gather_rows(self.embed_tokens.weight, tokens)
+        for layer, window in zip(self.layers, self.arch.sliding_windows, strict=True):
+            x = layer(x, cos, sin, spans[window], cache)
+        cache.advance(count)
+        logits: Tensor = self.lm_head(self.norm(x if all_logits else x[-1:]))
+        return logits if all_logits else logits[0]
+
+
+def _check(arch: Architecture, dense: DenseTensors) -> None:
+    specs = arch.dense_tensors()
+    for name in sorted(specs.keys() ^ dense.keys()):
+        problem = "is missing" if name in specs else "does not belong to it"
+        raise CheckpointError(
+            f"The weights of this {arch.model_type} model do not match its configuration: {name} {problem}."
+        )
+    for name, spec in specs.items():
+        if tuple(dense[name].shape) != spec.shape:
+            shape = tuple(dense[name].shape)
+            raise CheckpointError(f"The tensor {name} has the shape {shape}, but the configuration says {spec.shape}.")

@@ -1,0 +1,65 @@
+"""Layers that all families share. Everything is computed in float32; weights are upcast exactly."""
+
+# T tokens, D hidden, F inner size, N outputs, K inputs
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
+
+DenseTensors = Mapping[str, Tensor | PackedMatrix]
+
+
+def vector(dense: DenseTensors, name: str) -> nn.Parameter:
+    """The one-dimensional tensor `name` in float32: small, so it is upcast once."""
+    tensor = dense[name]
+    assert isinstance(tensor, Tensor)
+    return nn.Parameter(tensor.to(torch.float32), requires_grad=False)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, dense: DenseTensors, name: str, eps: float) -> None:
+        super().__init__()
+        self.weight = vector(dense, f"{name}.weight")
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """x [T, K] -> [T, N]; the weight is a tensor of any float dtype or a packed matrix."""
+
+    weight: Tensor | PackedMatrix
+
+    def __init__(self, dense: DenseTensors, name: str, bias: bool = False) -> None:
+        super().__init__()
+        weight = dense[f"{name}.weight"]
+        self.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
+        self.bias = vector(dense, f"{name}.bias") if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), [T, D] -> [T, D]; SwiGLU where the activation is silu."""
+
+    def __init__(self, dense: DenseTensors, name: str, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = Linear(dense, f"{name}.gate_proj")
+        self.up_proj = Linear(dense, f"{name}.up_proj")
+        self.down_proj = Linear(dense, f"{name}.down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return y

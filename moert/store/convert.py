@@ -1,0 +1,311 @@
+"""Turns a checkpoint into a store: one expert, or some rows of a dense matrix, in memory at a time.
+
+Works in OUT.partial beside OUT: progress.json records every finished file with its checksums, and store/ becomes OUT
+by one rename at the end, so that OUT is whole or not there. The source is only read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moert import __version__
+from moert.errors import CheckpointError, StoreError, UsageError
+from moert.quant import nested
+from moert.quant.format import GROUP_SIZES, ExpertLayout, MatrixLayout, check_widths
+from moert.store.fileio import atomic_file
+from moert.store.layout import (
+    CONFIG_FILE,
+    DENSE_FILE,
+    DENSE_WIDTH,
+    TOKENIZER_FILE,
+    DenseTensor,
+    ExpertFile,
+    build_header,
+    dense_order,
+    experts_file,
+)
+from moert.store.meta import CopiedFile, StoreMeta, WeightFile
+from moert.store.partial import Finished, Partial
+from moert.store.reader import Store
+from moert.store.source import SourceModel, row_chunks
+from moert.store.writer import TensorWriter, file_checksum
+
+COPIED_FILES = (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+COPIED_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertProgress:
+    """`done` of `total` bytes of the store; `resumed` of them were there before this run began."""
+
+    stage: str
+    done: int
+    total: int
+    resumed: int
+
+
+class Quantiser(Protocol):
+    """Chooses the codes of an expert. `name` is recorded in the store: two results of one name must be the same."""
+
+    name: str
+
+    def __call__(
+        self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout
+    ) -> Sequence[Tensor]:
+        """The slices of one expert, uint8 [layout.slice_sizes[i]]. gate, up: [F, D]; down: [D, F].
+
+        Raises ValueError for weights that cannot be stored.
+        """
+        ...
+
+
+class RoundToNearest:
+    """Codes from the weights alone, with a search of the clipping range."""
+
+    name = "round-to-nearest"
+
+    def __call__(
+        self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout
+    ) -> Sequence[Tensor]:
+        return nested.pack_expert(gate, up, down, layout)
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    widths: Sequence[int] = (2, 3, 4),
+    group_size: int = 64,
+    dense_bits: int = 8,
+    resume: bool = False,
+    progress: Callable[[ConvertProgress], None] | None = None,
+    quantiser: Quantiser | None = None,
+    source_name: str | None = None,
+) -> Store:
+    """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
+
+    `source_name` is recorded as where the model came from (default: the folder's name). A run that was cut off goes on
+    with `resume`, which also begins where there is nothing to resume. Raises UsageError for impossible settings,
+    CheckpointError and UnsupportedModelError for the source, StoreError for the output: a full disk, an OUT that
+    exists, settings or a source other than those of the run to be resumed.
+    """
+    source, out = Path(source), Path(out)
+    try:
+        checked = check_widths(widths)
+    except ValueError as error:
+        raise UsageError(f"Cannot convert: {error}.") from error
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"Group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}.")
+    if dense_bits not in (DENSE_WIDTH, 16):
+        raise UsageError(f"Dense weights can be stored at {DENSE_WIDTH} or 16 bits, not {dense_bits}.")
+    if os.path.lexists(out):
+        raise StoreError(f"{out} exists already: delete it or choose another name.")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise StoreError(f"{out} lies inside the checkpoint, which is never written to: choose another folder.")
+    plan = _Plan(SourceModel.open(source), checked, group_size, dense_bits, quantiser or RoundToNearest())
+    fingerprint = plan.source.checkpoint.fingerprint()
+    run = _Run(plan, out, progress)
+    try:
+        with Partial.begin(out, plan.settings(), fingerprint, resume) as partial:
+            run.write(partial)
+            partial.publish(plan.meta(partial, source_name or source.resolve().name))
+    except OSError as error:
+        raise run.explain(error) from error
+    return Store.open(out)
+
+
+class _Plan:
+    """What the store will hold, worked out from the headers of the source before anything is written."""
+
+    def __init__(
+        self, source: SourceModel, widths: tuple[int, ...], group_size: int, dense_bits: int, quantiser: Quantiser
+    ) -> None:
+        self.source, self.quantiser = source, quantiser
+        self.group_size, self.dense_bits = group_size, dense_bits
+        arch = source.architecture
+        dtype = source.expert_dtype
+        self.layout = ExpertLayout(
+            arch.hidden_size, arch.expert_inner, group_size, widths, "bfloat16" if dtype == "mixed" else dtype
+        )
+        if self.layout.raw and dtype == "mixed":
+            raise CheckpointError(
+                f"The experts in {source.checkpoint.path} have several dtypes and cannot be kept as they are:"
+                " choose widths from 2 to 8."
+            )
+        self.dense = dense_order(self._dense_tensors())
+        self.experts = [ExpertFile(layer, arch.num_experts, self.layout) for layer in arch.moe_layers]
+
+    def _dense_tensors(self) -> Iterator[DenseTensor]:
+        for name, spec in self.source.architecture.dense_tensors().items():
+            packed = None
+            if spec.quantise and self.dense_bits == DENSE_WIDTH:
+                packed = MatrixLayout(spec.shape[0], spec.shape[1], self.group_size, (DENSE_WIDTH,))
+            yield DenseTensor(name, tuple(spec.shape), self.source.dense_dtype(name), packed)
+
+    @property
+    def total_bytes(self) -> int:
+        header = len(build_header(t.entry for t in self.dense))
+        return header + sum(t.nbytes for t in self.dense) + sum(file.size for file in self.experts)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with the one before; `version`: the codes may change."""
+        return {
+            "version": __version__,
+            "widths": list(self.layout.widths),
+            "group_size": self.group_size,
+            "dense_bits": self.dense_bits,
+            "quantiser": self.quantiser.name,
+        }
+
+    def meta(self, partial: Partial, source_name: str) -> StoreMeta:
+        arch = self.source.architecture
+        files = {name: partial.finished[name] for name in (DENSE_FILE, *(f.name for f in self.experts))}
+        return StoreMeta(
+            created_by=f"moert {__version__}",
+            source_name=source_name,
+            model_type=arch.model_type,
+            quantiser=self.quantiser.name,
+            group_size=self.group_size,
+            dense_bits=self.dense_bits,
+            moe_layers=arch.moe_layers,
+            num_experts=arch.num_experts,
+            layout=self.layout,
+            dense=tuple(self.dense),
+            dense_checksums=tuple(files[DENSE_FILE].checksums),
+            weights={name: WeightFile(file.size, file.data_start) for name, file in files.items()},
+            copies={n: CopiedFile(*file_checksum(partial.store / n)) for n in (CONFIG_FILE, TOKENIZER_FILE)},
+            checksums={
+                layer: _rows(files[experts_file(layer)].checksums, self.layout.num_slices) for layer in arch.moe_layers
+            },
+        )
+
+
+def _rows(values: Sequence[int], length: int) -> list[list[int]]:
+    return [list(values[i : i + length]) for i in range(0, len(values), length)]
+
+
+class _Run:
+    """Writes the files of a plan that are not there yet, and reports on the way."""
+
+    def __init__(self, plan: _Plan, out: Path, progress: Callable[[ConvertProgress], None] | None) -> None:
+        self.plan, self.out, self.progress = plan, out, progress
+        self.done = self.resumed = self.kept = 0  # bytes written, there before this run, and in finished files
+        self.total = plan.total_bytes
+
+    def _advance(self, stage: str, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(ConvertProgress(stage, min(self.done, self.total), self.total, self.resumed))
+
+    def write(self, partial: Partial) -> None:
+        self.done = self.resumed = self.kept = sum(file.size for file in partial.finished.values())
+        needed, free = self.total - self.kept, shutil.disk_usage(partial.folder).free
+        if free < needed:
+            partial.abandon()
+            raise StoreError(
+                f"Converting needs {_size(needed)} on the disk of {self.out}, but only {_size(free)} are free:"
+                " free some space or choose another place."
+            )
+        self._copy(partial)
+        if DENSE_FILE not in partial.finished:
+            self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE))
+        for index, file in enumerate(self.plan.experts):
+            if file.name not in partial.finished:
+                stage = f"experts of layer {index + 1} of {len(self.plan.experts)}"
+                self._finish(partial, file.name, self._write_experts(partial.store / file.name, file, stage))
+
+    def _finish(self, partial: Partial, name: str, file: Finished) -> None:
+        partial.finish(name, file)
+        self.kept += file.size
+
+    def _copy(self, partial: Partial) -> None:
+        source = self.plan.source.checkpoint.path
+        found = [source / name for name in COPIED_FILES]
+        found += [path for pattern in COPIED_PATTERNS for path in sorted(source.glob(pattern))]
+        for path in found:
+            if path.is_file():
+                with atomic_file(partial.store / path.name) as file:
+                    file.write(path.read_bytes())
+
+    def _write_dense(self, path: Path) -> Finished:
+        with atomic_file(path) as file:
+            writer = TensorWriter(file, [t.entry for t in self.plan.dense])
+            self._advance("dense weights", writer.size)
+            checksums = []
+            for tensor in self.plan.dense:
+                try:
+                    checksums.append(writer.write(self._dense_parts(tensor)))
+                except ValueError as error:
+                    raise CheckpointError(f"Cannot convert tensor {tensor.name}: {error}.") from error
+            writer.finish()
+        return Finished(writer.size, writer.data_start, checksums)
+
+    def _dense_parts(self, tensor: DenseTensor) -> Iterator[Tensor]:
+        """The bytes of a dense tensor, some rows at a time: all codes, then all scales (rows are independent)."""
+        scales: list[Tensor] = []
+        left = tensor.nbytes
+        for start, stop in row_chunks(tensor.shape):
+            part = self.plan.source.dense(tensor.name, start, stop)
+            if tensor.packed is not None:
+                layout = MatrixLayout(stop - start, tensor.packed.cols, tensor.packed.group_size, tensor.packed.widths)
+                (packed,) = nested.quantise(part.float(), layout)
+                part, rest = packed[: layout.codes_bytes(0)], packed[layout.codes_bytes(0) :]
+                scales.append(rest[: layout.scales_bytes()].clone())
+            self._advance("dense weights", part.nbytes)
+            left -= part.nbytes
+            yield part
+        if tensor.packed is not None:
+            part = torch.cat([*scales, torch.zeros(left - sum(s.nbytes for s in scales), dtype=torch.uint8)])
+            self._advance("dense weights", part.nbytes)
+            yield part
+
+    def _write_experts(self, path: Path, plan: ExpertFile, stage: str) -> Finished:
+        with atomic_file(path) as file:
+            writer = TensorWriter(file, list(plan.entries()))
+            self._advance(stage, writer.size)
+            checksums = []
+            for e in range(plan.num_experts):
+                weights = self.plan.source.expert(plan.layer, e)
+                try:
+                    slices = self.plan.quantiser(plan.layer, e, *weights, plan.layout)
+                    checksums += [writer.write([piece]) for piece in slices]
+                except ValueError as error:
+                    raise CheckpointError(f"Cannot convert expert {e} of layer {plan.layer}: {error}.") from error
+                self._advance(stage, plan.expert_bytes)
+            writer.finish()
+        return Finished(writer.size, writer.data_start, checksums)
+
+    def explain(self, error: OSError) -> StoreError:
+        """The sentence for a write that failed."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return StoreError(
+                f"The disk of {self.out} is full: converting needs {_size(self.total - self.kept)} of free space there;"
+                " make room and go on with --resume."
+            )
+        return StoreError(f"Cannot convert to {self.out}: {error.filename or 'writing'}: {error.strerror}.")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"

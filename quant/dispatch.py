@@ -1,0 +1,70 @@
+"""Which compiled kernel is in use.
+
+At import the widest instruction set that the processor has is taken, or the one that the environment variable
+MOERT_KERNEL names (avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback where the
+compiled module is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from types import ModuleType
+
+import torch
+
+_native: ModuleType | None
+try:
+    from moert.quant import _native  # type: ignore[attr-defined, no-redef]
+except ImportError:  # not built: everything still works, slowly, and `moert doctor` says so
+    _native = None
+
+
+class Kernel(StrEnum):
+    """Instruction sets, and the torch reference."""
+
+    AVX512 = "avx512"
+    AVX2 = "avx2"
+    GENERIC = "generic"
+    REFERENCE = "reference"
+
+
+def available_kernels() -> list[Kernel]:
+    """Kernels that run on this machine, the default first."""
+    names = _native.kernel_names() if _native is not None else []
+    return [Kernel(name) for name in names] + [Kernel.REFERENCE]
+
+
+def set_kernel(kernel: Kernel | str) -> None:
+    """Use `kernel` from now on. Raises ValueError naming the kernels that this machine has."""
+    global _active
+    names = [str(k) for k in available_kernels()]
+    if kernel not in names:
+        raise ValueError(f"kernel {str(kernel)!r} is not available here (available: {', '.join(names)})")
+    _active = Kernel(kernel)
+    if _native is not None and _active is not Kernel.REFERENCE:
+        _native.set_kernel(str(_active))
+
+
+_active = available_kernels()[0]
+if os.environ.get("MOERT_KERNEL"):
+    set_kernel(os.environ["MOERT_KERNEL"])
+
+
+def kernel_name() -> str:
+    """Name of the kernel in use."""
+    return str(_active)
+
+
+def compiled() -> ModuleType | None:
+    """The compiled module; None where the reference is in use."""
+    return None if _active is Kernel.REFERENCE else _native
+
+
+def set_num_threads(threads: int) -> None:
+    """Threads of the kernels and of torch. Raises ValueError below 1."""
+    if threads < 1:
+        raise ValueError(f"{threads} threads: at least 1 is needed")
+    torch.set_num_threads(threads)
+    if _native is not None:
+        _native.set_num_threads(threads)
