@@ -17,7 +17,8 @@ from moert.errors import BudgetError, UsageError
 from moert.models.architecture import Architecture
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
-from moert.quant.matmul import kernel_name, set_num_threads
+from moert.quant import dispatch
+from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.runtime.experts import ExpertRunner
 from moert.runtime.residency import slots_for
 from moert.runtime.telemetry import Counters
@@ -56,6 +57,8 @@ class Engine:
 
     def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
         arch = store.architecture
+        if dispatch.wrong_request is not None:
+            raise UsageError(f"{dispatch.wrong_request}.")
         try:
             self.precision: FixedPrecision = parse_precision(config.precision, store.layout.widths)
         except ValueError as error:

@@ -47,8 +47,12 @@ def set_kernel(kernel: Kernel | str) -> None:
 
 
 _active = available_kernels()[0]
+wrong_request: str | None = None  # why MOERT_KERNEL could not be followed; whoever runs a model must not ignore it
 if os.environ.get("MOERT_KERNEL"):
-    set_kernel(os.environ["MOERT_KERNEL"])
+    try:
+        set_kernel(os.environ["MOERT_KERNEL"])
+    except ValueError as error:
+        wrong_request = f"MOERT_KERNEL: {error}"
 
 
 def kernel_name() -> str:

@@ -24,7 +24,8 @@ def plan_layer(layer: int, routed: Sequence[RoutedExpert], cache: SliceCache) ->
     read once. Deterministic. Raises ValueError where the slots cannot hold a single one of the experts.
     """
     cache.policy.used(layer, routed)
-    resident, missing = [], []
+    resident: list[RoutedExpert] = []
+    missing: list[RoutedExpert] = []
     for r in hottest_first(routed):
         (resident if cache.resident(layer, r.expert) >= r.slices else missing).append(r)
     waves: list[Wave] = []

@@ -1,12 +1,15 @@
 """Checkpoint to text: conversion, engine and Python interface together, against transformers."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import moert
 from moert import LLM, MoertError, SamplingParams
 from moert.errors import BudgetError, UsageError
 from moert.store.convert import convert
@@ -120,7 +123,9 @@ print(json.dumps({"text": done.text, **done.stats.as_dict()}))
 
 
 def run_with_budget(path, budget):
-    return subprocess.run([sys.executable, "-c", RUN, path, str(budget)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-c", RUN, path, str(budget)]
+    env = {**os.environ, "PYTHONPATH": str(Path(moert.__file__).parents[1])}  # the package under test, not the cwd's
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def test_peak_memory_stays_within_the_budget_and_less_than_the_least_is_refused(store):
@@ -238,6 +243,14 @@ def test_wrong_settings_are_refused(store, options, message):
     with pytest.raises(UsageError, match=message) as caught:
         LLM(store("qwen3_moe"), **options)
     assert caught.value.exit_code == 2
+
+
+def test_a_kernel_that_this_machine_lacks_is_refused(store, monkeypatch):
+    from moert.quant import dispatch
+
+    monkeypatch.setattr(dispatch, "wrong_request", "MOERT_KERNEL: kernel 'sve' is not available here")
+    with pytest.raises(UsageError, match="'sve' is not available"):
+        LLM(store("qwen3_moe"))
 
 
 def test_wrong_prompts_are_refused(store):
