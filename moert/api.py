@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -114,7 +113,7 @@ class LLM:
         path = resolve(None if model is None else str(model), offline=offline, on_status=status)
         self.store = Store.open(path)
         self.tokenizer = Tokenizer(path)
-        self.default_params = SamplingParams.from_generation_config(_generation_config(path))
+        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
         self._engine = Engine(self.store, config, status)
         self._latest: object = None  # the request that the KV cache belongs to
 
@@ -267,8 +266,3 @@ def _join(pieces: Iterator[Piece]) -> Completion:
     assert piece.finish_reason is not None
     return Completion(text, ids, piece.finish_reason, piece.stats)
 
-
-def _generation_config(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return found

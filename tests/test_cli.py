@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from moert import source
 from moert.cli import common, main, progress
 from moert.errors import BudgetError, StoreError, UsageError
 
 from .program import FakeLLM, Program
+
+ROOT = Path(main.__file__).parents[2]
 
 
 @pytest.fixture
@@ -58,14 +63,20 @@ def test_errors_are_one_sentence_and_a_code(moert: Program, error: Exception, co
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [sys.executable, "-m", "moert", "doctor", "--json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(main.__file__).parents[2]
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from moert.cli.main import run\n"
+    code += "try: run(sys.argv[1:])\nfinally: print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    for command in main.COMMANDS:
+        done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "set()\n")
 
 
 # generate
@@ -84,6 +95,15 @@ def test_generate_streams_text_to_stdout_and_status_to_stderr(moert: Program) ->
     assert "\x1b" not in result.err
     assert "temperature 0.6 (model)" in moert("generate", "-p", "x", llm=FakeLLM(["y"])).err
     assert moert("generate", "-p", "x", "-q", llm=FakeLLM(["y"])).err == ""
+
+
+def test_control_characters_are_kept_from_terminals_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common.write_text("a\x1b[2J\n\t\r")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    common.write_text("é\x1b[2J\n\t\x9b")
+    assert capsys.readouterr().out == "a\x1b[2J\n\t\ré[2J\n\t"
 
 
 def test_generate_json_is_one_object(moert: Program) -> None:
@@ -253,3 +273,50 @@ def test_doctor(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_doctor_says_when_reads_are_buffered(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moert.runtime.transfer.direct_io_works", lambda path: False)
     assert "reads are buffered" in moert("doctor").out
+
+
+# all of it, on a real (tiny) model
+
+
+def test_from_checkpoint_to_chat(moert: Program, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, store = str(tiny_checkpoint("olmoe")), str(tmp_path / "store")
+    assert moert("convert", checkpoint, store, "-q") == (0, "", "")
+
+    facts = json.loads(moert("info", "-m", store, "--json", "--verify").out)
+    assert facts["family"] == "olmoe"
+    assert [w["precision"] for w in facts["widths"]] == ["fixed:2", "fixed:3", "fixed:4"]
+    # The checkpoint's own count: what safetensors files hold, as no weight is tied or left out.
+    tensors = safe_open(Path(checkpoint) / "model.safetensors", "pt")
+    sizes = [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+    assert facts["parameters"] == sum(sizes)
+    assert facts["disk_bytes"] == sum(f.stat().st_size for f in Path(store).iterdir())
+    shown = moert("info", "-m", store).out
+    assert "bits per weight" in shown
+    assert f"{sum(sizes):,}" in shown
+
+    options = ("-m", store, "--seed", "3", "-n", "6", "--ignore-eos", "-p", "Hello")
+    streamed = moert("generate", *options)
+    assert streamed.code == 0
+    assert "precision fixed:4" in streamed.err
+    data = json.loads(moert("generate", *options, "--json").out)
+    assert data["text"] + "\n" == streamed.out
+    assert (data["completion_tokens"], data["seed"], data["model"]) == (6, 3, store)
+    asked = json.loads(moert("generate", "--chat", "--json", *options).out)
+    chatted = moert("chat", *options[:-2], stdin="Hello\nand?\n")
+    assert chatted.out.startswith(asked["text"])
+    assert "cached" in chatted.err.splitlines()[-2]
+
+    assert moert("chat", "-m", store, "--precision", "fixed:9").code == 2
+    assert moert("generate", "-m", store, "-p", "x", "--memory-budget", "1MiB").code == 2
+    assert moert("chat", "-m", store, "--memory-budget", "lots", stdin="x").code == 2
+    assert moert("generate", "-m", store, "-p", "Hello " * 500).code == 2
+
+
+def test_a_checkpoint_is_converted_when_it_is_first_used(moert: Program, tiny_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = str(tiny_checkpoint("olmoe"))
+    options = ("-m", checkpoint, "-n", "2", "--widths", "3", "--temp", "0", "-p", "Hello")
+    first, again = moert("generate", *options), moert("generate", *options)
+    assert f"Converting {checkpoint} once" in first.err
+    assert "Converting" not in again.err
+    assert first.out == again.out
+    assert json.loads(moert("info", "-m", checkpoint, "--widths", "3", "--json").out)["source"] == checkpoint

@@ -51,6 +51,12 @@ def test_chat_without_a_terminal_knows_commands_but_answers_other_lines(moert: P
     assert llm.asked[1:] == [["/quit"]]
 
 
+def test_chat_survives_bytes_that_are_not_text(moert: Program) -> None:
+    llm = FakeLLM(["a"], ["b"])
+    assert moert("chat", "-q", stdin=b"\xff\nx\r\n", llm=llm).out == "a\nb\n"
+    assert llm.asked == [["\ufffd"], ["\ufffd", "a", "x"]]
+
+
 def test_chat_without_a_terminal_fails_as_a_program_does(moert: Program) -> None:
     assert moert("chat", "-q", stdin="x\ny\n", llm=FakeLLM([StoreError("Damaged.")])) == (1, "", "moert: Damaged.\n")
     assert moert("chat", "-q", stdin="x\ny\n", llm=FakeLLM(["a", KeyboardInterrupt()])) == (130, "a\n", "")

@@ -184,7 +184,7 @@ def test_stop_strings_end_an_answer(store):
 
 def test_an_end_token_ends_an_answer(store):
     with LLM(store("mixtral")) as llm:
-        params = SamplingParams(temperature=5.0, seed=1, max_tokens=400)
+        params = SamplingParams(temperature=5.0, top_p=1.0, seed=1, max_tokens=400)
         done = llm.generate("Hello", params)[0]
         assert done.finish_reason == "stop"
         assert done.token_ids[-1] in llm.tokenizer.eos_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -47,8 +48,8 @@ def make_prompt() -> PromptSession[str]:
     path = history_file()
     history = InMemoryHistory() if path is None else FileHistory(str(path))
     if sys.stdout.isatty():
-        return PromptSession(history=history)
-    return PromptSession(history=history, output=create_output(sys.stderr))
+        return PromptSession(history=history, reserve_space_for_menu=0)
+    return PromptSession(history=history, reserve_space_for_menu=0, output=create_output(sys.stderr))
 
 
 def history_file() -> Path | None:
@@ -84,6 +85,8 @@ def interactive(session: ChatSession, prompt: PromptSession[str]) -> None:
 
 def piped(session: ChatSession) -> None:
     """Answer every line of stdin."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to leave the other lines unanswered
 
     def read_line(prompt: str) -> str:
         line = sys.stdin.readline()

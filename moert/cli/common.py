@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,6 @@ from rich.console import Console
 from moert import source
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes
-from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 # option, name of the field of SamplingParams, type, help
 SAMPLING = (
     ("--temp", "temperature", float, "0 always takes the likeliest token"),
-    ("--top-k", "top_k", int, "draw from the K likeliest tokens (0: all)"),
-    ("--top-p", "top_p", float, "draw from the likeliest tokens that make up P (1: all)"),
-    ("--min-p", "min_p", float, "drop tokens less likely than P times the likeliest (0: none)"),
+    ("--top-k", "top_k", int, "draw from the N likeliest tokens (0: all)"),
+    ("--top-p", "top_p", float, "draw from the likeliest tokens that make up X (1: all)"),
+    ("--min-p", "min_p", float, "drop tokens less likely than X times the likeliest (0: none)"),
     ("--repeat-penalty", "repeat_penalty", float, "make tokens seen before less likely (1: off)"),
     ("--seed", "seed", int, "same seed, same text"),
 )
@@ -101,7 +102,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
     group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
     for option, name, kind, text in SAMPLING:
-        group.add_argument(option, dest=name, type=kind, metavar=name[0].upper() if kind is float else "N", help=text)
+        group.add_argument(option, dest=name, type=kind, metavar="X" if kind is float else "N", help=text)
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
     add_conversion_options(parser)
@@ -160,9 +161,11 @@ def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> Sampl
     return params
 
 
-def check_system(args: argparse.Namespace, chat: bool) -> None:
-    if args.system is not None and not chat:
-        raise UsageError("A system prompt (-sys) needs --chat: without it the prompt is continued as it is.")
+def write_text(text: str) -> None:
+    """Print a piece of an answer. On a terminal without control characters: a model must not be able to steer it."""
+    if sys.stdout.isatty():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    print(text, end="", flush=True)
 
 
 def speeds(stats: GenerationStats) -> str:

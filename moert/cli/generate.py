@@ -21,7 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    common.check_system(args, args.chat)
+    if args.system is not None and not args.chat:
+        raise UsageError("A system prompt (-sys) needs --chat: without it the prompt is continued as it is.")
     prompt = _prompt(args)
     status = common.Status(args.quiet)
     with common.open_llm(args, status) as llm:
@@ -38,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         stats = None
         try:
             for piece in llm.stream_chat(messages, params) if args.chat else llm.stream(prompt, params):
-                print(piece.text, end="", flush=True)
+                common.write_text(piece.text)
                 stats = piece.stats
         finally:
             print(flush=True)

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from moert.chat import Conversation
-from moert.cli.common import SAMPLING, Status, speeds
+from moert.cli.common import SAMPLING, Status, speeds, write_text
 from moert.config import format_bytes
 from moert.errors import MoertError, UsageError
 
@@ -121,7 +121,7 @@ class ChatSession:
                 piece = next(pieces, None)
             finish = None
             while piece is not None:
-                print(piece.text, end="", flush=True)
+                write_text(piece.text)
                 answer.append(piece.text)
                 self.last, finish = piece.stats, piece.finish_reason
                 if interrupt.asked:
