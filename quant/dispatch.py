@@ -1,7 +1,7 @@
 """Which compiled kernel is in use.
 
 At import the widest instruction set that the processor has is taken, or the one that the environment variable
-MOERT_KERNEL names (avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback where the
+MOERT_KERNEL names (amx, avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback where the
 compiled module is missing.
 """
 
@@ -23,6 +23,7 @@ except ImportError:  # not built: everything still works, slowly, and `moert doc
 class Kernel(StrEnum):
     """Instruction sets, and the torch reference."""
 
+    AMX = "amx"
     AVX512 = "avx512"
     AVX2 = "avx2"
     GENERIC = "generic"
@@ -63,6 +64,13 @@ def kernel_name() -> str:
 def compiled() -> ModuleType | None:
     """The compiled module; None where the reference is in use."""
     return None if _active is Kernel.REFERENCE else _native
+
+
+def loaded() -> ModuleType:
+    """The compiled module, whatever is in use. Raises RuntimeError where it was not built."""
+    if _native is None:
+        raise RuntimeError("the compiled module moert.quant._native was not built")
+    return _native
 
 
 def set_num_threads(threads: int) -> None:

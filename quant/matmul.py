@@ -1,7 +1,7 @@
 """One API for products with weights as they are and with nested-bit weights.
 
-Few tokens go through the compiled kernels, which read each weight once; for many the weights are unpacked a block of
-rows at a time and multiplied by torch. `moert.quant.dispatch` says which kernel is in use.
+Packed weights meet int8 inputs in the compiled kernels; tensors are upcast exactly and multiplied in float32, through a
+kernel that streams bf16 for few tokens, through torch for many. `moert.quant.dispatch` says which kernel is in use.
 """
 
 # T tokens, N rows (outputs), K columns (inputs), D hidden, F expert inner size
@@ -9,7 +9,8 @@ rows at a time and multiplied by torch. `moert.quant.dispatch` says which kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moert.quant import reference
-from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, set_kernel, set_num_threads
+from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, loaded, set_kernel, set_num_threads
 from moert.quant.format import ExpertLayout, MatrixLayout, midpoint
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "PackedMatrix",
     "available_kernels",
     "expert_ffn",
+    "experts_ffn",
     "gather_rows",
     "kernel_name",
     "linear",
+    "linear_many",
     "set_kernel",
     "set_num_threads",
 ]
@@ -48,8 +51,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _operand(layout: MatrixLayout, addresses: Sequence[int]) -> tuple[Any, ...]:
-    """What the native module takes for the matrix whose first len(addresses) slices are at `addresses`."""
+def _native_matrix(layout: MatrixLayout, addresses: Sequence[int], module: ModuleType) -> Any:
+    """The compiled module's view of the matrix whose first len(addresses) slices are at `addresses`."""
     last = len(addresses) - 1
     shift = layout.widths[last]
     planes = []
@@ -59,8 +62,7 @@ def _operand(layout: MatrixLayout, addresses: Sequence[int]) -> tuple[Any, ...]:
             shift -= bits
             planes.append((address + offset, stride, bits, shift))
             offset += 2 * layout.group_size * bits
-    scales = addresses[last] + layout.codes_bytes(last)
-    return planes, scales, layout.rows, layout.groups, layout.group_size, midpoint(layout.widths[last])
+    return module.Matrix(planes, addresses[last] + layout.codes_bytes(last), layout.rows, layout.groups, layout.group_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,6 @@ class PackedMatrix:
 
     layout: MatrixLayout
     slices: tuple[Tensor, ...]
-    operand: tuple[Any, ...] = field(init=False, repr=False)  # what the native module takes; points into the slices
 
     def __post_init__(self) -> None:
         for index, piece in enumerate(self.slices):
@@ -80,12 +81,16 @@ class PackedMatrix:
                 raise ValueError(f"slice {index} is not contiguous uint8")
             if piece.numel() != self.layout.slice_bytes(index):
                 raise ValueError(f"slice {index} has {piece.numel()} bytes, not {self.layout.slice_bytes(index)}")
-        object.__setattr__(self, "operand", _operand(self.layout, [s.data_ptr() for s in self.slices]))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.layout.rows, self.layout.cols
+
+    @cached_property
+    def native(self) -> Any:
+        """What the compiled module takes; points into the slices."""
+        return _native_matrix(self.layout, [s.data_ptr() for s in self.slices], loaded())
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first..last dequantised, float32 [last - first, K]. `first` is a multiple of 16."""
@@ -93,7 +98,7 @@ class PackedMatrix:
         if module is None:
             return reference.dequantise(self.slices, self.layout, len(self.slices))[first:last]
         out = torch.empty(last - first, self.layout.cols)
-        module.nested_dequantise(*self.operand, self.layout.cols, out.data_ptr(), out.stride(0), first, last)
+        module.dequantise(self.native, self.layout.cols, out.data_ptr(), out.stride(0), first, last)
         return out
 
 
@@ -104,6 +109,13 @@ class PackedExpert:
     gate: PackedMatrix | Tensor
     up: PackedMatrix | Tensor
     down: PackedMatrix | Tensor
+
+    @cached_property
+    def native(self) -> Any:
+        """What the compiled module takes; None for raw weights."""
+        if isinstance(self.gate, Tensor) or isinstance(self.up, Tensor) or isinstance(self.down, Tensor):
+            return None
+        return loaded().Expert(self.gate.native, self.up.native, self.down.native)
 
     @classmethod
     def from_slices(cls, slices: Sequence[Tensor], layout: ExpertLayout) -> PackedExpert:
@@ -123,24 +135,8 @@ class PackedExpert:
         return cls(*matrices)
 
 
-def _few_tokens(x: Tensor, w: Tensor | PackedMatrix, module: ModuleType) -> Tensor:
-    rows, cols = w.shape
-    if isinstance(w, PackedMatrix):
-        padded = w.layout.groups * w.layout.group_size
-        if padded != cols:
-            x = functional.pad(x, (0, padded - cols))
-        x = x.contiguous()
-        out = torch.empty(len(x), rows)
-        module.nested_matmul(*w.operand, x.data_ptr(), len(x), x.stride(0), out.data_ptr(), rows)
-    else:
-        x = x.contiguous()
-        out = torch.empty(len(x), rows)
-        module.bf16_matmul(w.data_ptr(), rows, cols, x.data_ptr(), len(x), x.stride(0), out.data_ptr(), rows)
-    return out
-
-
 def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
-    """x @ w.T in float32, the weights upcast exactly.
+    """x @ w.T in float32: tensors upcast exactly; with packed weights the inputs are rounded to int8 per group.
 
     x: float32 [T, K]. w: [N, K], packed, or a contiguous tensor of any float dtype. Returns float32 [T, N].
     Raises ValueError where the shapes do not fit.
@@ -148,19 +144,51 @@ def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
     rows, cols = w.shape
     if x.ndim != 2 or x.shape[1] != cols or x.dtype != torch.float32:
         raise ValueError(f"input {tuple(x.shape)} of {x.dtype} does not fit a matrix of {rows} x {cols}")
-    if isinstance(w, Tensor) and w.dtype == torch.float32:
-        return functional.linear(x, w)
-    streams = isinstance(w, PackedMatrix) or (w.dtype == torch.bfloat16 and w.is_contiguous())
     module = compiled()
-    if module is not None and streams and len(x) < FEW_TOKENS:
-        return _few_tokens(x, w, module)
+    if isinstance(w, Tensor):
+        return _linear_raw(x, w, module)
+    if module is None:
+        return functional.linear(_round_inputs(x, w.layout), w.rows(0, rows))
+    x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(len(x), rows)
-    step = max(16, _BLOCK_WEIGHTS // cols // 16 * 16)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        block = w.rows(first, last) if isinstance(w, PackedMatrix) else w[first:last].float()
-        torch.mm(x, block.T, out=out[:, first:last])
+    module.linear([w.native], x.data_ptr(), len(x), x.stride(0), cols, [out.data_ptr()], [rows])
     return out
+
+
+def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
+    """What the integer kernels see of x [T, K]: int8 per group of columns, as float32."""
+    padded = functional.pad(x, (0, layout.groups * layout.group_size - layout.cols))
+    groups = padded.view(len(x), layout.groups, layout.group_size)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(scale > 0, (groups / scale).round(), 0.0) * scale
+    return rounded.view(len(x), -1)[:, : layout.cols]
+
+
+def _linear_raw(x: Tensor, w: Tensor, module: ModuleType | None) -> Tensor:
+    rows, cols = w.shape
+    if w.dtype == torch.float32:
+        return functional.linear(x, w)
+    out = torch.empty(len(x), rows)
+    if module is not None and w.dtype == torch.bfloat16 and w.is_contiguous() and len(x) < FEW_TOKENS:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        module.bf16_linear(w.data_ptr(), rows, cols, x.data_ptr(), len(x), x.stride(0), out.data_ptr(), rows)
+        return out
+    step = max(16, _BLOCK_WEIGHTS // cols)
+    for first in range(0, rows, step):
+        torch.mm(x, w[first : first + step].float().T, out=out[:, first : first + step])
+    return out
+
+
+def linear_many(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
+    """`linear` with several packed matrices of the same K and group size: the inputs are rounded once."""
+    module = compiled()
+    if module is None:
+        return [linear(x, w) for w in matrices]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    outs = [torch.empty(len(x), w.shape[0]) for w in matrices]
+    natives, sizes = [w.native for w in matrices], [w.shape[0] for w in matrices]
+    module.linear(natives, x.data_ptr(), len(x), x.stride(0), x.shape[1], [o.data_ptr() for o in outs], sizes)
+    return outs
 
 
 def gather_rows(w: Tensor | PackedMatrix, ids: Tensor) -> Tensor:
@@ -178,3 +206,26 @@ def expert_ffn(x: Tensor, expert: PackedExpert, activation: str = "silu") -> Ten
     """down(activation(gate(x)) * up(x)). x: float32 [T, D]. Returns float32 [T, D]."""
     hidden = ACTIVATIONS[activation](linear(x, expert.gate)).mul_(linear(x, expert.up))
     return linear(hidden, expert.down)
+
+
+def experts_ffn(
+    x: Tensor, experts: Sequence[PackedExpert], tokens_of: Sequence[Tensor], out: Tensor, activation: str = "silu"
+) -> None:
+    """`expert_ffn` of several experts in one call.
+
+    x: float32 [T, D]. tokens_of[i]: int64 [n_i], the tokens of expert i. out: float32 [sum of n_i, D], contiguous, gets
+    the results, one expert after the other.
+    """
+    module = compiled()
+    natives = [e.native for e in experts] if module is not None and activation == "silu" else [None]
+    if module is None or None in natives:
+        start = 0
+        for expert, tokens in zip(experts, tokens_of, strict=True):
+            out[start : start + len(tokens)] = expert_ffn(x[tokens], expert, activation)
+            start += len(tokens)
+        return
+    order = tokens_of[0] if len(tokens_of) == 1 else torch.cat(list(tokens_of))
+    counts = [len(tokens) for tokens in tokens_of]
+    x = x.contiguous()
+    inner = experts[0].gate.shape[0]
+    module.experts(natives, counts, order.data_ptr(), x.data_ptr(), len(x), x.shape[1], inner, out.data_ptr())

@@ -55,29 +55,6 @@ def test_packing_round_trip_and_prefixes(layout, seed, data):
     assert bit_by_bit(layout, pieces, index, n, k) == int(codes[n, k]) >> (top - layout.widths[index])
 
 
-@settings(max_examples=40, deadline=None)
-@given(layouts, st.integers(0, 2**31), st.sampled_from([1, 3, 4, 7, 20]))
-def test_kernels_match_float64(layout, seed, tokens):
-    codes, scales = random_codes(layout, seed)
-    pieces = reference.pack(codes, scales, layout)
-    x = torch.randn(tokens, layout.cols, generator=torch.Generator().manual_seed(seed))
-    top = layout.widths[-1]
-    try:
-        for index, width in enumerate(layout.widths):
-            levels = (codes >> (top - width)).double() - (2**width - 1) / 2
-            expected = levels * scales[index].double().repeat_interleave(layout.group_size, 1)[:, : layout.cols]
-            for kernel in matmul.available_kernels():
-                matmul.set_kernel(kernel)
-                w = matmul.PackedMatrix(layout, tuple(pieces[: index + 1]))
-                torch.testing.assert_close(w.rows(0, layout.rows).double(), expected, rtol=1e-6, atol=1e-6)
-                bound = 3e-6 * (x.double().abs() @ expected.abs().T) + 1e-6
-                assert ((matmul.linear(x, w).double() - x.double() @ expected.T).abs() <= bound).all()
-                ids = torch.tensor([0, layout.rows - 1])
-                torch.testing.assert_close(matmul.gather_rows(w, ids).double(), expected[ids], rtol=1e-6, atol=1e-6)
-    finally:
-        matmul.set_kernel(matmul.available_kernels()[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 5, 30])
 def test_raw_weights_match_float64(dtype, tokens):
@@ -85,21 +62,6 @@ def test_raw_weights_match_float64(dtype, tokens):
     x = torch.randn(tokens, 75)
     expected = x.double() @ w.double().T
     torch.testing.assert_close(matmul.linear(x, w).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_kernel_results_do_not_depend_on_the_number_of_threads():
-    layout = fmt.MatrixLayout(200, 256, 64, (2, 3, 4))
-    w = matmul.PackedMatrix(layout, tuple(nested.quantise(torch.randn(200, 256), layout)))
-    x = torch.randn(3, 256)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 5):
-            matmul.set_num_threads(threads)
-            results.append(matmul.linear(x, w))
-    finally:
-        matmul.set_num_threads(before)
-    assert all(torch.equal(results[0], r) for r in results)
 
 
 def test_half_scales_convert_exactly_subnormals_included():
@@ -189,22 +151,6 @@ def test_raw_experts_keep_their_bytes(raw_dtype):
     expert = matmul.PackedExpert.from_slices([piece], layout)
     for view, w in ((expert.gate, gate), (expert.up, up), (expert.down, down)):
         assert torch.equal(view, w)
-
-
-@pytest.mark.parametrize("widths", [(2, 3, 4), (3, 8), (4,), (16,)])
-def test_expert_ffn_matches_float64(widths):
-    layout = fmt.ExpertLayout(96, 40, 32, widths, "float32")
-    gate, up, down = (torch.randn(*shape) for shape in layout.shapes)
-    pieces = nested.pack_expert(gate, up, down, layout)
-    assert [p.numel() % 4096 for p in pieces] == [0] * len(pieces)
-    x = torch.randn(5, 96)
-    for count in range(1, len(pieces) + 1):
-        expert = matmul.PackedExpert.from_slices(pieces[:count], layout)
-        parts = (expert.gate, expert.up, expert.down)
-        full = [m.double() if layout.raw else m.rows(0, m.shape[0]).double() for m in parts]
-        g = x.double() @ full[0].T
-        expected = (g * torch.sigmoid(g) * (x.double() @ full[1].T)) @ full[2].T
-        torch.testing.assert_close(matmul.expert_ffn(x, expert).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_kernel_that_is_not_there_is_named():

@@ -66,6 +66,8 @@ struct Kernel {
   // out[t * out_stride + n] = sum_k w[n, k] * x[t * x_stride + k] in float32, for bf16 rows [first, last) of `cols`.
   void (*bf16_matmul)(const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
                       int64_t out_stride, int64_t first, int64_t last);
+  // gate[i] = silu(gate[i]) * up[i].
+  void (*silu_product)(float* gate, const float* up, int64_t count);
   // Codes [num_groups][group_size] of the largest width and fp16 scales [num_widths][num_groups] of the groups
   // [first, last) of w [num_groups][group_size].
   void (*search_codes)(const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first,
@@ -73,10 +75,9 @@ struct Kernel {
 };
 
 extern const Kernel kGenericKernel;
-#if defined(__x86_64__)
 extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAmxKernel;
-#endif
+extern const Kernel kNeonKernel;
 
 }  // namespace moert

@@ -42,7 +42,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
       unpack_panel(w, tile, begin, end, panel);
       for (int64_t start = 0; start < x.tokens; start += kBlock * kBlocks) {
-        // The caller pads the inputs to whole blocks of 16 tokens.
+        // The inputs may be read up to a block of 16 tokens beyond the last.
         const int64_t left = x.tokens - start < kBlock * kBlocks ? x.tokens - start : kBlock * kBlocks;
         const int blocks = int((left + kBlock - 1) / kBlock);
         for (int64_t group = begin; group < end; group++) {
@@ -118,6 +118,7 @@ extern const Kernel kAmxKernel = {
        int64_t out_stride, int64_t first, int64_t last) {
       kAvx512Kernel.bf16_matmul(w, cols, x, tokens, x_stride, out, out_stride, first, last);
     },
+    [](float* gate, const float* up, int64_t count) { kAvx512Kernel.silu_product(gate, up, count); },
     [](const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first, int64_t last) {
       kAvx512Kernel.search_codes(search, w, codes, scales, first, last);
     },

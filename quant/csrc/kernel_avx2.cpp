@@ -187,6 +187,7 @@ extern const Kernel kAvx2Kernel = {
     isa_avx2::nested_matmul,
     isa_avx2::nested_dequantise,
     isa_avx2::bf16_matmul,
+    isa_avx2::silu_product,
     isa_avx2::search_codes,
 };
 

@@ -113,6 +113,32 @@ void nested_dequantise(const NestedMatrix& w, int64_t cols, float* out, int64_t 
   }
 }
 
+// e^x to about 2 units in the last place, for |x| up to 87 (beyond: as at 87).
+inline f32x16 exponential(f32x16 x) {
+  x = x < -87.0f ? x - x - 87.0f : x;
+  x = x > 87.0f ? x - x + 87.0f : x;
+  const f32x16 n = round_even(x * 1.44269504f);
+  const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln 2, in two steps
+  f32x16 p = r * 1.98412698e-4f + 1.38888889e-3f;  // Taylor: |r| is at most ln 2 / 2
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  return p * bits_as<f32x16>((__builtin_convertvector(n, i32x16) + 127) << 23);
+}
+
+void silu_product(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const size_t bytes = (count - i < 16 ? count - i : 16) * sizeof(float);
+    f32x16 g = {}, u = {};
+    std::memcpy(&g, gate + i, bytes);
+    std::memcpy(&u, up + i, bytes);
+    g = g / (exponential(-g) + 1.0f) * u;
+    std::memcpy(gate + i, &g, bytes);
+  }
+}
+
 template <int T>
 void bf16_tokens(const uint16_t* w, int64_t cols, const float* x, int64_t x_stride, float* out, int64_t out_stride,
                  int64_t first, int64_t last) {

@@ -41,6 +41,7 @@ extern const Kernel kGenericKernel = {
     isa_generic::nested_matmul,
     isa_generic::nested_dequantise,
     isa_generic::bf16_matmul,
+    isa_generic::silu_product,
     isa_generic::search_codes,
 };
 

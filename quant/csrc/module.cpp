@@ -5,12 +5,14 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernel.h"
+#include "products.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -20,8 +22,17 @@ namespace {
 
 std::vector<const Kernel*> supported_kernels() {
   std::vector<const Kernel*> all = {
-#if defined(__x86_64__)
-      &kAvx512Kernel, &kAvx2Kernel,
+#if defined(MOERT_WITH_AMX)
+      &kAmxKernel,
+#endif
+#if defined(MOERT_WITH_AVX512)
+      &kAvx512Kernel,
+#endif
+#if defined(MOERT_WITH_AVX2)
+      &kAvx2Kernel,
+#endif
+#if defined(MOERT_WITH_NEON)
+      &kNeonKernel,
 #endif
       &kGenericKernel};
   std::vector<const Kernel*> result;
@@ -30,72 +41,103 @@ std::vector<const Kernel*> supported_kernels() {
   return result;
 }
 
-// Written once at import and by the two setters, which quant/matmul.py calls from the main thread only.
-const Kernel* active = supported_kernels().front();
+// Written at import and by set_kernel, which quant/dispatch.py calls from the main thread only.
+const Kernel* active = nullptr;
 
+// Never destroyed: joining threads at exit could wait for the interpreter's lock.
 ThreadPool& pool() {
-  static ThreadPool* instance = new ThreadPool(1);  // never destroyed: joining at exit could wait for the lock
+  static ThreadPool* instance = new ThreadPool(1);
   return *instance;
 }
 
-// planes: (address, stride, bits, shift) from the most significant.
+Products& products() {
+  static Products* instance = new Products(pool());
+  return *instance;
+}
+
+std::mutex& products_lock() {
+  static std::mutex* instance = new std::mutex;
+  return *instance;
+}
+
+// (address, stride, bits, shift) from the most significant.
 using PlaneTuple = std::tuple<uintptr_t, size_t, int, int>;
 
-NestedMatrix nested_matrix(const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
-                           int group_size, float midpoint) {
+template <class V>
+V* at(uintptr_t address) {
+  return reinterpret_cast<V*>(address);
+}
+
+void set_matrix(NestedMatrix* self, const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows,
+                int64_t groups, int group_size) {
   if (planes.empty() || planes.size() > size_t(kMaxPlanes)) throw std::invalid_argument("1 to 8 planes are needed");
   if (group_size != 32 && group_size != 64 && group_size != 128) throw std::invalid_argument("bad group size");
   NestedMatrix m{};
   m.num_planes = int(planes.size());
+  int width = 0;
   for (size_t i = 0; i < planes.size(); i++) {
     auto [address, stride, bits, shift] = planes[i];
-    m.planes[i] = Plane{reinterpret_cast<const uint8_t*>(address), stride, bits, shift};
+    m.planes[i] = Plane{at<const uint8_t>(address), stride, bits, shift};
+    width += bits;
   }
-  m.scales = reinterpret_cast<const uint8_t*>(scales);
+  m.scales = at<const uint8_t>(scales);
   m.rows = rows;
   m.tiles = (rows + kTileRows - 1) / kTileRows;
   m.groups = groups;
   m.group_size = group_size;
-  m.midpoint = midpoint;
-  return m;
+  m.levels = (1 << width) - 1;
+  m.midpoint = float(m.levels) / 2;
+  new (self) NestedMatrix(m);
 }
 
-void nested_matmul(const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
-                   int group_size, float midpoint, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t out,
-                   int64_t out_stride) {
-  const NestedMatrix m = nested_matrix(planes, scales, rows, groups, group_size, midpoint);
-  const Kernel* kernel = active;
+void linear(const std::vector<const NestedMatrix*>& matrices, uintptr_t x, int64_t tokens, int64_t x_stride,
+            int64_t cols, const std::vector<uintptr_t>& outs, const std::vector<int64_t>& out_strides) {
+  if (matrices.empty() || outs.size() != matrices.size() || out_strides.size() != matrices.size())
+    throw std::invalid_argument("one output for each matrix is needed");
+  std::vector<NestedMatrix> copies;
+  std::vector<float*> places;
+  for (size_t i = 0; i < matrices.size(); i++) {
+    if (matrices[i]->groups != matrices[0]->groups || matrices[i]->group_size != matrices[0]->group_size)
+      throw std::invalid_argument("the matrices differ in their inputs");
+    copies.push_back(*matrices[i]);
+    places.push_back(at<float>(outs[i]));
+  }
   nb::gil_scoped_release release;
-  pool().parallel_for(m.tiles, [&](int64_t first, int64_t last) {
-    kernel->nested_matmul(m, reinterpret_cast<const float*>(x), tokens, x_stride, reinterpret_cast<float*>(out),
-                          out_stride, first, last);
-  });
+  std::lock_guard<std::mutex> lock(products_lock());
+  products().linear(*active, copies, at<const float>(x), tokens, x_stride, cols, places, out_strides);
 }
 
-void nested_dequantise(const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
-                       int group_size, float midpoint, int64_t cols, uintptr_t out, int64_t out_stride,
-                       int64_t first_row, int64_t last_row) {
-  if (first_row % kTileRows != 0 || first_row < 0 || last_row > rows || first_row >= last_row)
+void experts(const std::vector<const ExpertMatrices*>& list, const std::vector<int64_t>& counts, uintptr_t tokens_of,
+             uintptr_t x, int64_t tokens, int64_t hidden, int64_t inner, uintptr_t out) {
+  if (list.empty() || counts.size() != list.size()) throw std::invalid_argument("one count for each expert is needed");
+  std::vector<ExpertMatrices> copies;
+  for (const ExpertMatrices* expert : list) copies.push_back(*expert);
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(products_lock());
+  products().experts(*active, copies, counts, at<const int64_t>(tokens_of), at<const float>(x), tokens, hidden, inner,
+                     at<float>(out));
+}
+
+void dequantise(const NestedMatrix& m, int64_t cols, uintptr_t out, int64_t out_stride, int64_t first_row,
+                int64_t last_row) {
+  if (first_row % kTileRows != 0 || first_row < 0 || last_row > m.rows || first_row >= last_row)
     throw std::invalid_argument("bad range of rows");
-  const NestedMatrix m = nested_matrix(planes, scales, rows, groups, group_size, midpoint);
-  const Kernel* kernel = active;
   nb::gil_scoped_release release;
   const int64_t tile = first_row / kTileRows, tiles = (last_row - first_row + kTileRows - 1) / kTileRows;
   NestedMatrix part = m;
   part.rows = last_row;
-  float* origin = reinterpret_cast<float*>(out) - first_row * out_stride;
-  pool().parallel_for(tiles, [&](int64_t first, int64_t last) {
-    kernel->nested_dequantise(part, cols, origin, out_stride, tile + first, tile + last);
+  float* origin = at<float>(out) - first_row * out_stride;
+  pool().parallel_for(tiles, 8, [&](int64_t first, int64_t last) {
+    active->nested_dequantise(part, cols, origin, out_stride, tile + first, tile + last);
   });
 }
 
-void bf16_matmul(uintptr_t w, int64_t rows, int64_t cols, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t out,
+void bf16_linear(uintptr_t w, int64_t rows, int64_t cols, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t out,
                  int64_t out_stride) {
-  const Kernel* kernel = active;
   nb::gil_scoped_release release;
-  pool().parallel_for(rows, [&](int64_t first, int64_t last) {
-    kernel->bf16_matmul(reinterpret_cast<const uint16_t*>(w), cols, reinterpret_cast<const float*>(x), tokens, x_stride,
-                        reinterpret_cast<float*>(out), out_stride, first, last);
+  pool().parallel_for(rows, 32, [&](int64_t first, int64_t last) {
+    active->bf16_matmul(at<const uint16_t>(w), cols, at<const float>(x), tokens, x_stride, at<float>(out), out_stride,
+                        first, last);
   });
 }
 
@@ -104,11 +146,9 @@ void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::ve
   if (widths.empty() || widths.size() > 8 || group_size % 16 != 0 || group_size > 128)
     throw std::invalid_argument("bad widths or group size");
   const Search search{widths.data(), int(widths.size()), clips.data(), int(clips.size()), group_size, num_groups};
-  const Kernel* kernel = active;
   nb::gil_scoped_release release;
-  pool().parallel_for(num_groups, [&](int64_t first, int64_t last) {
-    kernel->search_codes(search, reinterpret_cast<const float*>(w), reinterpret_cast<uint8_t*>(codes),
-                         reinterpret_cast<uint16_t*>(scales), first, last);
+  pool().parallel_for(num_groups, 256, [&](int64_t first, int64_t last) {
+    active->search_codes(search, at<const float>(w), at<uint8_t>(codes), at<uint16_t>(scales), first, last);
   });
 }
 
@@ -117,23 +157,30 @@ void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::ve
 
 NB_MODULE(_native, m) {
   using namespace moert;
+  active = supported_kernels().front();
   m.doc() = "Kernels for nested-bit products.";
-  m.def("nested_matmul", &nested_matmul);
-  m.def("nested_dequantise", &nested_dequantise);
-  m.def("bf16_matmul", &bf16_matmul);
+  nb::class_<NestedMatrix>(m, "Matrix", "A nested-bit matrix at one width; it does not own the memory.")
+      .def("__init__", &set_matrix);
+  nb::class_<ExpertMatrices>(m, "Expert", "Gate, up and down of one expert.")
+      .def("__init__",
+           [](ExpertMatrices* self, const NestedMatrix& gate, const NestedMatrix& up, const NestedMatrix& down) {
+             new (self) ExpertMatrices{gate, up, down};
+           });
+  m.def("linear", &linear);
+  m.def("experts", &experts);
+  m.def("dequantise", &dequantise);
+  m.def("bf16_linear", &bf16_linear);
   m.def("search_codes", &search_codes);
   m.def("set_num_threads", [](int n) {
     if (n < 1) throw std::invalid_argument("at least one thread is needed");
     nb::gil_scoped_release release;
     pool().resize(n);
   });
-  m.def("num_threads", [] { return pool().size(); });
   m.def("kernel_names", [] {
     std::vector<std::string> names;
     for (const Kernel* kernel : supported_kernels()) names.emplace_back(kernel->name);
     return names;
   });
-  m.def("kernel_name", [] { return std::string(active->name); });
   m.def("set_kernel", [](const std::string& name) {
     for (const Kernel* kernel : supported_kernels())
       if (name == kernel->name) {

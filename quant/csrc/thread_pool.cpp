@@ -19,7 +19,7 @@ void ThreadPool::resize(int threads) {
   stop();
   stopping_ = false;
   size_ = threads;
-  for (int i = 1; i < threads; i++) workers_.emplace_back(&ThreadPool::work, this, i, generation_.load());
+  for (int i = 1; i < threads; i++) workers_.emplace_back(&ThreadPool::work, this, generation_.load());
 }
 
 void ThreadPool::stop() {
@@ -33,13 +33,12 @@ void ThreadPool::stop() {
   workers_.clear();
 }
 
-void ThreadPool::run_part(int index) {
-  const int64_t parts = size();
-  const int64_t first = count_ * index / parts, last = count_ * (index + 1) / parts;
-  if (first < last) (*body_)(first, last);
+void ThreadPool::run_parts() {
+  for (int64_t first; (first = next_.fetch_add(grain_)) < count_;)
+    (*body_)(first, first + grain_ < count_ ? first + grain_ : count_);
 }
 
-void ThreadPool::work(int index, uint64_t seen) {
+void ThreadPool::work(uint64_t seen) {
   while (true) {
     for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; spin++) pause();
     {
@@ -48,7 +47,7 @@ void ThreadPool::work(int index, uint64_t seen) {
       seen = generation_.load();
       if (stopping_) return;
     }
-    run_part(index);
+    run_parts();
     if (pending_.fetch_sub(1) == 1) {
       std::lock_guard<std::mutex> lock(mutex_);
       done_.notify_one();
@@ -56,8 +55,8 @@ void ThreadPool::work(int index, uint64_t seen) {
   }
 }
 
-void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  if (size_ == 1 || count < 2) {
+void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (size_ == 1 || count <= grain) {
     if (count > 0) body(0, count);
     return;
   }
@@ -65,12 +64,14 @@ void ThreadPool::parallel_for(int64_t count, const std::function<void(int64_t, i
   {
     std::lock_guard<std::mutex> lock(mutex_);
     count_ = count;
+    grain_ = grain;
+    next_ = 0;
     body_ = &body;
     pending_ = int(workers_.size());
     generation_++;
   }
   wake_.notify_all();
-  run_part(0);
+  run_parts();
   for (int spin = 0; spin < kSpins && pending_.load(std::memory_order_acquire) > 0; spin++) pause();
   std::unique_lock<std::mutex> lock(mutex_);
   done_.wait(lock, [&] { return pending_.load() == 0; });

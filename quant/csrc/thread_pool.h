@@ -20,13 +20,14 @@ class ThreadPool {
 
   int size() const { return size_; }
   void resize(int threads);
-  // Calls body(first, last) on contiguous parts of [0, count), one part a thread, and returns when all have ended.
+  // Calls body(first, last) on parts of [0, count) of at most `grain`, and returns when all have ended. Threads take the
+  // next part when they are done with one, so that a thread that was held up does not hold up the rest.
   // Calls from several threads are taken one after the other; a pool of one is no pool: each computes by itself.
-  void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body);
+  void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
  private:
-  void work(int index, uint64_t seen);
-  void run_part(int index);
+  void work(uint64_t seen);
+  void run_parts();
   void stop();
 
   std::vector<std::thread> workers_;
@@ -35,7 +36,8 @@ class ThreadPool {
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> pending_{0}, size_{1};
   bool stopping_ = false;
-  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0, grain_ = 1;
   const std::function<void(int64_t, int64_t)>* body_ = nullptr;
 };
 

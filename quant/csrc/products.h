@@ -1,0 +1,60 @@
+// Products and expert networks over several matrices, split over the threads of a pool.
+//
+// Everything is float32 at the outside; inputs are made int8 once per call. Buffers are kept between calls, so a decode
+// step allocates nothing once they have grown. Calls must come from one thread at a time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernel.h"
+#include "thread_pool.h"
+
+namespace moert {
+
+// 64-byte aligned memory that grows and never shrinks.
+class Buffer {
+ public:
+  ~Buffer();
+  template <class V>
+  V* get(size_t count) {
+    return static_cast<V*>(grow(count * sizeof(V)));
+  }
+
+ private:
+  void* grow(size_t bytes);
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+struct ExpertMatrices {
+  NestedMatrix gate, up, down;
+};
+
+class Products {
+ public:
+  explicit Products(ThreadPool& pool) : pool_(pool) {}
+
+  // outs[i] [tokens][out_strides[i]] = x [tokens][x_stride] times each matrix; all have `cols` columns.
+  void linear(const Kernel& kernel, const std::vector<NestedMatrix>& matrices, const float* x, int64_t tokens,
+              int64_t x_stride, int64_t cols, const std::vector<float*>& outs, const std::vector<int64_t>& out_strides);
+
+  // out: for expert e, counts[e] rows [hidden], one expert after the other: down(silu(gate(x)) * up(x)) of the tokens
+  // tokens_of[...] of x [tokens][hidden], in the same order.
+  void experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const std::vector<int64_t>& counts,
+               const int64_t* tokens_of, const float* x, int64_t tokens, int64_t hidden, int64_t inner, float* out);
+
+ private:
+  struct Inputs {
+    Buffer q, scales, sums;
+    Activations view{};
+  };
+  void quantise(const Kernel& kernel, const NestedMatrix& like, const float* x, int64_t tokens, int64_t x_stride,
+                int64_t cols, Inputs& to);
+
+  ThreadPool& pool_;
+  Inputs inputs_, gathered_, hidden_;
+  Buffer gate_, up_;
+};
+
+}  // namespace moert
