@@ -79,6 +79,11 @@ def expected(store, slices, x, indices, weights):
     return out
 
 
+def assert_close(got, want):
+    """The kernels are tested to the last digits elsewhere; int8 inputs leave about 1%, a wrong expert far more."""
+    assert ((got - want).norm(dim=1) <= 0.03 * want.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("capacity", [1, 3, EXPERTS])
@@ -88,7 +93,7 @@ def test_experts_match_float64_at_every_arena_size(store, make_runner, width, to
         x, indices, weights = routing(tokens, 3, seed)
         got = runner(0, x, indices, weights)
         want = expected(store, width - 1, x, indices, weights)
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-3)
+        assert_close(got, want)
     assert runner.counters.mean_width == width
     size = sum(LAYOUT.slice_sizes[: width - 1])
     assert runner.counters.bytes_read == size * (runner.counters.expert_uses - runner.counters.expert_hits)
@@ -117,7 +122,7 @@ def assert_usable(store, runner):
     x, indices, weights = routing(6, 4, 99)
     want = expected(store, 3, x, indices, weights)
     for _ in range(2):
-        torch.testing.assert_close(runner(0, x, indices, weights).double(), want, rtol=1e-4, atol=1e-3)
+        assert_close(runner(0, x, indices, weights), want)
 
 
 @pytest.mark.parametrize("capacity", [1, 4])
@@ -187,9 +192,9 @@ def test_a_slow_read_delays_only_its_own_expert(store, make_runner, monkeypatch)
     inject(monkeypatch, lambda call, real: (gate.wait(10), real())[1])
     compute = runner._compute
 
-    def watched(key, *args):
-        order.append(key.expert)
-        compute(key, *args)
+    def watched(step, experts):
+        order.extend(experts)
+        compute(step, experts)
         if len(order) == 2:
             gate.set()
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moert.quant.format import ExpertLayout
-from moert.quant.matmul import PackedExpert, expert_ffn
+from moert.quant.matmul import PackedExpert, experts_ffn
 from moert.runtime.residency import Arena
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import Read, SliceReader
@@ -20,6 +21,21 @@ from moert.scheduler.planner import plan_layer
 from moert.scheduler.precision import FixedPrecision
 from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
 from moert.store.reader import Store
+
+
+@dataclass(slots=True)
+class _Step:
+    """One layer of one step on its way.
+
+    rows: for each expert, where it stands in the flattened [T, K] indices. parts: float32 [T * K, D], filled from the
+    front. computed: which places the filled rows belong to.
+    """
+
+    plan: Plan
+    x: Tensor
+    rows: dict[int, Tensor]
+    parts: Tensor
+    computed: list[Tensor] = field(default_factory=list)
 
 
 class ExpertRunner:
@@ -47,39 +63,46 @@ class ExpertRunner:
         x: float32 [T, D]. indices: int64 [T, K], no expert twice in a row. weights: float32 [T, K].
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
+        T, K = indices.shape
         rows = _rows_by_expert(indices)
         sums = _weight_by_expert(indices, weights)
         routed = [RoutedExpert(e, len(at), sums[e], self._slices) for e, at in rows.items()]
         plan = plan_layer(layer, routed, self._cache)
         self._count(plan)
-        # Every contribution has its own place and they are added in the order of their rank, so that the result does
-        # not depend on what was in memory.
-        T, K = indices.shape
-        parts = x.new_empty(T * K, x.shape[1])
+        step = _Step(plan, x, rows, x.new_empty(T * K, x.shape[1]))
         for wave in plan.waves:
-            self._run_wave(plan, wave, x, rows, parts)
+            self._run_wave(step, wave)
+        # The contributions stand in the order in which they were computed; they are added in the order of their rank,
+        # so that the result does not depend on what was in memory.
+        order = torch.cat(step.computed)
+        parts = step.parts[torch.empty_like(order).scatter_(0, order, torch.arange(T * K))]
         return torch.bmm(weights.view(T, 1, K), parts.view(T, K, -1)).view(T, -1)
 
-    def _run_wave(self, plan: Plan, wave: Wave, x: Tensor, rows: dict[int, Tensor], parts: Tensor) -> None:
-        layer = plan.layer
+    def _run_wave(self, step: _Step, wave: Wave) -> None:
+        layer = step.plan.layer
         for key in wave.evictions:
             self._release(key)
-        loads = {load: self._start(layer, load) for load in wave.loads}
+        reads = {load: self._start(layer, load) for load in wave.loads}
         arrived: set[Load] = set()
         try:
-            for expert in wave.resident:
-                self._compute(ExpertKey(layer, expert), plan.slices[expert], x, rows[expert], parts)
-            for load, read in loads.items():
+            if wave.resident:
+                self._compute(step, wave.resident)
+            waiting = list(wave.loads)
+            while waiting:
                 before = time.perf_counter()
-                read.wait()
+                reads[waiting[0]].wait()
                 self.counters.waited_s += time.perf_counter() - before
-                arrived.add(load)
-                self._checked.update(SliceKey(layer, load.expert, i) for i in range(load.first, load.last))
-                self._compute(ExpertKey(layer, load.expert), load.last, x, rows[load.expert], parts)
+                ready = [load for load in waiting if reads[load].done]
+                for load in ready:
+                    reads[load].wait()
+                    arrived.add(load)
+                    self._checked.update(SliceKey(layer, load.expert, i) for i in range(load.first, load.last))
+                waiting = [load for load in waiting if load not in arrived]
+                self._compute(step, [load.expert for load in ready])
         except BaseException:  # Ctrl-C too: what did not arrive must not be taken for resident later
-            for read in loads.values():
+            for read in reads.values():
                 read.settle()
-            self._recover(layer, loads.keys() - arrived)
+            self._recover(layer, reads.keys() - arrived)
             raise
 
     def _start(self, layer: int, load: Load) -> Read:
@@ -107,10 +130,15 @@ class ExpertRunner:
             found = self._ready[key, slices] = PackedExpert.from_slices(views, self._layout)
         return found
 
-    def _compute(self, key: ExpertKey, slices: int, x: Tensor, at: Tensor, parts: Tensor) -> None:
+    def _compute(self, step: _Step, experts: Sequence[int]) -> None:
         before = time.perf_counter()
-        K = len(parts) // len(x)
-        parts[at] = expert_ffn(x[at // K], self._packed(key, slices), self._activation)
+        packed = [self._packed(ExpertKey(step.plan.layer, e), step.plan.slices[e]) for e in experts]
+        places = [step.rows[e] for e in experts]
+        K = len(step.parts) // len(step.x)
+        start = sum(len(at) for at in step.computed)
+        out = step.parts[start : start + sum(len(at) for at in places)]
+        experts_ffn(step.x, packed, [at // K for at in places], out, self._activation)
+        step.computed += places
         self.counters.computed_s += time.perf_counter() - before
 
     def _release(self, key: SliceKey) -> None:
