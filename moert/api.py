@@ -127,6 +127,11 @@ class LLM:
         """Tokens that the context holds."""
         return self._engine.ctx_size
 
+    @property
+    def engine(self) -> Engine:
+        """Tokens in, logits out, with its counters: for measuring. Using it moves the KV cache under `stream`."""
+        return self._engine
+
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
         """Continue each prompt; the results are in the order of the prompts."""
         return [_join(self.stream(p, params)) for p in ([prompts] if isinstance(prompts, str) else prompts)]

@@ -25,6 +25,8 @@ ALLOWED = {
     "runtime": {"errors", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
     "engine": {"errors", "config", "budget", "quant", "scheduler", "store", "runtime", "models"},
+    "bench_kernels": {"errors", "budget", "quant"},
+    "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
 }
 LINE_LIMIT, FAMILY_LIMIT = 400, 220
 

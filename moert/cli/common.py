@@ -91,6 +91,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
     add_quiet_option(parser)
+    add_memory_options(parser)
+    group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
+    group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
+    for option, name, kind, text in SAMPLING:
+        group.add_argument(option, dest=name, type=kind, metavar="X" if kind is float else "N", help=text)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
+    add_conversion_options(parser)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """What `open_llm` wants to know besides the model and its conversion."""
     group = parser.add_argument_group("memory and speed")
     group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB")
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for experts alone (for experiments)")
@@ -99,13 +111,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
-    group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
-    for option, name, kind, text in SAMPLING:
-        group.add_argument(option, dest=name, type=kind, metavar="X" if kind is float else "N", help=text)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
-    add_conversion_options(parser)
 
 
 def open_llm(args: argparse.Namespace, status: Status) -> LLM:

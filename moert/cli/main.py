@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "convert": "turn a Hugging Face checkpoint into a store",
     "info": "what is in a store",
+    "bench": "measure speed, bytes and memory",
     "doctor": "check this machine and installation",
 }
 

@@ -1,0 +1,242 @@
+"""Measure prefill and decode as llama-bench does, and what they take: bytes touched, share of the memory bandwidth,
+cache hits, bytes read, peak memory. With --kernels: the kernels alone. Rows go to stdout as they are measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moert.cli import common
+from moert.config import DEFAULT_CTX_SIZE, format_bytes, parse_bytes
+from moert.errors import UsageError
+
+if TYPE_CHECKING:
+    from moert.api import LLM
+    from moert.bench import Case
+
+INTERRUPTED = 130
+PLAIN_SECONDS = 5.0  # between lines of progress where there is no terminal
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+MODEL_COLUMNS: Columns = {
+    "model": lambda r: f"{r['model']} {r['precision']}",
+    "size": lambda r: format_bytes(r["size_bytes"]),
+    "test": lambda r: r["test"],
+    "tokens": lambda r: r["tokens"],
+    "t/s ± sd": lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
+    "MB/token": lambda r: f"{r['bytes_touched_per_token'] / 1e6:.3g}",
+    "of bandwidth": lambda r: f"{r['bandwidth_share']:.1%}",
+    "hits": lambda r: "-" if r["hit_ratio"] is None else f"{r['hit_ratio']:.1%}",
+    "read/token": lambda r: format_bytes(r["bytes_read_per_token"]),
+    "peak": lambda r: format_bytes(r["peak_rss_bytes"]),
+}
+KERNEL_COLUMNS: Columns = {
+    "kernel": lambda r: r["kernel"],
+    "bits": lambda r: str(r["width"]),
+    "stored": lambda r: r["widths"],
+    "tokens": lambda r: str(r["n_tokens"]),
+    "G weights/s": lambda r: f"{r['weights_per_s'] / 1e9:.2f}",
+    "GB/s": lambda r: f"{r['bytes_per_s'] / 1e9:.2f}",
+    "of bandwidth": lambda r: f"{r['bandwidth_share']:.1%}",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    common.add_model_option(parser)
+    for short, long, default, text in (
+        ("-p", "--n-prompt", 512, "prefill of N tokens; 0: none"),
+        ("-n", "--n-gen", 128, "decode of N tokens; 0: none"),
+        ("-d", "--n-depth", 0, "tokens that stand before them"),
+    ):
+        text = f"{text} (default {default})"
+        parser.add_argument(short, long, type=_counts, default=[default], metavar="N[,N...]", help=text)
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
+    parser.add_argument("--no-warmup", action="store_true", help="count the first repetition of a test too")
+    parser.add_argument("-o", "--output", choices=("md", "csv", "json"), default="md", help="form of the rows")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="tokens of this text, not random ones")
+    common.add_quiet_option(parser)
+    group = parser.add_argument_group("kernels alone (of the options above, -r, --no-warmup, -o and -t count)")
+    group.add_argument("--kernels", action="store_true", help="time each kernel and width on experts of random bytes")
+    group.add_argument("--size", default="1GiB", help="memory that these fill (default 1GiB: beyond the caches)")
+    common.add_memory_options(parser)
+    common.add_conversion_options(parser)
+
+
+def _counts(text: str) -> list[int]:
+    """ "512,2048" -> [512, 2048]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 128,512") from None
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.repetitions < 1:
+        raise UsageError(f"{args.repetitions} repetitions measure nothing: give -r at least 1.")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"threads {args.threads} must be at least 1.")
+    status = common.Status(args.quiet)
+    return _kernels(args, status) if args.kernels else _model(args, status)
+
+
+class _Table:
+    """Rows on stdout: md and csv as they come, json as one list at the end. Used as a context manager."""
+
+    def __init__(self, form: str, columns: Columns, left: int) -> None:
+        self._form, self._columns, self._left = form, columns, left
+        self._rows: list[dict[str, Any]] = []
+        self._csv: csv.DictWriter[str] | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        first = not self._rows
+        self._rows.append(row)
+        if self._form == "md":
+            if first:
+                _print_cells(list(self._columns))
+                _print_cells(["---" if i < self._left else "---:" for i in range(len(self._columns))])
+            _print_cells([cell(row) for cell in self._columns.values()])
+        elif self._form == "csv":
+            if self._csv is None:
+                self._csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+                self._csv.writeheader()
+            lists = {name: " ".join(map(str, v)) for name, v in row.items() if isinstance(v, list)}
+            self._csv.writerow(row | lists)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._form == "json":
+            print(json.dumps(self._rows, indent=1))
+        elif self._form == "md" and self._rows:
+            row = self._rows[0]
+            load = "" if row["load_average"] is None else f", load {row['load_average']:.1f}"
+            kernel = f"kernel {row['kernel']}, " if "test" in row else ""
+            bandwidth = f"memory bandwidth {row['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
+            print(f"\n{kernel}{row['threads']} threads, {bandwidth}{load}, {row['timestamp']}")
+
+
+def _print_cells(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
+
+@contextlib.contextmanager
+def _progress(status: common.Status) -> Iterator[Callable[[str], None]]:
+    """A callback that shows what is being done: a spinner on a terminal, a line every few seconds elsewhere."""
+    if status.live:
+        with status.console.status("") as spinner:
+            yield spinner.update
+        return
+    last = float("-inf")
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            status.say(text)
+
+    yield say
+
+
+def _bandwidth(args: argparse.Namespace, status: common.Status, threads: int) -> float:
+    from moert.bench_kernels import memory_bandwidth
+
+    with status.spinner("Measuring the memory bandwidth"):
+        bandwidth = memory_bandwidth(threads)
+    status.say(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s with {threads} threads")
+    return bandwidth
+
+
+def _open(args: argparse.Namespace, status: common.Status, cases: Sequence[Case]) -> LLM:
+    """The model with a context that every case fits into."""
+    needed = max(cases, key=lambda case: case.needed)
+    wanted = f"{needed.name} needs a context of {needed.needed} tokens"
+    if args.ctx_size is None and needed.needed > DEFAULT_CTX_SIZE:
+        args.ctx_size = needed.needed
+        status.say(f"chosen: context {args.ctx_size}, since {wanted}")
+    elif args.ctx_size is not None and 0 < args.ctx_size < needed.needed:
+        raise UsageError(f"{wanted}, but --ctx-size is {args.ctx_size}.")
+    llm = common.open_llm(args, status)
+    if llm.ctx_size < needed.needed:  # the default, which is less for models with a short context
+        llm.close()
+        args.ctx_size = needed.needed
+        status.say(f"chosen: context {args.ctx_size}, since {wanted}")
+        llm = common.open_llm(args, status)
+    return llm
+
+
+def _model(args: argparse.Namespace, status: common.Status) -> int:
+    from moert import bench  # loads torch
+
+    cases = bench.make_cases(args.n_prompt, args.n_gen, args.n_depth)
+    text = _read(args.prompt_file) if args.prompt_file else None
+    table = _Table(args.output, MODEL_COLUMNS, left=4)
+    with _open(args, status, cases) as llm:
+        ids = None if text is None else llm.tokenizer.encode(text)
+        tokens = bench.Tokens(llm.store.architecture.vocab_size, ids)
+        tokens.check(max(case.needed for case in cases))
+        bandwidth = _bandwidth(args, status, llm.engine.threads)
+        try:
+            with _progress(status) as progress:
+                for case in cases:
+                    measurement = bench.Measurement(llm.store, llm.engine, case, tokens, bandwidth)
+                    try:
+                        measurement.run(args.repetitions, not args.no_warmup, progress)
+                    finally:
+                        row = measurement.row()
+                        if row is not None:
+                            table.add(asdict(row))
+        except KeyboardInterrupt:
+            return _interrupted(status)
+        finally:
+            table.close()
+    return 0
+
+
+def _interrupted(status: common.Status) -> int:
+    status.show("Interrupted: these are the repetitions that had ended.")
+    return INTERRUPTED
+
+
+def _kernels(args: argparse.Namespace, status: common.Status) -> int:
+    from moert import bench_kernels
+    from moert.engine import default_threads
+    from moert.quant.dispatch import set_num_threads
+
+    size = parse_bytes(args.size, "size")
+    group_size = 64 if args.group_size is None else args.group_size
+    try:
+        cases = bench_kernels.kernel_cases(group_size)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+    threads = args.threads or default_threads()
+    bandwidth = _bandwidth(args, status, threads)
+    table = _Table(args.output, KERNEL_COLUMNS, left=1)
+    set_num_threads(threads)
+    buffer = bench_kernels.random_buffer(size)
+    try:
+        with _progress(status) as progress:
+            for case in cases:
+                measurement = bench_kernels.KernelMeasurement(buffer, case, threads, bandwidth)
+                try:
+                    measurement.run(args.repetitions, not args.no_warmup, progress)
+                finally:
+                    for row in measurement.rows():
+                        table.add(asdict(row))
+    except KeyboardInterrupt:
+        return _interrupted(status)
+    finally:
+        table.close()
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"The prompt in {path} is not UTF-8 text.") from None
