@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         text = f"{text} (default {default})"
         parser.add_argument(short, long, type=_counts, default=[default], metavar="N[,N...]", help=text)
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
-    parser.add_argument("--no-warmup", action="store_true", help="count the first repetition of a test too")
+    parser.add_argument("--no-warmup", action="store_true", help="no repetition before those that count")
     parser.add_argument("-o", "--output", choices=("md", "csv", "json"), default="md", help="form of the rows")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="tokens of this text, not random ones")
     common.add_quiet_option(parser)
@@ -206,8 +206,10 @@ def _interrupted(status: common.Status) -> int:
 def _kernels(args: argparse.Namespace, status: common.Status) -> int:
     from moert import bench_kernels
     from moert.engine import default_threads
-    from moert.quant.dispatch import set_num_threads
+    from moert.quant import dispatch
 
+    if dispatch.wrong_request is not None:
+        raise UsageError(f"{dispatch.wrong_request}.")
     size = parse_bytes(args.size, "size")
     group_size = 64 if args.group_size is None else args.group_size
     try:
@@ -217,7 +219,7 @@ def _kernels(args: argparse.Namespace, status: common.Status) -> int:
     threads = args.threads or default_threads()
     bandwidth = _bandwidth(args, status, threads)
     table = _Table(args.output, KERNEL_COLUMNS, left=1)
-    set_num_threads(threads)
+    dispatch.set_num_threads(threads)
     buffer = bench_kernels.random_buffer(size)
     try:
         with _progress(status) as progress:
