@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from moert.quant import reference
 from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, loaded, set_kernel, set_num_threads
-from moert.quant.format import ExpertLayout, MatrixLayout, midpoint
+from moert.quant.format import ExpertLayout, MatrixLayout
 
 __all__ = [
     "ACTIVATIONS",
@@ -62,7 +62,8 @@ def _native_matrix(layout: MatrixLayout, addresses: Sequence[int], module: Modul
             shift -= bits
             planes.append((address + offset, stride, bits, shift))
             offset += 2 * layout.group_size * bits
-    return module.Matrix(planes, addresses[last] + layout.codes_bytes(last), layout.rows, layout.groups, layout.group_size)
+    scales = addresses[last] + layout.codes_bytes(last)
+    return module.Matrix(planes, scales, layout.rows, layout.groups, layout.group_size)
 
 
 @dataclass(frozen=True, eq=False)

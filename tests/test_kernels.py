@@ -125,7 +125,8 @@ def test_adversarial_inputs(kernel, widths):
                 assert matmul.linear(x, matmul.PackedMatrix(layout, tuple(pieces))).abs().max() < 1e-30
                 continue
             check_product(x, layout, codes, scales, pieces, kernel)
-            check_product(x, layout, extreme, scales, reference.pack(extreme, [s.float() for s in scales], layout), kernel)
+            packed = reference.pack(extreme, [s.float() for s in scales], layout)
+            check_product(x, layout, extreme, scales, packed, kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

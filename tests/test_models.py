@@ -216,7 +216,10 @@ def test_dynamic_rope_beyond_the_maximum(
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2-dense-layers", "qwen3"])
 def test_packed_dense_weights(variant: str, tiny_checkpoint: MakeCheckpoint) -> None:
-    """A decoder over packed matrices equals one over the same matrices dequantised."""
+    """A decoder over packed matrices equals one over the same matrices dequantised, but for inputs rounded to int8.
+
+    That costs about 1%; a wrong matrix or scale costs all. test_kernels.py has the kernels to the last digits.
+    """
     name, overrides = VARIANTS[variant]
     arch, dense, experts = load(tiny_checkpoint(name, **overrides))
     packed: dict[str, Tensor | PackedMatrix] = dict(dense)
@@ -228,7 +231,9 @@ def test_packed_dense_weights(variant: str, tiny_checkpoint: MakeCheckpoint) -> 
             packed[tensor_name] = PackedMatrix(layout, tuple(slices))
             unpacked[tensor_name] = dequantise(slices, layout, 1)
     got = run(Decoder(arch, packed, experts), PROMPT[:40], 20)
-    assert relative_error(got, run(Decoder(arch, unpacked, experts), PROMPT[:40], 20)) < 2e-3
+    want = run(Decoder(arch, unpacked, experts), PROMPT[:40], 20)
+    # Of the median token: rounding may tip a near-tie of a router, and then a token has other experts.
+    assert ((got - want).norm(dim=1) / want.norm(dim=1)).median() < 3e-2
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 8, 100])

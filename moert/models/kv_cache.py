@@ -35,6 +35,10 @@ class KVCache:
                 f"{needed} tokens do not fit the context of {self.ctx_size}; ask for a larger context size."
             )
 
+    def layer(self, layer: int) -> Tensor:
+        """Keys and values of one layer, [2, J, C, d]."""
+        return self._data[layer]
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write [J, T, d] each behind the current length, which `advance` moves."""
         end = self.length + keys.shape[1]

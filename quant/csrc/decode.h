@@ -1,0 +1,30 @@
+// The parts of a decode step between the products, for one token.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel.h"
+#include "products.h"
+
+namespace moert {
+
+struct AttentionStep {
+  float *q, *k;           // [heads][head_dim], [kv_heads][head_dim]; changed in place
+  const float* v;         // [kv_heads][head_dim]
+  const float *q_norm, *k_norm;  // [head_dim] each, or null
+  float eps;
+  const float *cos, *sin;  // [head_dim / 2]
+  uint16_t *keys, *values;  // fp16 cache of the layer: head h at h * head_stride, then [position][head_dim]
+  int64_t head_stride, position, start;
+  int heads, kv_heads, head_dim;
+  float* out;  // [heads][head_dim]
+};
+
+// Norms and rotates q and k, writes k and v at `position`, attends to positions start ... position.
+void attention_step(const Kernel& kernel, ThreadPool& pool, Buffer& scratch, const AttentionStep& step);
+
+// The top_k largest of logits [count]: indices, largest first (of equals the one that comes first), and their softmax
+// over all logits, divided by the sum over the chosen ones if `normalise`.
+void route(const float* logits, int64_t count, int64_t top_k, bool normalise, int64_t* indices, float* weights);
+
+}  // namespace moert
