@@ -225,8 +225,8 @@ def experts_ffn(
             out[start : start + len(tokens)] = expert_ffn(x[tokens], expert, activation)
             start += len(tokens)
         return
-    order = tokens_of[0] if len(tokens_of) == 1 else torch.cat(list(tokens_of))
     counts = [len(tokens) for tokens in tokens_of]
+    order = tokens_of[0] if len(x) == 1 else torch.cat(list(tokens_of))  # not looked at for a single token
     x = x.contiguous()
     inner = experts[0].gate.shape[0]
     module.experts(natives, counts, order.data_ptr(), x.data_ptr(), len(x), x.shape[1], inner, out.data_ptr())
