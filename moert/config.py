@@ -42,7 +42,8 @@ class EngineConfig:
     """What the user asked for; None means: choose.
 
     memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
-    `fixed:4`. ctx_size: tokens that the KV cache holds. threads: of the kernels. Raises UsageError for bad values.
+    `fixed:4`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16,
+    of the KV cache. Raises UsageError for bad values.
     """
 
     memory_budget: int | None = None
@@ -50,9 +51,12 @@ class EngineConfig:
     precision: str | None = None
     ctx_size: int | None = None
     threads: int | None = None
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("memory_budget", "expert_budget", "ctx_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")
+        if self.kv_bits not in (None, 8, 16):
+            raise UsageError(f"kv-bits {self.kv_bits} is not 8 or 16.")

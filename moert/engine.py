@@ -73,13 +73,8 @@ class Engine:
         self._describe(store, config, slots[0], num_experts, on_status)
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
-        self._cache = KVCache(arch, self.ctx_size, self._kv_dtype(store))
+        self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config))
         self.tokens: list[int] = []
-
-    @staticmethod
-    def _kv_dtype(store: Store) -> torch.dtype:
-        """float16, but float32 for a lossless store: that one is the reference that others are compared with."""
-        return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
         libraries, available = library_bytes(), available_bytes()
@@ -89,7 +84,7 @@ class Engine:
             needs = Needs(
                 libraries=libraries,
                 dense=store.dense_bytes,
-                kv_cache=KVCache.bytes_for(store.architecture, ctx_size, self._kv_dtype(store)),
+                kv_cache=KVCache.bytes_for(store.architecture, ctx_size, _kv_dtype(store, config)),
                 workspace=workspace_bytes(store.architecture, ctx_size),
                 one_expert=one,
                 all_experts=one * len(store.moe_layers) * store.num_experts,
@@ -161,6 +156,13 @@ class Engine:
     def close(self) -> None:
         """End the reading threads."""
         self._runner.close()
+
+
+def _kv_dtype(store: Store, config: EngineConfig) -> torch.dtype:
+    if config.kv_bits is not None:
+        return torch.int8 if config.kv_bits == 8 else torch.float16
+    # A lossless store is the reference that others are compared with: its cache rounds nothing either.
+    return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
 
 def _fits(split: Callable[[int, int], Budget], ctx_size: int, slices: int) -> bool:

@@ -4,43 +4,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from moert.quant.dispatch import compiled
 
 
-def available(cache: Tensor) -> bool:
-    """Whether `attention_step` can run over keys and values [2, J, C, d] such as these."""
-    d = cache.shape[-1]
-    return compiled() is not None and cache.dtype == torch.float16 and d % 16 == 0 and d <= 256
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """Keys and values of one layer: numbers [2, J, C, d], float16, or int8 with scales float32 [2, J, C]."""
+
+    numbers: Tensor
+    scales: Tensor | None
+
+    def steppable(self) -> bool:
+        """Whether `attention_step` can run over this cache."""
+        d = self.numbers.shape[-1]
+        known = self.numbers.dtype == (torch.float16 if self.scales is None else torch.int8)
+        return compiled() is not None and known and d % 16 == 0 and d <= 256
+
+    @cached_property
+    def pointers(self) -> tuple[int, ...]:
+        """Where keys, values and their scales begin (0: none), and C."""
+        _, J, C, d = self.numbers.shape
+        keys = self.numbers.data_ptr()
+        scales = 0 if self.scales is None else self.scales.data_ptr()
+        value_scales = 0 if self.scales is None else scales + 4 * J * C
+        return keys, keys + self.numbers.itemsize * J * C * d, scales, value_scales, C
 
 
 def attention_step(
-    qkv: tuple[Tensor, Tensor, Tensor],
+    qkv: Sequence[Tensor],
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    cache: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    cache: LayerCache,
     position: int,
     start: int,
 ) -> Tensor:
     """Attention of one token, its keys and values written to the cache.
 
     qkv: float32 contiguous [1, H * d], [1, J * d], [1, J * d]; the first two are overwritten. norms: float32 [d] for q
-    and k, or None. cos, sin: float32 [1, d / 2]. cache: float16 [2, J, C, d], contiguous. The token stands at
-    `position` and sees start ... position. Returns float32 [1, H * d].
+    and k, or None. rotation: cos and sin, float32 [1, d / 2]. The token stands at `position` and sees start ...
+    position. Returns float32 [1, H * d].
     """
     module = compiled()
     assert module is not None
     q, k, v = qkv
-    _, J, C, d = cache.shape
+    _, J, _, d = cache.numbers.shape
     out = torch.empty_like(q)
-    keys = cache.data_ptr()
     module.attention_step(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), norms[0].data_ptr() if norms else 0,
-        norms[1].data_ptr() if norms else 0, eps, cos.data_ptr(), sin.data_ptr(), keys, keys + 2 * J * C * d, C * d,
+        norms[1].data_ptr() if norms else 0, eps, rotation[0].data_ptr(), rotation[1].data_ptr(), *cache.pointers,
         position, start, q.shape[1] // d, J, d, out.data_ptr(),
     )  # fmt: skip
     return out

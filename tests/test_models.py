@@ -282,8 +282,23 @@ def test_cache_truncates_and_goes_on(tiny_checkpoint: MakeCheckpoint) -> None:
 def test_cache_is_as_large_as_it_says() -> None:
     arch = architecture({"model_type": "qwen3_moe", "num_hidden_layers": 3, "head_dim": 128})
     assert KVCache.bytes_for(arch, 100) == 3 * 2 * 4 * 100 * 128 * 2
-    cache = KVCache(arch, 100)
-    assert cache._data.nbytes == KVCache.bytes_for(arch, 100)
+    assert KVCache.bytes_for(arch, 100, torch.int8) == 3 * 2 * 4 * 100 * (128 + 4)
+    for dtype in (torch.float16, torch.float32, torch.int8):
+        layers = KVCache(arch, 100, dtype).layers
+        size = sum(c.numbers.nbytes + (0 if c.scales is None else c.scales.nbytes) for c in layers)
+        assert size == KVCache.bytes_for(arch, 100, dtype)
+
+
+def test_an_8_bit_cache_costs_little(tiny_checkpoint: MakeCheckpoint, reference_logits: Reference) -> None:
+    """In chunks and one token at a time. The median token: rounding may tip a near-tie of a router."""
+    path = tiny_checkpoint("qwen3_moe")
+    decoder = Decoder(*load(path))
+    want = reference_logits(path, PROMPT[:60])
+    for chunk in (20, 1):
+        cache = KVCache(decoder.arch, 60, torch.int8)
+        parts = torch.tensor(PROMPT[:60]).split(chunk)
+        got = torch.cat([decoder(part, cache, all_logits=True) for part in parts])
+        assert ((got - want).norm(dim=1) / want.norm(dim=1)).median() < 0.03
 
 
 def test_full_context_and_empty_input_are_refused(tiny_checkpoint: MakeCheckpoint) -> None:

@@ -98,6 +98,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--precision", metavar="POLICY", help="width of the experts, such as fixed:4 (default: the widest)"
     )
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
+    group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
     group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
@@ -130,6 +131,7 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             precision=args.precision,
             ctx_size=args.ctx_size,
             threads=args.threads,
+            kv_bits=args.kv_bits,
             offline=args.offline,
             on_status=status.say,
         )

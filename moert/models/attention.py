@@ -66,11 +66,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
         q, k, v = self._project(x)
-        if len(x) == 1 and decode.available(cache.layer(self.layer)):
+        layer_cache = cache.layers[self.layer]
+        if x.shape[0] == 1 and layer_cache.steppable():
             norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm == "head" else None
-            eps = self.q_norm.eps if self.qk_norm == "head" else 0.0
-            place = (cache.layer(self.layer), cache.length, seen.start)
-            stepped: Tensor = self.o_proj(decode.attention_step((q, k, v), norms, eps, cos, sin, *place))
+            eps = self.q_norm.eps if norms else 0.0
+            y = decode.attention_step((q, k, v), norms, eps, (cos, sin), layer_cache, cache.length, seen.start)
+            stepped: Tensor = self.o_proj(y)
             return stepped
         q, k, v = self._heads(q, k, v)
         # Keys and values come back from the cache, the new ones too: its rounding must not depend on the chunking.

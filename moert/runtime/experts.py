@@ -23,7 +23,7 @@ from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey,
 from moert.store.reader import Store
 
 _FIRST = torch.zeros(1, dtype=torch.int64)
-_PLACES = torch.arange(256).split(1)  # made once: a decode step would make eight tensors per layer
+_PLACES = torch.split(torch.arange(256), 1)  # made once: a decode step would make eight tensors per layer
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class ExpertRunner:
         T, K = indices.shape
         places = _places_by_expert(indices)
         sums = _weight_by_expert(indices, weights)
-        routed = [RoutedExpert(e, len(at), sums[e], self._slices) for e, at in places.items()]
+        routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
         plan = plan_layer(layer, routed, self._cache)
         self._count(plan)
         step = _Step(plan, x, places, x.new_empty(T * K, x.shape[1]))
@@ -140,12 +140,12 @@ class ExpertRunner:
         before = time.perf_counter()
         packed = [self._packed(ExpertKey(step.plan.layer, e), step.plan.slices[e]) for e in experts]
         places = [step.places[e] for e in experts]
-        out = step.parts[step.filled : step.filled + sum(len(at) for at in places)]
-        K = len(step.parts) // len(step.x)
-        tokens_of = [at // K for at in places] if len(step.x) > 1 else [_FIRST] * len(places)
+        out = step.parts[step.filled : step.filled + sum(at.shape[0] for at in places)]
+        K = step.parts.shape[0] // step.x.shape[0]
+        tokens_of = [at // K for at in places] if step.x.shape[0] > 1 else [_FIRST] * len(places)
         experts_ffn(step.x, packed, tokens_of, out, self._activation)
         step.computed += experts
-        step.filled += len(out)
+        step.filled += out.shape[0]
         self.counters.computed_s += time.perf_counter() - before
 
     def _release(self, key: SliceKey) -> None:
@@ -181,7 +181,7 @@ class ExpertRunner:
 def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
     """Positions in the flattened [T, K] indices at which each expert stands, ascending."""
     flat = indices.flatten()
-    if len(indices) == 1 and len(flat) <= len(_PLACES):
+    if indices.shape[0] == 1 and len(flat) <= len(_PLACES):
         return dict(zip(flat.tolist(), _PLACES, strict=False))
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat)
@@ -191,7 +191,7 @@ def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
 
 def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
     flat = indices.flatten()
-    if len(indices) == 1:
+    if indices.shape[0] == 1:
         return dict(zip(flat.tolist(), weights.flatten().tolist(), strict=True))
     sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
     return dict(enumerate(sums.tolist()))

@@ -37,6 +37,21 @@ void norm_and_rotate(float* x, int heads, int d, const float* norm, float eps, c
   }
 }
 
+// One vector of d floats to position `at` of a cache.
+void store(const float* x, int d, int64_t at, void* cache, float* scales) {
+  if (scales == nullptr) {
+    uint16_t* place = static_cast<uint16_t*>(cache) + at * d;
+    for (int i = 0; i < d; i++) place[i] = to_half(x[i]);
+    return;
+  }
+  float peak = 0, poison = 0;
+  for (int i = 0; i < d; i++) peak = std::max(peak, std::fabs(x[i])), poison += x[i] * 0;
+  const float inverse = peak > 0 ? 127 / peak : 0;
+  int8_t* place = static_cast<int8_t*>(cache) + at * d;
+  for (int i = 0; i < d; i++) place[i] = poison == 0 ? int8_t(std::nearbyint(x[i] * inverse)) : 0;
+  scales[at] = peak / 127 + poison;  // NaN where a number is not finite
+}
+
 }  // namespace
 
 void attention_step(const Kernel& kernel, ThreadPool& pool, Buffer& scratch, const AttentionStep& s) {
@@ -44,12 +59,12 @@ void attention_step(const Kernel& kernel, ThreadPool& pool, Buffer& scratch, con
   norm_and_rotate(s.q, s.heads, d, s.q_norm, s.eps, s.cos, s.sin, 1 / std::sqrt(float(d)));
   norm_and_rotate(s.k, s.kv_heads, d, s.k_norm, s.eps, s.cos, s.sin, 1);
   for (int h = 0; h < s.kv_heads; h++) {
-    uint16_t* key = s.keys + h * s.head_stride + s.position * d;
-    uint16_t* value = s.values + h * s.head_stride + s.position * d;
-    for (int i = 0; i < d; i++) key[i] = to_half(s.k[h * d + i]), value[i] = to_half(s.v[h * d + i]);
+    store(s.k + h * d, d, h * s.capacity + s.position, s.keys, s.key_scales);
+    store(s.v + h * d, d, h * s.capacity + s.position, s.values, s.value_scales);
   }
   const int64_t count = s.position + 1 - s.start;
-  const Attention attention{s.q, s.keys, s.values, s.head_stride, s.start, s.position + 1, s.heads / s.kv_heads, d,
+  const Attention attention{s.q,        s.keys,  s.values,       s.key_scales,           s.value_scales,
+                            s.capacity, s.start, s.position + 1, s.heads / s.kv_heads,   d,
                             scratch.get<float>(s.heads * count), s.out};
   // A short context is done before another thread wakes.
   const int64_t grain = count * d < 4096 ? s.kv_heads : 1;

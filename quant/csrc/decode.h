@@ -14,8 +14,9 @@ struct AttentionStep {
   const float *q_norm, *k_norm;  // [head_dim] each, or null
   float eps;
   const float *cos, *sin;  // [head_dim / 2]
-  uint16_t *keys, *values;  // fp16 cache of the layer: head h at h * head_stride, then [position][head_dim]
-  int64_t head_stride, position, start;
+  void *keys, *values;  // cache of the layer, as Attention has it
+  float *key_scales, *value_scales;
+  int64_t capacity, position, start;
   int heads, kv_heads, head_dim;
   float* out;  // [heads][head_dim]
 };

@@ -54,8 +54,11 @@ struct Activations {
 // One token's attention over cached keys and values of one layer.
 struct Attention {
   const float* q;                  // [heads][head_dim], rotated and scaled
-  const uint16_t *keys, *values;   // fp16, key/value head h at h * head_stride, then [position][head_dim]
-  int64_t head_stride, start, end;  // positions start ... end - 1 are seen
+  // Key/value head h begins at element h * capacity * head_dim, then [position][head_dim]: fp16, or int8 where there are
+  // scales, float32 [head][capacity], one for each key and value.
+  const void *keys, *values;
+  const float *key_scales, *value_scales;
+  int64_t capacity, start, end;  // positions start ... end - 1 are seen
   int heads_per_kv, head_dim;       // head_dim is a multiple of 16, at most 256
   float* scores;                   // [heads][end - start], scratch
   float* out;                      // [heads][head_dim]

@@ -188,15 +188,24 @@ inline float sum_lanes(f32x16 v) {
   return total;
 }
 
-void attend(const Attention& a, int64_t kv_head) {
-  const int64_t count = a.end - a.start;
+// Cached numbers as floats: halves, or bytes to be scaled by the caller.
+inline f32x16 cached(const uint16_t* p) { return load_half(p); }
+inline f32x16 cached(const int8_t* p) {
+  typedef int8_t i8x16 __attribute__((vector_size(16)));
+  return __builtin_convertvector(load<i8x16>(p), f32x16);
+}
+
+template <class Number>
+void attend_to(const Attention& a, int64_t kv_head) {
+  const int64_t count = a.end - a.start, before = kv_head * a.capacity + a.start;
   const int parts = a.head_dim / 16;
-  const uint16_t* keys = a.keys + kv_head * a.head_stride + a.start * a.head_dim;
-  const uint16_t* values = a.values + kv_head * a.head_stride + a.start * a.head_dim;
+  const Number* keys = static_cast<const Number*>(a.keys) + before * a.head_dim;
+  const Number* values = static_cast<const Number*>(a.values) + before * a.head_dim;
   const int64_t first = kv_head * a.heads_per_kv, last = first + a.heads_per_kv;
   for (int64_t s = 0; s < count; s++) {  // each key is converted once for all its query heads
     f32x16 key[16];
-    for (int i = 0; i < parts; i++) key[i] = load_half(keys + s * a.head_dim + 16 * i);
+    const float scale = a.key_scales ? a.key_scales[before + s] : 1;
+    for (int i = 0; i < parts; i++) key[i] = cached(keys + s * a.head_dim + 16 * i) * scale;
     for (int64_t h = first; h < last; h++) {
       f32x16 sum = {};
       for (int i = 0; i < parts; i++) sum += key[i] * load<f32x16>(a.q + h * a.head_dim + 16 * i);
@@ -223,9 +232,12 @@ void attend(const Attention& a, int64_t kv_head) {
   alignas(64) float block[kSpan * 256];
   for (int64_t begin = 0; begin < count; begin += kSpan) {
     const int64_t end = begin + kSpan < count ? begin + kSpan : count;
-    for (int64_t i = 0; i < (end - begin) * a.head_dim; i += 16) {
-      const f32x16 part = load_half(values + begin * a.head_dim + i);
-      std::memcpy(block + i, &part, sizeof(part));
+    for (int64_t s = begin; s < end; s++) {
+      const float scale = a.value_scales ? a.value_scales[before + s] : 1;
+      for (int i = 0; i < a.head_dim; i += 16) {
+        const f32x16 part = cached(values + s * a.head_dim + i) * scale;
+        std::memcpy(block + (s - begin) * a.head_dim + i, &part, sizeof(part));
+      }
     }
     for (int64_t h = first; h < last; h++) {
       float* out = a.out + h * a.head_dim;
@@ -237,6 +249,13 @@ void attend(const Attention& a, int64_t kv_head) {
       }
     }
   }
+}
+
+void attend(const Attention& a, int64_t kv_head) {
+  if (a.key_scales)
+    attend_to<int8_t>(a, kv_head);
+  else
+    attend_to<uint16_t>(a, kv_head);
 }
 
 inline float half_to_float(uint16_t h) { return bits_as<float>(uint32_t(h & 0x7fffu) << 13) * 0x1p112f; }

@@ -159,14 +159,14 @@ Buffer& attention_scratch() {
 }
 
 void attention_step_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_norm, uintptr_t k_norm, float eps,
-                       uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, int64_t head_stride,
-                       int64_t position, int64_t start, int heads, int kv_heads, int head_dim, uintptr_t out) {
+                       uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+                       uintptr_t value_scales, int64_t capacity, int64_t position, int64_t start, int heads, int kv_heads, int head_dim, uintptr_t out) {
   if (head_dim % 16 != 0 || head_dim > 256 || start < 0 || start > position || heads % kv_heads != 0)
     throw std::invalid_argument("bad shape of attention");
   const AttentionStep step{at<float>(q), at<float>(k), at<const float>(v), at<const float>(q_norm),
                            at<const float>(k_norm), eps, at<const float>(cos), at<const float>(sin),
-                           at<uint16_t>(keys), at<uint16_t>(values), head_stride, position, start, heads, kv_heads,
-                           head_dim, at<float>(out)};
+                           at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales),
+                           capacity, position, start, heads, kv_heads, head_dim, at<float>(out)};
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
   attention_step(*active, pool(), attention_scratch(), step);
