@@ -160,8 +160,8 @@ def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
     """What the integer kernels see of x [T, K]: int8 per group of columns, as float32."""
     padded = functional.pad(x, (0, layout.groups * layout.group_size - layout.cols))
     groups = padded.view(x.shape[0], layout.groups, layout.group_size)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(scale > 0, (groups / scale).round(), 0.0) * scale
+    peak = groups.abs().amax(-1, keepdim=True)
+    rounded = torch.where(peak == 0, 0.0, (groups * (127 / peak)).round()) * (peak / 127)
     return rounded.view(x.shape[0], -1)[:, : layout.cols]
 
 
