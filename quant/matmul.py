@@ -161,7 +161,8 @@ def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
     padded = functional.pad(x, (0, layout.groups * layout.group_size - layout.cols))
     groups = padded.view(x.shape[0], layout.groups, layout.group_size)
     peak = groups.abs().amax(-1, keepdim=True)
-    rounded = torch.where(peak == 0, 0.0, (groups * (127 / peak)).round()) * (peak / 127)
+    # Groups without a usable scale (zeros, subnormals) become 0; what is not finite stays so through the scale.
+    rounded = (groups * (127 / peak)).round().nan_to_num(0).clamp(-127, 127) * (peak / 127)
     return rounded.view(x.shape[0], -1)[:, : layout.cols]
 
 
