@@ -10,7 +10,7 @@ from moert.errors import UsageError
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 DEFAULT_CTX_SIZE = 4096
-PREFILL_CHUNK = 256  # tokens per forward pass of a prompt: bounds the workspace
+PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the workspace
 
 
 def parse_bytes(value: int | str, what: str = "size") -> int:

@@ -41,7 +41,8 @@ def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     inner = max(arch.expert_inner, arch.dense_inner if not all(arch.is_moe_layer) else 0, arch.shared_inner)
     floats = T * (8 * arch.hidden_size + 4 * q_size + 6 * kv_size + 4 * inner)
-    floats += 3 * T * arch.top_k * arch.hidden_size  # one place per contribution, and gathered inputs
+    # Of the experts: a place per contribution and its ordered copy, inputs side by side in int8, gate and up.
+    floats += T * arch.top_k * (2 * arch.hidden_size + arch.hidden_size // 4 + 3 * arch.expert_inner)
     floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
     floats += 2 * T * ctx_size  # masks
     floats += 12 * arch.vocab_size  # logits, and copies that sampling sorts
