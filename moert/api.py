@@ -80,7 +80,8 @@ class LLM:
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
     ships with the package. memory_budget: for everything, `"2GiB"` or bytes. expert_budget: for the expert arena
-    alone. precision: `"fixed:4"`; None is the widest stored. on_status gets lines that say what was chosen.
+    alone. precision: `"fixed:4"`; None is the widest stored. kv_bits: 8 or 16, of the KV cache. on_status gets lines
+    that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
@@ -93,6 +94,7 @@ class LLM:
         precision: str | None = None,
         ctx_size: int | None = None,
         threads: int | None = None,
+        kv_bits: int | None = None,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class LLM:
             precision=precision,
             ctx_size=ctx_size,
             threads=threads,
+            kv_bits=kv_bits,
         )
         self.description: list[str] = []
 

@@ -10,7 +10,7 @@ from moert.errors import UsageError
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 DEFAULT_CTX_SIZE = 4096
-PREFILL_CHUNK = 256  # tokens per forward pass of a prompt: bounds the workspace
+PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the workspace
 
 
 def parse_bytes(value: int | str, what: str = "size") -> int:
@@ -42,7 +42,8 @@ class EngineConfig:
     """What the user asked for; None means: choose.
 
     memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
-    `fixed:4`. ctx_size: tokens that the KV cache holds. threads: of the kernels. Raises UsageError for bad values.
+    `fixed:4`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16,
+    of the KV cache. Raises UsageError for bad values.
     """
 
     memory_budget: int | None = None
@@ -50,9 +51,12 @@ class EngineConfig:
     precision: str | None = None
     ctx_size: int | None = None
     threads: int | None = None
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("memory_budget", "expert_budget", "ctx_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")
+        if self.kv_bits not in (None, 8, 16):
+            raise UsageError(f"kv-bits {self.kv_bits} is not 8 or 16.")

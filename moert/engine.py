@@ -41,7 +41,8 @@ def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     inner = max(arch.expert_inner, arch.dense_inner if not all(arch.is_moe_layer) else 0, arch.shared_inner)
     floats = T * (8 * arch.hidden_size + 4 * q_size + 6 * kv_size + 4 * inner)
-    floats += 3 * T * arch.top_k * arch.hidden_size  # one place per contribution, and gathered inputs
+    # Of the experts: a place per contribution and its ordered copy, inputs side by side in int8, gate and up.
+    floats += T * arch.top_k * (2 * arch.hidden_size + arch.hidden_size // 4 + 3 * arch.expert_inner)
     floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
     floats += 2 * T * ctx_size  # masks
     floats += 12 * arch.vocab_size  # logits, and copies that sampling sorts
@@ -73,13 +74,8 @@ class Engine:
         self._describe(store, config, slots[0], num_experts, on_status)
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
-        self._cache = KVCache(arch, self.ctx_size, self._kv_dtype(store))
+        self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config))
         self.tokens: list[int] = []
-
-    @staticmethod
-    def _kv_dtype(store: Store) -> torch.dtype:
-        """float16, but float32 for a lossless store: that one is the reference that others are compared with."""
-        return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
         libraries, available = library_bytes(), available_bytes()
@@ -89,7 +85,7 @@ class Engine:
             needs = Needs(
                 libraries=libraries,
                 dense=store.dense_bytes,
-                kv_cache=KVCache.bytes_for(store.architecture, ctx_size, self._kv_dtype(store)),
+                kv_cache=KVCache.bytes_for(store.architecture, ctx_size, _kv_dtype(store, config)),
                 workspace=workspace_bytes(store.architecture, ctx_size),
                 one_expert=one,
                 all_experts=one * len(store.moe_layers) * store.num_experts,
@@ -161,6 +157,13 @@ class Engine:
     def close(self) -> None:
         """End the reading threads."""
         self._runner.close()
+
+
+def _kv_dtype(store: Store, config: EngineConfig) -> torch.dtype:
+    if config.kv_bits is not None:
+        return torch.int8 if config.kv_bits == 8 else torch.float16
+    # A lossless store is the reference that others are compared with: its cache rounds nothing either.
+    return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
 
 def _fits(split: Callable[[int, int], Budget], ctx_size: int, slices: int) -> bool:

@@ -1,8 +1,8 @@
 """Which compiled kernel is in use.
 
-At import the widest instruction set that the processor has is taken, or the one that the environment variable
-MOERT_KERNEL names (amx, avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback where the
-compiled module is missing.
+At import the widest instruction set that the processor has is taken, or the one that the environment
+variable MOERT_KERNEL names (amx, avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback
+where the compiled module is missing.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from moert.quant import reference
 from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, loaded, set_kernel, set_num_threads
-from moert.quant.format import ExpertLayout, MatrixLayout, midpoint
+from moert.quant.format import ExpertLayout, MatrixLayout
 
 __all__ = [
     "ACTIVATIONS",
@@ -62,7 +62,8 @@ def _native_matrix(layout: MatrixLayout, addresses: Sequence[int], module: Modul
             shift -= bits
             planes.append((address + offset, stride, bits, shift))
             offset += 2 * layout.group_size * bits
-    return module.Matrix(planes, addresses[last] + layout.codes_bytes(last), layout.rows, layout.groups, layout.group_size)
+    scales = addresses[last] + layout.codes_bytes(last)
+    return module.Matrix(planes, scales, layout.rows, layout.groups, layout.group_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,28 +151,29 @@ def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
     if module is None:
         return functional.linear(_round_inputs(x, w.layout), w.rows(0, rows))
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(len(x), rows)
-    module.linear([w.native], x.data_ptr(), len(x), x.stride(0), cols, [out.data_ptr()], [rows])
+    out = torch.empty(x.shape[0], rows)
+    module.linear([w.native], x.data_ptr(), x.shape[0], x.stride(0), cols, [out.data_ptr()], [rows])
     return out
 
 
 def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
     """What the integer kernels see of x [T, K]: int8 per group of columns, as float32."""
     padded = functional.pad(x, (0, layout.groups * layout.group_size - layout.cols))
-    groups = padded.view(len(x), layout.groups, layout.group_size)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(scale > 0, (groups / scale).round(), 0.0) * scale
-    return rounded.view(len(x), -1)[:, : layout.cols]
+    groups = padded.view(x.shape[0], layout.groups, layout.group_size)
+    peak = groups.abs().amax(-1, keepdim=True)
+    # Groups without a usable scale (zeros, subnormals) become 0; what is not finite stays so through the scale.
+    rounded = (groups * (127 / peak)).round().nan_to_num(0).clamp(-127, 127) * (peak / 127)
+    return rounded.view(x.shape[0], -1)[:, : layout.cols]
 
 
 def _linear_raw(x: Tensor, w: Tensor, module: ModuleType | None) -> Tensor:
     rows, cols = w.shape
     if w.dtype == torch.float32:
         return functional.linear(x, w)
-    out = torch.empty(len(x), rows)
-    if module is not None and w.dtype == torch.bfloat16 and w.is_contiguous() and len(x) < FEW_TOKENS:
+    out = torch.empty(x.shape[0], rows)
+    if module is not None and w.dtype == torch.bfloat16 and w.is_contiguous() and x.shape[0] < FEW_TOKENS:
         x = x if x.stride(1) == 1 else x.contiguous()
-        module.bf16_linear(w.data_ptr(), rows, cols, x.data_ptr(), len(x), x.stride(0), out.data_ptr(), rows)
+        module.bf16_linear(w.data_ptr(), rows, cols, x.data_ptr(), x.shape[0], x.stride(0), out.data_ptr(), rows)
         return out
     step = max(16, _BLOCK_WEIGHTS // cols)
     for first in range(0, rows, step):
@@ -185,9 +187,9 @@ def linear_many(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
     if module is None:
         return [linear(x, w) for w in matrices]
     x = x if x.stride(1) == 1 else x.contiguous()
-    outs = [torch.empty(len(x), w.shape[0]) for w in matrices]
+    outs = [torch.empty(x.shape[0], w.shape[0]) for w in matrices]
     natives, sizes = [w.native for w in matrices], [w.shape[0] for w in matrices]
-    module.linear(natives, x.data_ptr(), len(x), x.stride(0), x.shape[1], [o.data_ptr() for o in outs], sizes)
+    module.linear(natives, x.data_ptr(), x.shape[0], x.stride(0), x.shape[1], [o.data_ptr() for o in outs], sizes)
     return outs
 
 
@@ -224,8 +226,8 @@ def experts_ffn(
             out[start : start + len(tokens)] = expert_ffn(x[tokens], expert, activation)
             start += len(tokens)
         return
-    order = tokens_of[0] if len(tokens_of) == 1 else torch.cat(list(tokens_of))
-    counts = [len(tokens) for tokens in tokens_of]
+    counts = [tokens.shape[0] for tokens in tokens_of]
+    order = tokens_of[0] if x.shape[0] == 1 else torch.cat(list(tokens_of))  # not looked at for a single token
     x = x.contiguous()
     inner = experts[0].gate.shape[0]
-    module.experts(natives, counts, order.data_ptr(), x.data_ptr(), len(x), x.shape[1], inner, out.data_ptr())
+    module.experts(natives, counts, order.data_ptr(), x.data_ptr(), x.shape[0], x.shape[1], inner, out.data_ptr())

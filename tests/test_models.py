@@ -216,7 +216,10 @@ def test_dynamic_rope_beyond_the_maximum(
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2-dense-layers", "qwen3"])
 def test_packed_dense_weights(variant: str, tiny_checkpoint: MakeCheckpoint) -> None:
-    """A decoder over packed matrices equals one over the same matrices dequantised."""
+    """A decoder over packed matrices equals one over the same matrices dequantised, but for inputs rounded to int8.
+
+    That costs about 1%; a wrong matrix or scale costs all. test_kernels.py has the kernels to the last digits.
+    """
     name, overrides = VARIANTS[variant]
     arch, dense, experts = load(tiny_checkpoint(name, **overrides))
     packed: dict[str, Tensor | PackedMatrix] = dict(dense)
@@ -228,7 +231,9 @@ def test_packed_dense_weights(variant: str, tiny_checkpoint: MakeCheckpoint) -> 
             packed[tensor_name] = PackedMatrix(layout, tuple(slices))
             unpacked[tensor_name] = dequantise(slices, layout, 1)
     got = run(Decoder(arch, packed, experts), PROMPT[:40], 20)
-    assert relative_error(got, run(Decoder(arch, unpacked, experts), PROMPT[:40], 20)) < 2e-3
+    want = run(Decoder(arch, unpacked, experts), PROMPT[:40], 20)
+    # Of the median token: rounding may tip a near-tie of a router, and then a token has other experts.
+    assert ((got - want).norm(dim=1) / want.norm(dim=1)).median() < 3e-2
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 8, 100])
@@ -277,8 +282,23 @@ def test_cache_truncates_and_goes_on(tiny_checkpoint: MakeCheckpoint) -> None:
 def test_cache_is_as_large_as_it_says() -> None:
     arch = architecture({"model_type": "qwen3_moe", "num_hidden_layers": 3, "head_dim": 128})
     assert KVCache.bytes_for(arch, 100) == 3 * 2 * 4 * 100 * 128 * 2
-    cache = KVCache(arch, 100)
-    assert cache._data.nbytes == KVCache.bytes_for(arch, 100)
+    assert KVCache.bytes_for(arch, 100, torch.int8) == 3 * 2 * 4 * 100 * (128 + 4)
+    for dtype in (torch.float16, torch.float32, torch.int8):
+        layers = KVCache(arch, 100, dtype).layers
+        size = sum(c.numbers.nbytes + (0 if c.scales is None else c.scales.nbytes) for c in layers)
+        assert size == KVCache.bytes_for(arch, 100, dtype)
+
+
+def test_an_8_bit_cache_costs_little(tiny_checkpoint: MakeCheckpoint, reference_logits: Reference) -> None:
+    """In chunks and one token at a time. The median token: rounding may tip a near-tie of a router."""
+    path = tiny_checkpoint("qwen3_moe")
+    decoder = Decoder(*load(path))
+    want = reference_logits(path, PROMPT[:60])
+    for chunk in (20, 1):
+        cache = KVCache(decoder.arch, 60, torch.int8)
+        parts = torch.tensor(PROMPT[:60]).split(chunk)
+        got = torch.cat([decoder(part, cache, all_logits=True) for part in parts])
+        assert ((got - want).norm(dim=1) / want.norm(dim=1)).median() < 0.03
 
 
 def test_full_context_and_empty_input_are_refused(tiny_checkpoint: MakeCheckpoint) -> None:

@@ -110,6 +110,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--precision", metavar="POLICY", help="width of the experts, such as fixed:4 (default: the widest)"
     )
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
+    group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
 
 
@@ -135,6 +136,7 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             precision=args.precision,
             ctx_size=args.ctx_size,
             threads=args.threads,
+            kv_bits=args.kv_bits,
             offline=args.offline,
             on_status=status.say,
         )

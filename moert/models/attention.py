@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from moert.models.architecture import Architecture
 from moert.models.kv_cache import KVCache
-from moert.models.layers import DenseTensors, Linear, RMSNorm
+from moert.models.layers import DenseTensors, Linear, RMSNorm, linear_many
 from moert.models.rope import rotate
+from moert.quant import decode
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
         q, k, v = self._project(x)
+        layer_cache = cache.layers[self.layer]
+        if x.shape[0] == 1 and layer_cache.steppable():
+            norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm == "head" else None
+            eps = self.q_norm.eps if norms else 0.0
+            y = decode.attention_step((q, k, v), norms, eps, (cos, sin), layer_cache, cache.length, seen.start)
+            stepped: Tensor = self.o_proj(y)
+            return stepped
+        q, k, v = self._heads(q, k, v)
         # Keys and values come back from the cache, the new ones too: its rounding must not depend on the chunking.
         cache.append(self.layer, rotate(k, cos, sin), v)
         keys, values = cache.read(self.layer, seen.start, seen.end)
@@ -73,13 +82,17 @@ class Attention(nn.Module):
         return result
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [H, T, d], k and v [J, T, d], before rotation."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        """q [T, H * d], k and v [T, J * d], before rotation and norms per head."""
+        q, k, v = linear_many(x, (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip_qkv is not None:
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
-        q, k, v = (t.view(x.shape[0], -1, self.head_dim) for t in (q, k, v))
+        return q, k, v
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [H, T, d], k and v [J, T, d], with norms per head, before rotation."""
+        q, k, v = (t.view(len(t), -1, self.head_dim) for t in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)

@@ -1,15 +1,16 @@
-"""Layers that all families share. Everything is computed in float32; weights are upcast exactly."""
+"""Layers that all families share. Everything is computed in float32; raw weights are upcast exactly."""
 
 # T tokens, D hidden, F inner size, N outputs, K inputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moert.quant import matmul
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
 DenseTensors = Mapping[str, Tensor | PackedMatrix]
@@ -50,6 +51,15 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def linear_many(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+    """What each of several layers makes of the same x [T, K]; packed ones that are alike take it in one call."""
+    packed = [layer.weight for layer in layers if isinstance(layer.weight, PackedMatrix)]
+    if len(packed) < len(layers) or len({w.layout.group_size for w in packed}) > 1:
+        return [layer(x) for layer in layers]
+    outs = matmul.linear_many(x, packed)
+    return [y if layer.bias is None else y.add_(layer.bias) for y, layer in zip(outs, layers, strict=True)]
+
+
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), [T, D] -> [T, D]; SwiGLU where the activation is silu."""
 
@@ -61,5 +71,6 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(dense, f"{name}.down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linear_many(x, (self.gate_proj, self.up_proj))
+        y: Tensor = self.down_proj(self.activation(gate) * up)
         return y

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moert.models.architecture import Architecture
 from moert.models.layers import DenseTensors, GatedMLP, Linear
+from moert.quant import decode
 
 
 class Experts(Protocol):
@@ -50,7 +51,9 @@ class MoEBlock(nn.Module):
             self.shared_expert_gate = Linear(dense, f"{name}.shared_expert_gate")
 
     def forward(self, x: Tensor) -> Tensor:
-        indices, weights = route(self.gate(x), self.top_k, self.norm_topk_prob)
+        logits = self.gate(x)
+        fast = decode.route(logits, self.top_k, self.norm_topk_prob) if len(x) == 1 else None
+        indices, weights = fast or route(logits, self.top_k, self.norm_topk_prob)
         y = self.experts(self.layer, x, indices, weights)
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

@@ -22,20 +22,24 @@ from moert.scheduler.precision import FixedPrecision
 from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
 from moert.store.reader import Store
 
+_FIRST = torch.zeros(1, dtype=torch.int64)
+_PLACES = torch.split(torch.arange(256), 1)  # made once: a decode step would make eight tensors per layer
+
 
 @dataclass(slots=True)
 class _Step:
     """One layer of one step on its way.
 
-    rows: for each expert, where it stands in the flattened [T, K] indices. parts: float32 [T * K, D], filled from the
-    front. computed: which places the filled rows belong to.
+    places: for each expert, where it stands in the flattened [T, K] indices. parts: float32 [T * K, D], filled from the
+    front, `filled` rows so far. computed: the experts that they come from.
     """
 
     plan: Plan
     x: Tensor
-    rows: dict[int, Tensor]
+    places: dict[int, Tensor]
     parts: Tensor
-    computed: list[Tensor] = field(default_factory=list)
+    filled: int = 0
+    computed: list[int] = field(default_factory=list)
 
 
 class ExpertRunner:
@@ -64,18 +68,20 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         T, K = indices.shape
-        rows = _rows_by_expert(indices)
+        places = _places_by_expert(indices)
         sums = _weight_by_expert(indices, weights)
-        routed = [RoutedExpert(e, len(at), sums[e], self._slices) for e, at in rows.items()]
+        routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
         plan = plan_layer(layer, routed, self._cache)
         self._count(plan)
-        step = _Step(plan, x, rows, x.new_empty(T * K, x.shape[1]))
+        step = _Step(plan, x, places, x.new_empty(T * K, x.shape[1]))
         for wave in plan.waves:
             self._run_wave(step, wave)
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
-        order = torch.cat(step.computed)
-        parts = step.parts[torch.empty_like(order).scatter_(0, order, torch.arange(T * K))]
+        parts = step.parts
+        if T > 1 or step.computed != list(places):
+            order = torch.cat([places[e] for e in step.computed])
+            parts = parts[torch.empty_like(order).scatter_(0, order, torch.arange(T * K))]
         return torch.bmm(weights.view(T, 1, K), parts.view(T, K, -1)).view(T, -1)
 
     def _run_wave(self, step: _Step, wave: Wave) -> None:
@@ -133,12 +139,13 @@ class ExpertRunner:
     def _compute(self, step: _Step, experts: Sequence[int]) -> None:
         before = time.perf_counter()
         packed = [self._packed(ExpertKey(step.plan.layer, e), step.plan.slices[e]) for e in experts]
-        places = [step.rows[e] for e in experts]
-        K = len(step.parts) // len(step.x)
-        start = sum(len(at) for at in step.computed)
-        out = step.parts[start : start + sum(len(at) for at in places)]
-        experts_ffn(step.x, packed, [at // K for at in places], out, self._activation)
-        step.computed += places
+        places = [step.places[e] for e in experts]
+        out = step.parts[step.filled : step.filled + sum(at.shape[0] for at in places)]
+        K = step.parts.shape[0] // step.x.shape[0]
+        tokens_of = [at // K for at in places] if step.x.shape[0] > 1 else [_FIRST] * len(places)
+        experts_ffn(step.x, packed, tokens_of, out, self._activation)
+        step.computed += experts
+        step.filled += out.shape[0]
         self.counters.computed_s += time.perf_counter() - before
 
     def _release(self, key: SliceKey) -> None:
@@ -171,11 +178,11 @@ class ExpertRunner:
         self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
 
 
-def _rows_by_expert(indices: Tensor) -> dict[int, Tensor]:
+def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
     """Positions in the flattened [T, K] indices at which each expert stands, ascending."""
     flat = indices.flatten()
-    if len(indices) == 1:
-        return {expert: torch.tensor([at]) for at, expert in enumerate(flat.tolist())}
+    if indices.shape[0] == 1 and len(flat) <= len(_PLACES):
+        return dict(zip(flat.tolist(), _PLACES, strict=False))
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat)
     experts = counts.nonzero().flatten()
@@ -184,7 +191,7 @@ def _rows_by_expert(indices: Tensor) -> dict[int, Tensor]:
 
 def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
     flat = indices.flatten()
-    if len(indices) == 1:
+    if indices.shape[0] == 1:
         return dict(zip(flat.tolist(), weights.flatten().tolist(), strict=True))
     sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
     return dict(enumerate(sums.tolist()))

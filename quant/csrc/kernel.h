@@ -51,6 +51,19 @@ struct Activations {
   int64_t tokens, groups;
 };
 
+// One token's attention over cached keys and values of one layer.
+struct Attention {
+  const float* q;                  // [heads][head_dim], rotated and scaled
+  // Key/value head h begins at element h * capacity * head_dim, then [position][head_dim]: fp16, or int8 where there are
+  // scales, float32 [head][capacity], one for each key and value.
+  const void *keys, *values;
+  const float *key_scales, *value_scales;
+  int64_t capacity, start, end;  // positions start ... end - 1 are seen
+  int heads_per_kv, head_dim;       // head_dim is a multiple of 16, at most 256
+  float* scores;                   // [heads][end - start], scratch
+  float* out;                      // [heads][head_dim]
+};
+
 struct Kernel {
   const char* name;
   bool (*supported)();
@@ -68,6 +81,8 @@ struct Kernel {
                       int64_t out_stride, int64_t first, int64_t last);
   // gate[i] = silu(gate[i]) * up[i].
   void (*silu_product)(float* gate, const float* up, int64_t count);
+  // out of the query heads that share key/value head `kv_head`.
+  void (*attend)(const Attention& a, int64_t kv_head);
   // Codes [num_groups][group_size] of the largest width and fp16 scales [num_widths][num_groups] of the groups
   // [first, last) of w [num_groups][group_size].
   void (*search_codes)(const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first,

@@ -182,12 +182,13 @@ void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int6
 
 extern const Kernel kAvx2Kernel = {
     "avx2",
-    [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); },
+    [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")); },
     isa_avx2::quantise,
     isa_avx2::nested_matmul,
     isa_avx2::nested_dequantise,
     isa_avx2::bf16_matmul,
     isa_avx2::silu_product,
+    isa_avx2::attend,
     isa_avx2::search_codes,
 };
 

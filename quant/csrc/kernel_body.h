@@ -2,6 +2,9 @@
 // No include guard on purpose: MOERT_ISA names the namespace.
 #include <cmath>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "kernel.h"
 
@@ -27,12 +30,21 @@ inline To bits_as(From v) {
   return r;
 }
 
-// fp16 -> float without F16C; exact for zero, subnormals and normals (scales are never infinite).
-inline f32x16 load_half(const uint8_t* p) {
+// 16 halves as floats, exactly.
+inline f32x16 load_half(const void* p) {
+#if defined(__AVX512F__)
+  return bits_as<f32x16>(_mm512_cvtph_ps(load<__m256i>(p)));
+#elif defined(__F16C__)
+  const __m256 parts[2] = {_mm256_cvtph_ps(load<__m128i>(p)),
+                           _mm256_cvtph_ps(load<__m128i>(static_cast<const uint8_t*>(p) + 16))};
+  return load<f32x16>(parts);
+#else
   typedef uint16_t u16x16 __attribute__((vector_size(32)));
-  u32x16 h = __builtin_convertvector(load<u16x16>(p), u32x16);
-  f32x16 magnitude = bits_as<f32x16>((h & 0x7fffu) << 13) * 0x1p112f;
-  return bits_as<f32x16>(bits_as<u32x16>(magnitude) | (h & 0x8000u) << 16);
+  const u32x16 h = __builtin_convertvector(load<u16x16>(p), u32x16);
+  const u32x16 special = bits_as<u32x16>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinity and NaN
+  const f32x16 magnitude = bits_as<f32x16>((h & 0x7fffu) << 13) * 0x1p112f;
+  return bits_as<f32x16>(bits_as<u32x16>(magnitude) | special | (h & 0x8000u) << 16);
+#endif
 }
 
 // Codes of 16 rows for columns 4 * quad ... 4 * quad + 3 of a group, one byte each in the lane of its row.
@@ -170,18 +182,88 @@ void bf16_matmul(const uint16_t* w, int64_t cols, const float* x, int64_t tokens
     bf16_tokens<1>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
 }
 
+inline float sum_lanes(f32x16 v) {
+  float total = 0;
+  for (int lane = 0; lane < 16; lane++) total += v[lane];
+  return total;
+}
+
+// Cached numbers as floats: halves, or bytes to be scaled by the caller.
+inline f32x16 cached(const uint16_t* p) { return load_half(p); }
+inline f32x16 cached(const int8_t* p) {
+  typedef int8_t i8x16 __attribute__((vector_size(16)));
+  return __builtin_convertvector(load<i8x16>(p), f32x16);
+}
+
+template <class Number>
+void attend_to(const Attention& a, int64_t kv_head) {
+  const int64_t count = a.end - a.start, before = kv_head * a.capacity + a.start;
+  const int parts = a.head_dim / 16;
+  const Number* keys = static_cast<const Number*>(a.keys) + before * a.head_dim;
+  const Number* values = static_cast<const Number*>(a.values) + before * a.head_dim;
+  const int64_t first = kv_head * a.heads_per_kv, last = first + a.heads_per_kv;
+  for (int64_t s = 0; s < count; s++) {  // each key is converted once for all its query heads
+    f32x16 key[16];
+    const float scale = a.key_scales ? a.key_scales[before + s] : 1;
+    for (int i = 0; i < parts; i++) key[i] = cached(keys + s * a.head_dim + 16 * i) * scale;
+    for (int64_t h = first; h < last; h++) {
+      f32x16 sum = {};
+      for (int i = 0; i < parts; i++) sum += key[i] * load<f32x16>(a.q + h * a.head_dim + 16 * i);
+      a.scores[h * count + s] = sum_lanes(sum);
+    }
+  }
+  for (int64_t h = first; h < last; h++) {
+    float* scores = a.scores + h * count;
+    float peak = scores[0], total = 0;
+    for (int64_t s = 1; s < count; s++) peak = scores[s] > peak ? scores[s] : peak;
+    for (int64_t s = 0; s < count; s += 16) {
+      const size_t bytes = (count - s < 16 ? count - s : 16) * sizeof(float);
+      f32x16 part = {};
+      part = part - 1e30f;
+      std::memcpy(&part, scores + s, bytes);
+      part = exponential(part - peak);
+      std::memcpy(scores + s, &part, bytes);
+      for (size_t lane = 0; lane < bytes / sizeof(float); lane++) total += part[lane];
+    }
+    for (int64_t s = 0; s < count; s++) scores[s] /= total;
+  }
+  for (int64_t h = first; h < last; h++) std::memset(a.out + h * a.head_dim, 0, a.head_dim * sizeof(float));
+  constexpr int64_t kSpan = 32;  // positions whose values are converted once and stay in the first cache
+  alignas(64) float block[kSpan * 256];
+  for (int64_t begin = 0; begin < count; begin += kSpan) {
+    const int64_t end = begin + kSpan < count ? begin + kSpan : count;
+    for (int64_t s = begin; s < end; s++) {
+      const float scale = a.value_scales ? a.value_scales[before + s] : 1;
+      for (int i = 0; i < a.head_dim; i += 16) {
+        const f32x16 part = cached(values + s * a.head_dim + i) * scale;
+        std::memcpy(block + (s - begin) * a.head_dim + i, &part, sizeof(part));
+      }
+    }
+    for (int64_t h = first; h < last; h++) {
+      float* out = a.out + h * a.head_dim;
+      for (int i = 0; i < parts; i++) {
+        f32x16 sum = load<f32x16>(out + 16 * i);
+        for (int64_t s = begin; s < end; s++)
+          sum += a.scores[h * count + s] * load<f32x16>(block + (s - begin) * a.head_dim + 16 * i);
+        std::memcpy(out + 16 * i, &sum, sizeof(sum));
+      }
+    }
+  }
+}
+
+void attend(const Attention& a, int64_t kv_head) {
+  if (a.key_scales)
+    attend_to<int8_t>(a, kv_head);
+  else
+    attend_to<uint16_t>(a, kv_head);
+}
+
 inline float half_to_float(uint16_t h) { return bits_as<float>(uint32_t(h & 0x7fffu) << 13) * 0x1p112f; }
 
 // Round to nearest even; for 0 <= v <= 65504 (the caller has checked the weights).
 inline uint16_t float_to_half(float v) {
   const uint32_t bits = bits_as<uint32_t>(v * 0x1p-112f);  // subnormal halves become subnormal floats
   return uint16_t((bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
-}
-
-inline float sum_lanes(f32x16 v) {
-  float total = 0;
-  for (int lane = 0; lane < 16; lane++) total += v[lane];
-  return total;
 }
 
 void search_codes(const Search& s, const float* w, uint8_t* codes, uint16_t* scales, int64_t first, int64_t last) {

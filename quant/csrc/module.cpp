@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "decode.h"
 #include "kernel.h"
 #include "products.h"
 #include "thread_pool.h"
@@ -152,6 +153,30 @@ void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::ve
   });
 }
 
+Buffer& attention_scratch() {
+  static Buffer* instance = new Buffer;
+  return *instance;
+}
+
+void attention_step_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_norm, uintptr_t k_norm, float eps,
+                       uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+                       uintptr_t value_scales, int64_t capacity, int64_t position, int64_t start, int heads, int kv_heads, int head_dim, uintptr_t out) {
+  if (head_dim % 16 != 0 || head_dim > 256 || start < 0 || start > position || heads % kv_heads != 0)
+    throw std::invalid_argument("bad shape of attention");
+  const AttentionStep step{at<float>(q), at<float>(k), at<const float>(v), at<const float>(q_norm),
+                           at<const float>(k_norm), eps, at<const float>(cos), at<const float>(sin),
+                           at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales),
+                           capacity, position, start, heads, kv_heads, head_dim, at<float>(out)};
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(products_lock());
+  attention_step(*active, pool(), attention_scratch(), step);
+}
+
+void route_at(uintptr_t logits, int64_t count, int64_t top_k, bool normalise, uintptr_t indices, uintptr_t weights) {
+  if (top_k < 1 || top_k > count) throw std::invalid_argument("bad top_k");
+  route(at<const float>(logits), count, top_k, normalise, at<int64_t>(indices), at<float>(weights));
+}
+
 }  // namespace
 }  // namespace moert
 
@@ -168,6 +193,8 @@ NB_MODULE(_native, m) {
            });
   m.def("linear", &linear);
   m.def("experts", &experts);
+  m.def("attention_step", &attention_step_at);
+  m.def("route", &route_at);
   m.def("dequantise", &dequantise);
   m.def("bf16_linear", &bf16_linear);
   m.def("search_codes", &search_codes);
