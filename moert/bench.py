@@ -165,10 +165,11 @@ def model_bytes(store: Store, engine: Engine) -> int:
 class Row:
     """One row. Speeds in tokens/s, sizes in bytes; None where there was nothing to measure.
 
-    size_bytes: the model at the width in use. tokens: `random` or `prompt`. avg_ts and stddev_ts: mean and sample
-    standard deviation of samples_ts. bytes_touched_per_token: see `bytes_touched`. bandwidth_share: of the measured
-    memory bandwidth, that these bytes take at this speed. hit_ratio and bytes_read_per_token (from disk): over the
-    timed repetitions. peak_rss_bytes: of the process so far. load_average: of the last minute, before the row.
+    size_bytes: the model at the width in use. kv_bytes_per_position: of the KV cache, over all layers. tokens: `random`
+    or `prompt`. avg_ts and stddev_ts: mean and sample standard deviation of samples_ts. bytes_touched_per_token: see
+    `bytes_touched`. bandwidth_share: of the measured memory bandwidth, that these bytes take at this speed. hit_ratio
+    and bytes_read_per_token (from disk): over the timed repetitions. peak_rss_bytes: of the process so far.
+    load_average: of the last minute, before the row.
     """
 
     model: str
@@ -183,6 +184,7 @@ class Row:
     kernel: str
     precision: str
     ctx_size: int
+    kv_bytes_per_position: float
     repetitions: int
     avg_ts: float
     stddev_ts: float
@@ -260,6 +262,7 @@ class Measurement:
             kernel=kernel_name(),
             precision=str(engine.precision),
             ctx_size=engine.ctx_size,
+            kv_bytes_per_position=engine.budget.kv_cache / engine.ctx_size,
             repetitions=len(counts),
             avg_ts=average,
             stddev_ts=statistics.stdev(samples) if len(samples) > 1 else 0.0,

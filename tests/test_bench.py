@@ -31,6 +31,7 @@ KEYS = {
     "kernel",
     "precision",
     "ctx_size",
+    "kv_bytes_per_position",
     "repetitions",
     "avg_ts",
     "stddev_ts",
@@ -95,6 +96,7 @@ def test_json_has_every_key_and_plausible_values(moert, store):
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)
         first, second = row["samples_ts"]
         assert row["stddev_ts"] == pytest.approx(abs(first - second) / math.sqrt(2))
+        assert row["kv_bytes_per_position"] == 2 * 2 * 2 * 32 * 2  # 2 layers, 2 heads of 32, keys and values in fp16
         assert row["bandwidth_share"] == pytest.approx(row["bytes_touched_per_token"] * row["avg_ts"] / BANDWIDTH)
         assert row["memory_bandwidth_bytes_per_s"] == BANDWIDTH
         assert row["peak_rss_bytes"] > 10**6
@@ -164,7 +166,8 @@ def test_bytes_touched_by_a_lossless_model_with_shared_experts_and_tied_head(sto
     assert row.bytes_touched_per_token == 2 * (L * layer + D + V * D) + kv
 
 
-def test_prefill_counts_each_pass_once_with_the_experts_that_were_used(store):
+def test_prefill_counts_each_pass_once_with_the_experts_that_were_used(store, monkeypatch):
+    monkeypatch.setattr(bench, "PREFILL_CHUNK", 256)
     case = bench.Case(600, 0, 0)
     with LLM(store("olmoe"), ctx_size=600) as llm:
         every_pass, row = bench.dense_bytes(llm.store.meta.dense)
@@ -183,6 +186,12 @@ def test_windows_limit_the_positions_that_are_read(tiny_checkpoint):
     want = sum(min(10, past + 1) for past in range(30)) * arch.num_layers
     assert bench.positions_read(arch, decode) == want
     assert bench.positions_read(arch, [(20, 5)]) == 14 * arch.num_layers  # the first of the five sees back to 11
+
+
+def test_a_narrower_kv_cache_is_touched_less(store):
+    wide, narrow = (measured(store(), bench.Case(0, 1, 99), kv_bits=bits) for bits in (16, 8))
+    saved = 100 * (wide.kv_bytes_per_position - narrow.kv_bytes_per_position)
+    assert wide.bytes_touched_per_token - narrow.bytes_touched_per_token == saved > 0
 
 
 def test_speeds_are_those_of_the_clock(store, monkeypatch):
