@@ -158,13 +158,13 @@ class LLM:
         self._check(ids)
         return self._run(ids, params)
 
-    def _check(self, ids: Sequence[int]) -> None:
+    def _check(self, ids: Sequence[int], answer: int = 1) -> None:
         if not ids:
             raise UsageError("The prompt is empty; give at least one token.")
         vocab_size = self.store.architecture.vocab_size
         if not all(0 <= i < vocab_size for i in ids):
             raise UsageError(f"The prompt holds token ids outside the vocabulary of {vocab_size}.")
-        if len(ids) >= self.ctx_size:
+        if len(ids) + answer > self.ctx_size:
             raise UsageError(
                 f"The prompt of {len(ids)} tokens does not fit the context of {self.ctx_size}; "
                 "shorten it or raise --ctx-size."
@@ -206,7 +206,7 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position: float32 [T, V]. Starts from an empty context. The result is not in the budget."""
         ids = list(token_ids)
-        self._check(ids)
+        self._check(ids, answer=0)
         self._latest = None
         self._engine.rewind(0)
         return self._engine.forward(ids, all_logits=True)

@@ -198,6 +198,9 @@ def test_a_full_context_ends_an_answer(store):
         assert done.stats.prompt_tokens + done.stats.completion_tokens == 21  # the last one needs no place
         with pytest.raises(UsageError, match="does not fit the context of 20"):
             llm.stream(prompt_ids(20))
+        assert llm.logits(prompt_ids(20)).shape == (20, 320)
+        with pytest.raises(UsageError, match="does not fit the context of 20"):
+            llm.logits(prompt_ids(21))
 
 
 def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
