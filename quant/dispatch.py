@@ -1,8 +1,8 @@
 """Which compiled kernel is in use.
 
 At import the widest instruction set that the processor has is taken, or the one that the environment
-variable MOERT_KERNEL names (amx, avx512, avx2, generic, reference). `reference` is torch alone; it is also the fallback
-where the compiled module is missing.
+variable MOERT_KERNEL names (amx, avx512, avx2, neon, generic, reference). `reference` is torch alone; it is also the
+fallback where the compiled module is missing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Kernel(StrEnum):
     AMX = "amx"
     AVX512 = "avx512"
     AVX2 = "avx2"
+    NEON = "neon"
     GENERIC = "generic"
     REFERENCE = "reference"
 

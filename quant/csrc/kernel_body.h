@@ -68,27 +68,61 @@ inline f32x16 column(u32x16 codes, int byte) {
   return __builtin_convertvector(bits_as<i32x16>((codes >> (8 * byte)) & 0xffu), f32x16);
 }
 
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+// a < b ? yes : no in every lane; `no` where one is NaN. In parts as long as a register, because gcc takes comparisons
+// of longer vectors apart into single lanes.
+inline f32x16 where_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
+  typedef float Part __attribute__((vector_size(kRegister)));
+  struct Parts {
+    Part part[64 / kRegister];
+  };
+  const Parts left = bits_as<Parts>(a), right = bits_as<Parts>(b), first = bits_as<Parts>(yes);
+  Parts result = bits_as<Parts>(no);
+  for (int i = 0; i < 64 / kRegister; i++)
+    result.part[i] = left.part[i] < right.part[i] ? first.part[i] : result.part[i];
+  return bits_as<f32x16>(result);
+}
+
+inline float largest_lane(f32x16 v) {
+  float largest = v[0];
+  for (int lane = 1; lane < 16; lane++) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+}
+
+inline f32x16 absolute(f32x16 v) { return bits_as<f32x16>(bits_as<u32x16>(v) & 0x7fffffffu); }
+
+inline f32x16 all(float v) { return f32x16{} + v; }
+
 // Rounds to the nearest whole number, ties to even, for |v| < 2^22.
 inline f32x16 round_even(f32x16 v) { return (v + 12582912.0f) - 12582912.0f; }
 
 void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales, int32_t* sums) {
   typedef int8_t i8x16 __attribute__((vector_size(16)));
   for (int64_t group = 0; group < groups; group++) {
-    f32x16 part[8] = {}, poison = {};
-    float peak = 0;
+    f32x16 part[8] = {}, poison = {}, peaks = {};
     const int64_t start = group * group_size;
     for (int i = 0; i < group_size / 16; i++) {
       const int64_t left = cols - start - 16 * i;
       if (left <= 0) break;
       std::memcpy(&part[i], x + start + 16 * i, (left < 16 ? left : 16) * sizeof(float));
       poison += part[i] * 0.0f;  // NaN where an input is not finite: it must reach the output
-      const f32x16 size = bits_as<f32x16>(bits_as<u32x16>(part[i]) & 0x7fffffffu);
-      for (int lane = 0; lane < 16; lane++) peak = size[lane] > peak ? size[lane] : peak;
+      const f32x16 size = absolute(part[i]);
+      peaks = where_less(peaks, size, size, peaks);
     }
-    const float scale = peak / 127, inverse = peak > 0 ? 127 / peak : 0;
+    const float peak = largest_lane(peaks);
+    const float scale = peak / 127, inverse = peak > 1e-36f ? 127 / peak : 0;  // 127 / 1e-37 is infinite
     i32x16 sum = {};
     for (int i = 0; i < group_size / 16; i++) {
-      const i32x16 whole = __builtin_convertvector(round_even(part[i] * inverse), i32x16);
+      // NaN has no whole number; 0 keeps the sums within bounds.
+      const f32x16 nearest = round_even(part[i] * inverse);
+      const i32x16 whole = __builtin_convertvector(where_less(nearest, all(128), nearest, all(0)), i32x16);
       sum += whole;
       const i8x16 narrow = __builtin_convertvector(whole, i8x16);
       std::memcpy(q + start + 16 * i, &narrow, sizeof(narrow));
@@ -127,8 +161,8 @@ void nested_dequantise(const NestedMatrix& w, int64_t cols, float* out, int64_t 
 
 // e^x to about 2 units in the last place, for |x| up to 87 (beyond: as at 87).
 inline f32x16 exponential(f32x16 x) {
-  x = x < -87.0f ? x - x - 87.0f : x;
-  x = x > 87.0f ? x - x + 87.0f : x;
+  x = where_less(x, all(-87), all(-87), x);
+  x = where_less(all(87), x, all(87), x);
   const f32x16 n = round_even(x * 1.44269504f);
   const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln 2, in two steps
   f32x16 p = r * 1.98412698e-4f + 1.38888889e-3f;  // Taylor: |r| is at most ln 2 / 2
@@ -270,12 +304,13 @@ void search_codes(const Search& s, const float* w, uint8_t* codes, uint16_t* sca
   typedef uint8_t u8x16 __attribute__((vector_size(16)));
   const int parts = s.group_size / 16, top = s.widths[s.num_widths - 1];
   for (int64_t group = first; group < last; group++) {
-    f32x16 value[8];
-    float peak = 1e-30f;
+    f32x16 value[8], peaks = all(1e-30f);
     for (int i = 0; i < parts; i++) {
       value[i] = load<f32x16>(w + group * s.group_size + 16 * i);
-      for (int lane = 0; lane < 16; lane++) peak = std::fabs(value[i][lane]) > peak ? std::fabs(value[i][lane]) : peak;
+      const f32x16 size = absolute(value[i]);
+      peaks = where_less(peaks, size, size, peaks);
     }
+    const float peak = largest_lane(peaks);
     float best = INFINITY;
     for (int c = 0; c < s.num_clips; c++) {
       const float half_range = float(1 << (top - 1)), inverse = half_range / (peak * s.clips[c]);
@@ -283,9 +318,8 @@ void search_codes(const Search& s, const float* w, uint8_t* codes, uint16_t* sca
       for (int i = 0; i < parts; i++) {
         // Shifted to be positive first, so that truncation is floor.
         f32x16 position = value[i] * inverse + half_range;
-        position = position < 0.0f ? position - position : position;
-        const f32x16 limit = position - position + (2 * half_range - 1);
-        position = position > limit ? limit : position;
+        position = where_less(all(0), position, position, all(0));
+        position = where_less(position, all(2 * half_range - 1), position, all(2 * half_range - 1));
         code[i] = __builtin_convertvector(position, i32x16);
       }
       float cost = 0;
