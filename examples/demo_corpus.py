@@ -184,7 +184,8 @@ def small_talk() -> Iterator[list[Turn]]:
 
 def all_dialogues(files: dict[str, tuple[str, str]], seed: int) -> list[str]:
     """Every dialogue as text in the chat template's form, in random order."""
-    rng, found = random.Random(seed), []
+    rng = random.Random(seed)
+    found: list[list[Turn]] = []
     for name, (kind, text) in sorted(files.items()):
         module = re.sub(r"/__init__$", "", name.removesuffix(".py")).replace("/", ".").replace("posixpath", "os.path")
         lines = text.split("\n")
@@ -259,7 +260,7 @@ def ngram_perplexities(training: np.ndarray, heldout: np.ndarray, vocab: int, or
 
     def codes(tokens: np.ndarray, n: int) -> np.ndarray:
         rows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int64), n)
-        return sum(rows[:, j] << 12 * (n - 1 - j) for j in range(n))
+        return rows @ (1 << 12 * np.arange(n - 1, -1, -1))
 
     def lookup(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
@@ -281,8 +282,7 @@ def ngram_perplexities(training: np.ndarray, heldout: np.ndarray, vocab: int, or
         contexts, group = np.unique(grams >> 12, return_inverse=True)
         total = np.bincount(group, count)
         spare = np.bincount(group, discounts[np.minimum(count, 3)])
-        ends = np.arange(n - 1, len(heldout))[: len(heldout) - n + 1]
-        query = codes(heldout, n)[ends >= 1] if n == 1 else codes(heldout, n)
+        query = codes(heldout[1:] if n == 1 else heldout, n)
         at, seen = lookup(grams, query)
         kept = np.where(seen, count[at] - discounts[np.minimum(count[at], 3)], 0.0)
         context, known = lookup(contexts, query >> 12)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +83,12 @@ class ToExperts(torch.autograd.Function):
     """Copy each token into its experts' slots; backwards, sum the gradients of a token's slots."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, token_of_slot: Tensor, slots_of_token: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token_of_slot: Tensor, slots_of_token: Tensor) -> Tensor:
         ctx.save_for_backward(token_of_slot, slots_of_token)
         return x.index_select(0, token_of_slot)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return F.embedding_bag(ctx.saved_tensors[1], grad, mode="sum"), None, None
 
 
@@ -96,12 +96,12 @@ class FromExperts(torch.autograd.Function):
     """Sum a token's slots; backwards, copy its gradient into them: the transpose of ToExperts."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, token_of_slot: Tensor, slots_of_token: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, token_of_slot: Tensor, slots_of_token: Tensor) -> Tensor:
         ctx.save_for_backward(token_of_slot, slots_of_token)
         return F.embedding_bag(slots_of_token, y, mode="sum")
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.contiguous().index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -109,7 +109,7 @@ class ExpertProduct(torch.autograd.Function):
     """Multiply the rows ends[e]..ends[e + 1] by the matrix of expert e, writing straight into the one result."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ends, out = ends, x.new_empty(len(x), weight.shape[-1])
         for w, start, end in zip(weight, ends, ends[1:], strict=False):
@@ -117,7 +117,7 @@ class ExpertProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         for w, g, start, end in zip(weight, grad_weight, ctx.ends, ctx.ends[1:], strict=False):
@@ -199,7 +199,7 @@ class Model(nn.Module):
         mask = torch.full((time_, time_), -math.inf, device=ids.device).triu(1)
         x, balance = F.embedding(ids, self.embed), torch.zeros((), device=ids.device)
         delta = torch.zeros((), device=ids.device).bfloat16().expand_as(x)
-        for layer in self.layers:
+        for layer in cast(list[Layer], self.layers):
             x, normed = residual_norm(x, delta, layer.norm1)
             x, normed = residual_norm(x, layer.attention(normed, (angle.cos(), angle.sin()), mask), layer.norm2)
             delta, aux = layer.experts(normed.flatten(0, 1))
@@ -209,10 +209,15 @@ class Model(nn.Module):
 
 def hf_tensors(model: Model) -> dict[str, Tensor]:
     """The model's weights by their Hugging Face names: one tensor per projection and expert, out features first."""
-    s, out = model.s, {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm}
+    s = model.s
+    out: dict[str, Tensor] = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm}
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    for i, layer in enumerate(model.layers):
-        parts = {"input_layernorm": layer.norm1, "post_attention_layernorm": layer.norm2, "mlp.gate": layer.router}
+    for i, layer in enumerate(cast(list[Layer], model.layers)):
+        parts: dict[str, Tensor] = {
+            "input_layernorm": layer.norm1,
+            "post_attention_layernorm": layer.norm2,
+            "mlp.gate": layer.router,
+        }
         parts |= {f"self_attn.{n}_proj": w for n, w in zip("qkv", layer.qkv.split((q, kv, kv)), strict=True)}
         parts |= {"self_attn.o_proj": layer.o}
         parts |= {"self_attn.q_norm": layer.q_norm.flatten(), "self_attn.k_norm": layer.k_norm.flatten()}
