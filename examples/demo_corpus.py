@@ -256,7 +256,8 @@ def ngram_perplexities(training: np.ndarray, heldout: np.ndarray, vocab: int, or
 
     An n-gram is one integer of `order` times 12 bits, so that counting is sorting and looking up is a binary search.
     """
-    assert vocab <= 4096 and order <= 5
+    assert vocab <= 4096
+    assert order <= 5
 
     def codes(tokens: np.ndarray, n: int) -> np.ndarray:
         rows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int64), n)

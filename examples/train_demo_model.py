@@ -186,7 +186,7 @@ def export(model: Model, corpus: Corpus, out: Path) -> None:
     if s.family == "qwen3_moe":
         config |= {"head_dim": s.head_dim, "moe_intermediate_size": s.expert_width, "decoder_sparse_step": 1}
         config |= {"mlp_only_layers": [], "use_sliding_window": False}
-    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 40}
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 40, "max_new_tokens": 256}
     generation = {"eos_token_id": stop, "pad_token_id": ids[END_OF_TEXT], **sampling}
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -19,6 +19,7 @@ from moert import source
 from moert.cli import common, main, progress
 from moert.errors import BudgetError, StoreError, UsageError
 
+from .child import ENVIRONMENT, PYTHON
 from .program import FakeLLM, Program
 
 ROOT = Path(main.__file__).parents[2]
@@ -62,8 +63,8 @@ def test_errors_are_one_sentence_and_a_code(moert: Program, error: Exception, co
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = [sys.executable, "-m", "moert", "doctor", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    command = [*PYTHON, "-m", "moert", "doctor", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
@@ -75,7 +76,8 @@ def test_help_needs_no_torch() -> None:
     code = "import sys; from moert.cli.main import run\n"
     code += "try: run(sys.argv[1:])\nfinally: print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
     for command in main.COMMANDS:
-        done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, cwd=ROOT)
+        argv = [*PYTHON, "-c", code, command, "--help"]
+        done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT)
         assert (done.returncode, done.stderr) == (0, "set()\n")
 
 

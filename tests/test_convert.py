@@ -32,6 +32,7 @@ from .checkpoints import (
     make_weights,
     save_checkpoint,
 )
+from .child import ENVIRONMENT, PYTHON
 
 ROOT = Path(__file__).parents[1]
 
@@ -308,7 +309,7 @@ def test_kill_nine_and_resume_give_the_same_bytes(tmp_path: Path) -> None:
     before = folder_bytes(source)
     convert(source, tmp_path / "reference")
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(source), str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [*PYTHON, "-c", CHILD, str(source), str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
     )
     try:
         assert child.stdout is not None
@@ -347,7 +348,11 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     big = make_checkpoint(tmp_path / "big", fused=True, **sizes)  # 144 MiB, 48 MiB a layer, 23 MiB in one dense matrix
     arguments = [tiny, tmp_path / "a", big, tmp_path / "b"]
     result = subprocess.run(
-        [sys.executable, "-c", MEMORY_CHILD, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
+        [*PYTHON, "-c", MEMORY_CHILD, *map(str, arguments)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(result.stdout) < 24 << 20
 

@@ -1,4 +1,4 @@
-"""The model that ships: it is small enough, it has learnt, and it answers through the program as a newcomer calls it."""
+"""The model that ships: it is small enough, has learnt, and answers through the program as a newcomer calls it."""
 
 import io
 import math

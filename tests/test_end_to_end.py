@@ -1,18 +1,16 @@
 """Checkpoint to text: conversion, engine and Python interface together, against transformers."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import moert
 from moert import LLM, MoertError, SamplingParams
 from moert.errors import BudgetError, UsageError
 from moert.store.convert import convert
+
+from .child import ENVIRONMENT, PYTHON
 
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -123,9 +121,8 @@ print(json.dumps({"text": done.text, **done.stats.as_dict()}))
 
 
 def run_with_budget(path, budget):
-    command = [sys.executable, "-P", "-c", RUN, path, str(budget)]
-    env = {**os.environ, "PYTHONPATH": str(Path(moert.__file__).parents[1])}  # the package under test, not the cwd's
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    command = [*PYTHON, "-c", RUN, path, str(budget)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
 
 def test_peak_memory_stays_within_the_budget_and_less_than_the_least_is_refused(store):

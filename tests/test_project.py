@@ -2,10 +2,11 @@
 
 import ast
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .child import ENVIRONMENT, PYTHON
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "pyproject.toml").exists():
@@ -89,7 +90,7 @@ def test_files_are_short():
 
 def loaded_after(statement, *modules):
     code = f"{statement}; import sys; print([m for m in {modules!r} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    result = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     return ast.literal_eval(result.stdout)
 
 
