@@ -28,6 +28,8 @@ class Arena:
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
         self._map = mmap.mmap(-1, max(self.total_bytes, mmap.PAGESIZE))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults, and streams that do not stop every 4 KiB
         self._bytes = memoryview(self._map)
         self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self._starts: list[int] = []

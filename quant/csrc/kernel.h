@@ -15,6 +15,7 @@ namespace moert {
 
 constexpr int kTileRows = 16;
 constexpr int kMaxPlanes = 8;
+constexpr int kTogether = 4;  // tiles that a product with one token walks side by side; threads take multiples of it
 
 struct Plane {
   const uint8_t* data;  // first byte of this plane in tile 0, group 0

@@ -7,33 +7,47 @@
 namespace moert {
 namespace MOERT_ISA {
 
-// Few tokens: the weights are unpacked on the way and used for T tokens at once.
-template <int T>
-void few_tokens(const NestedMatrix& w, const Activations& x, int64_t start, float* out, int64_t out_stride,
-                int64_t first, int64_t last) {
+// Few tokens: the weights are unpacked on the way and used for T tokens at once. R tiles are walked side by side: a
+// single stream of addresses does not keep the memory busy (four read 1.2 to 1.45 times as fast, measured).
+template <int T, int R>
+void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                int64_t last) {
   const int64_t q_stride = x.groups * w.group_size;
-  const int8_t* q = x.q + start * q_stride;
-  for (int64_t tile = first; tile < last; tile++) {
-    __m512 total[T];
-    for (int t = 0; t < T; t++) total[t] = _mm512_setzero_ps();
-    for (int64_t group = 0; group < w.groups; group++) {
-      const int64_t cell = tile * w.groups + group;
-      __m512i dot[T][2] = {};
-      for (int block = 0; block < w.group_size / 32; block++) {
-        __m512i codes[8];
-        unpack32(w, cell, block, codes);
-        const int8_t* columns = q + group * w.group_size + 32 * block;
-        for (int i = 0; i < 8; i++)
-          for (int t = 0; t < T; t++)
-            dot[t][i & 1] = _mm512_dpbusd_epi32(dot[t][i & 1], codes[i], four_columns(columns + t * q_stride + 4 * i));
+  for (int64_t tile = first; tile < last; tile += R) {
+    __m512 total[R][T];
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) total[r][t] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < w.groups; group++)
+      for (int r = 0; r < R; r++) {
+        const int64_t cell = (tile + r) * w.groups + group;
+        __m512i dot[T][2] = {};
+        for (int block = 0; block < w.group_size / 32; block++) {
+          __m512i codes[8];
+          unpack32(w, cell, block, codes);
+          const int8_t* columns = x.q + group * w.group_size + 32 * block;
+          for (int i = 0; i < 8; i++)
+            for (int t = 0; t < T; t++)
+              dot[t][i & 1] = _mm512_dpbusd_epi32(dot[t][i & 1], codes[i], four_columns(columns + t * q_stride + 4 * i));
+        }
+        const __m512 scale = load_scales(w, cell);
+        for (int t = 0; t < T; t++)
+          total[r][t] = add_group(total[r][t], _mm512_add_epi32(dot[t][0], dot[t][1]), scale, w, x, t, group);
       }
-      const __m512 scale = load_scales(w, cell);
+    for (int r = 0; r < R; r++) {
+      const __mmask16 mask = row_mask(w, tile + r);
       for (int t = 0; t < T; t++)
-        total[t] = add_group(total[t], _mm512_add_epi32(dot[t][0], dot[t][1]), scale, w, x, start + t, group);
+        _mm512_mask_storeu_ps(out + t * out_stride + (tile + r) * kTileRows, mask, total[r][t]);
     }
-    const __mmask16 mask = row_mask(w, tile);
-    for (int t = 0; t < T; t++) _mm512_mask_storeu_ps(out + (start + t) * out_stride + tile * kTileRows, mask, total[t]);
   }
+}
+
+template <int T>
+void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                int64_t last) {
+  constexpr int R = T == 1 ? kTogether : 2;
+  const int64_t whole = first + (last - first) / R * R;
+  few_tokens<T, R>(w, x, out, out_stride, first, whole);
+  few_tokens<T, 1>(w, x, out, out_stride, whole, last);
 }
 
 // Many tokens: a panel of a tile is unpacked once, then used for eight tokens at a time.
@@ -76,10 +90,10 @@ void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int6
                    int64_t last) {
   if (x.tokens > 4) return many_tokens(w, x, out, out_stride, first, last);
   switch (x.tokens) {
-    case 4: return few_tokens<4>(w, x, 0, out, out_stride, first, last);
-    case 3: return few_tokens<3>(w, x, 0, out, out_stride, first, last);
-    case 2: return few_tokens<2>(w, x, 0, out, out_stride, first, last);
-    case 1: return few_tokens<1>(w, x, 0, out, out_stride, first, last);
+    case 4: return few_tokens<4>(w, x, out, out_stride, first, last);
+    case 3: return few_tokens<3>(w, x, out, out_stride, first, last);
+    case 2: return few_tokens<2>(w, x, out, out_stride, first, last);
+    case 1: return few_tokens<1>(w, x, out, out_stride, first, last);
   }
 }
 

@@ -9,7 +9,7 @@ namespace moert {
 
 namespace {
 constexpr int64_t kTokenBlock = 16;  // AMX reads whole blocks of tokens: so much is read beyond the last
-constexpr int64_t kTileGrain = 4;    // tiles that a thread takes at a time: about 100 KiB of weights
+constexpr int64_t kTileGrain = kTogether;
 }  // namespace
 
 Buffer::~Buffer() { std::free(data_); }
