@@ -20,7 +20,7 @@ constexpr int kTogether = 4;  // tiles that a product with one token walks side 
 struct Plane {
   const uint8_t* data;  // first byte of this plane in tile 0, group 0
   size_t stride;        // bytes from one (tile, group) to the next
-  int bits;             // 2 or 1
+  int bits;             // 8, 4, 2 or 1
   int shift;            // place of its lowest bit in the code
 };
 

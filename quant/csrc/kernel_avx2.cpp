@@ -10,31 +10,32 @@ namespace MOERT_ISA {
 
 constexpr int kPanelColumns = 512;
 
+// The bits that a plane of Bits bits adds to the codes of 8 rows for 32 columns.
+template <int Bits>
+inline void add_plane(const uint8_t* chunks, int shift, __m256i codes[8]) {
+  constexpr int kQuads = 8 / Bits;  // in 64 bytes
+  const __m256i mask = _mm256_set1_epi32(int(0x01010101u * ((1u << Bits) - 1))), left = _mm256_set1_epi32(shift);
+  for (int chunk = 0; chunk < Bits; chunk++) {
+    __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunks + 64 * chunk));
+    for (int k = 0; k < kQuads; k++) {
+      __m256i& place = codes[chunk * kQuads + k];
+      place = Bits == 8 ? bits : _mm256_or_si256(place, _mm256_sllv_epi32(_mm256_and_si256(bits, mask), left));
+      bits = _mm256_srli_epi32(bits, Bits);
+    }
+  }
+}
+
 // Codes of 8 rows for the 32 columns of `block`; half 0 or 1 of the tile.
 inline void unpack32(const NestedMatrix& w, int64_t cell, int block, int half, __m256i codes[8]) {
   for (int i = 0; i < 8; i++) codes[i] = _mm256_setzero_si256();
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
-    const uint8_t* base = plane.data + cell * plane.stride + 32 * half;
-    const __m256i left = _mm256_set1_epi32(plane.shift);
-    if (plane.bits == 2) {
-      const __m256i mask = _mm256_set1_epi32(0x03030303);
-      for (int chunk = 0; chunk < 2; chunk++) {
-        __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + 128 * block + 64 * chunk));
-        for (int k = 0; k < 4; k++) {
-          const __m256i part = _mm256_sllv_epi32(_mm256_and_si256(bits, mask), left);
-          codes[4 * chunk + k] = _mm256_or_si256(codes[4 * chunk + k], part);
-          bits = _mm256_srli_epi32(bits, 2);
-        }
-      }
-    } else {
-      const __m256i mask = _mm256_set1_epi32(0x01010101);
-      __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + 64 * block));
-      for (int k = 0; k < 8; k++) {
-        const __m256i part = _mm256_sllv_epi32(_mm256_and_si256(bits, mask), left);
-        codes[k] = _mm256_or_si256(codes[k], part);
-        bits = _mm256_srli_epi32(bits, 1);
-      }
+    const uint8_t* chunks = plane.data + cell * plane.stride + 64 * plane.bits * block + 32 * half;
+    switch (plane.bits) {
+      case 8: add_plane<8>(chunks, plane.shift, codes); break;
+      case 4: add_plane<4>(chunks, plane.shift, codes); break;
+      case 2: add_plane<2>(chunks, plane.shift, codes); break;
+      default: add_plane<1>(chunks, plane.shift, codes);
     }
   }
 }

@@ -12,31 +12,38 @@ namespace MOERT_ISA {
 
 constexpr int kPanelColumns = 1024;  // 16 KiB of codes: with the inputs of a few tokens it stays in the first cache
 
+// The bits that a plane of Bits bits adds to the codes of 32 columns.
+template <int Bits>
+inline void add_plane(const uint8_t* chunks, int shift, __m512i codes[8]) {
+  constexpr int kQuads = 8 / Bits;  // in 64 bytes
+  if (Bits == 8) {  // the only plane there is
+    for (int i = 0; i < 8; i++) codes[i] = _mm512_loadu_si512(chunks + 64 * i);
+    return;
+  }
+  // Rotating a lane brings the wanted bits of all four bytes to their place in the code; the mask drops the others.
+  const __m512i left = _mm512_set1_epi32(shift), mask = _mm512_set1_epi32(int(0x01010101u * ((1u << Bits) - 1) << shift));
+  __m512i bits[Bits];
+  for (int chunk = 0; chunk < Bits; chunk++)
+    bits[chunk] = _mm512_rolv_epi32(_mm512_loadu_si512(chunks + 64 * chunk), left);
+  for (int k = 0; k < kQuads; k++)
+    for (int chunk = 0; chunk < Bits; chunk++) {
+      __m512i& place = codes[chunk * kQuads + k];
+      place = _mm512_ternarylogic_epi32(place, bits[chunk], mask, 0xF8);  // place | (bits & mask)
+      bits[chunk] = _mm512_ror_epi32(bits[chunk], Bits);
+    }
+}
+
 // Codes of 16 rows (lanes) for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3.
 inline void unpack32(const NestedMatrix& w, int64_t cell, int block, __m512i codes[8]) {
   for (int i = 0; i < 8; i++) codes[i] = _mm512_setzero_si512();
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
-    const uint8_t* base = plane.data + cell * plane.stride;
-    // Rotating a lane brings the wanted bits of all four bytes to their place in the code; the mask drops the others.
-    const __m512i left = _mm512_set1_epi32(plane.shift);
-    if (plane.bits == 2) {
-      const __m512i mask = _mm512_set1_epi32(0x03030303 << plane.shift);
-      __m512i low = _mm512_rolv_epi32(_mm512_loadu_si512(base + 128 * block), left);
-      __m512i high = _mm512_rolv_epi32(_mm512_loadu_si512(base + 128 * block + 64), left);
-      for (int k = 0; k < 4; k++) {
-        codes[k] = _mm512_ternarylogic_epi32(codes[k], low, mask, 0xF8);  // codes | (bits & mask)
-        codes[4 + k] = _mm512_ternarylogic_epi32(codes[4 + k], high, mask, 0xF8);
-        low = _mm512_ror_epi32(low, 2);
-        high = _mm512_ror_epi32(high, 2);
-      }
-    } else {
-      const __m512i mask = _mm512_set1_epi32(0x01010101 << plane.shift);
-      __m512i bits = _mm512_rolv_epi32(_mm512_loadu_si512(base + 64 * block), left);
-      for (int k = 0; k < 8; k++) {
-        codes[k] = _mm512_ternarylogic_epi32(codes[k], bits, mask, 0xF8);
-        bits = _mm512_ror_epi32(bits, 1);
-      }
+    const uint8_t* chunks = plane.data + cell * plane.stride + 64 * plane.bits * block;
+    switch (plane.bits) {
+      case 8: add_plane<8>(chunks, plane.shift, codes); break;
+      case 4: add_plane<4>(chunks, plane.shift, codes); break;
+      case 2: add_plane<2>(chunks, plane.shift, codes); break;
+      default: add_plane<1>(chunks, plane.shift, codes);
     }
   }
 }

@@ -53,13 +53,9 @@ inline u32x16 codes_of(const NestedMatrix& w, int64_t cell, int quad) {
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
     const uint8_t* base = plane.data + cell * plane.stride;
-    if (plane.bits == 2) {
-      u32x16 word = load<u32x16>(base + 64 * (quad / 4));
-      codes |= ((word >> (2 * (quad % 4))) & 0x03030303u) << plane.shift;
-    } else {
-      u32x16 word = load<u32x16>(base + 64 * (quad / 8));
-      codes |= ((word >> (quad % 8)) & 0x01010101u) << plane.shift;
-    }
+    const int quads = 8 / plane.bits;  // in 64 bytes
+    const u32x16 word = load<u32x16>(base + 64 * (quad / quads));
+    codes |= ((word >> (plane.bits * (quad % quads))) & 0x01010101u * ((1u << plane.bits) - 1)) << plane.shift;
   }
   return codes;
 }
@@ -121,7 +117,10 @@ void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8
     i32x16 sum = {};
     for (int i = 0; i < group_size / 16; i++) {
       // NaN has no whole number; 0 keeps the sums within bounds.
-      const f32x16 nearest = round_even(part[i] * inverse);
+      f32x16 product = part[i] * inverse;
+      // Rounded to float32 here: fused with the addition in round_even, ties would fall differently where there is FMA.
+      asm volatile("" : "+m"(product));
+      const f32x16 nearest = round_even(product);
       const i32x16 whole = __builtin_convertvector(where_less(nearest, all(128), nearest, all(0)), i32x16);
       sum += whole;
       const i8x16 narrow = __builtin_convertvector(whole, i8x16);

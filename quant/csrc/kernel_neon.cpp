@@ -26,31 +26,36 @@ constexpr int kPanelColumns = 512;   // 8 KiB of codes: with the inputs of a few
 constexpr int kTokens = 8;           // that use one load of a panel
 constexpr int kMaxLevels = 127;      // above, codes do not fit in a signed byte
 
+// The bits that a plane of Bits bits adds to the codes of 4 rows for 32 columns; the top bit of a code is flipped.
+template <int Bits>
+inline void add_plane(const uint8_t* chunks, int plane_shift, uint8x16_t codes[8]) {
+  constexpr int kQuads = 8 / Bits;  // in the 64 bytes of a chunk
+  const uint8x16_t mask = vdupq_n_u8(uint8_t(((1 << Bits) - 1) << plane_shift));
+  constexpr uint8_t kTopBits = Bits == 8 ? 0x80 : Bits == 4 ? 0x88 : Bits == 2 ? 0xAA : 0xFF;
+  const uint8x16_t top = vdupq_n_u8(plane_shift + Bits == 8 ? kTopBits : 0);
+  for (int chunk = 0; chunk < Bits; chunk++) {
+    const uint8x16_t bits = veorq_u8(vld1q_u8(chunks + 64 * chunk), top);
+    int8x16_t shift = vdupq_n_s8(int8_t(plane_shift));  // left; to the right below 0
+    for (int k = 0; k < kQuads; k++) {
+      uint8x16_t& place = codes[chunk * kQuads + k];
+      place = vbslq_u8(mask, vshlq_u8(bits, shift), place);
+      shift = vsubq_s8(shift, vdupq_n_s8(Bits));
+    }
+  }
+}
+
 // Codes of 4 rows for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3, minus 128 if
 // they are of 8 bits.
 inline void unpack32(const NestedMatrix& w, int64_t cell, int block, int quarter, uint8x16_t codes[8]) {
   for (int i = 0; i < 8; i++) codes[i] = vdupq_n_u8(0);
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
-    const uint8_t* base = plane.data + cell * plane.stride + 16 * quarter;
-    int8x16_t shift = vdupq_n_s8(int8_t(plane.shift));  // left; to the right below 0
-    if (plane.bits == 2) {
-      const uint8x16_t mask = vdupq_n_u8(uint8_t(3 << plane.shift));
-      const uint8x16_t top = vdupq_n_u8(plane.shift == 6 ? 0xAA : 0);  // this plane holds bit 7
-      const uint8x16_t low = veorq_u8(vld1q_u8(base + 128 * block), top);
-      const uint8x16_t high = veorq_u8(vld1q_u8(base + 128 * block + 64), top);
-      for (int k = 0; k < 4; k++) {
-        codes[k] = vbslq_u8(mask, vshlq_u8(low, shift), codes[k]);
-        codes[4 + k] = vbslq_u8(mask, vshlq_u8(high, shift), codes[4 + k]);
-        shift = vsubq_s8(shift, vdupq_n_s8(2));
-      }
-    } else {
-      const uint8x16_t mask = vdupq_n_u8(uint8_t(1 << plane.shift));
-      const uint8x16_t bits = vld1q_u8(base + 64 * block);
-      for (int k = 0; k < 8; k++) {
-        codes[k] = vbslq_u8(mask, vshlq_u8(bits, shift), codes[k]);
-        shift = vsubq_s8(shift, vdupq_n_s8(1));
-      }
+    const uint8_t* chunks = plane.data + cell * plane.stride + 64 * plane.bits * block + 16 * quarter;
+    switch (plane.bits) {
+      case 8: add_plane<8>(chunks, plane.shift, codes); break;
+      case 4: add_plane<4>(chunks, plane.shift, codes); break;
+      case 2: add_plane<2>(chunks, plane.shift, codes); break;
+      default: add_plane<1>(chunks, plane.shift, codes);
     }
   }
 }

@@ -68,8 +68,9 @@ struct Matrix {
 
   std::vector<int> planes(int s) const {
     const int bits = widths[s] - (s ? widths[s - 1] : 0);
-    std::vector<int> list(bits / 2, 2);
-    if (bits % 2) list.push_back(1);
+    std::vector<int> list;
+    for (int p : {8, 4, 2, 1})
+      if (bits & p) list.push_back(p);
     return list;
   }
   int64_t group_bytes(int s) const { return 16 * group_size * (widths[s] - (s ? widths[s - 1] : 0)) / 8; }
