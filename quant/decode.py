@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moert.quant.dispatch import compiled
 
@@ -62,6 +63,16 @@ def attention_step(
         norms[1].data_ptr() if norms else 0, eps, rotation[0].data_ptr(), rotation[1].data_ptr(), *cache.pointers,
         position, start, q.shape[1] // d, J, d, out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight. x: float32 [1, D], contiguous. weight: float32 [D]. Returns float32 [1, D]."""
+    module = compiled()
+    if module is None:
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    out = torch.empty_like(x)
+    module.rms_norm(x.data_ptr(), weight.data_ptr(), x.shape[1], eps, out.data_ptr())
     return out
 
 

@@ -301,6 +301,17 @@ def test_attention_of_one_token_matches_float64(kernel, bits, heads, kv_heads, d
         assert (got.view(-1, d) - want).abs().max() <= bound
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [1, 15, 16, 100, 2048])
+def test_rms_norm_matches_float64(kernel, size):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(size)
+    for scale in (1e-3, 1.0, 1e6):
+        x, weight = torch.randn(1, size, generator=g) * scale, torch.randn(size, generator=g)
+        want = x.double() / (x.double().square().mean() + 1e-6).sqrt() * weight.double()
+        torch.testing.assert_close(decode.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("normalise", [False, True])
 def test_the_router_of_one_token_matches_torch(normalise):
     if matmul.kernel_name() == "reference":

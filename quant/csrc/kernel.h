@@ -82,6 +82,8 @@ struct Kernel {
                       int64_t out_stride, int64_t first, int64_t last);
   // gate[i] = silu(gate[i]) * up[i].
   void (*silu_product)(float* gate, const float* up, int64_t count);
+  // out[i] = x[i] / sqrt(mean of squares + eps) * weight[i].
+  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
   // out of the query heads that share key/value head `kv_head`.
   void (*attend)(const Attention& a, int64_t kv_head);
   // Codes [num_groups][group_size] of the largest width and fp16 scales [num_widths][num_groups] of the groups

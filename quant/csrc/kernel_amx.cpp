@@ -119,6 +119,9 @@ extern const Kernel kAmxKernel = {
       kAvx512Kernel.bf16_matmul(w, cols, x, tokens, x_stride, out, out_stride, first, last);
     },
     [](float* gate, const float* up, int64_t count) { kAvx512Kernel.silu_product(gate, up, count); },
+    [](const float* x, const float* weight, int64_t count, float eps, float* out) {
+      kAvx512Kernel.rms_norm(x, weight, count, eps, out);
+    },
     [](const Attention& a, int64_t kv_head) { kAvx512Kernel.attend(a, kv_head); },
     [](const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first, int64_t last) {
       kAvx512Kernel.search_codes(search, w, codes, scales, first, last);

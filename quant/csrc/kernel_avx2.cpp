@@ -199,6 +199,7 @@ extern const Kernel kAvx2Kernel = {
     isa_avx2::nested_dequantise,
     isa_avx2::bf16_matmul,
     isa_avx2::silu_product,
+    isa_avx2::rms_norm,
     isa_avx2::attend,
     isa_avx2::search_codes,
 };

@@ -215,10 +215,28 @@ void bf16_matmul(const uint16_t* w, int64_t cols, const float* x, int64_t tokens
     bf16_tokens<1>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
 }
 
+// As a tree: a loop over the lanes would take longer than the products before it.
 inline float sum_lanes(f32x16 v) {
-  float total = 0;
-  for (int lane = 0; lane < 16; lane++) total += v[lane];
-  return total;
+  typedef float f32x8 __attribute__((vector_size(32)));
+  typedef float f32x4 __attribute__((vector_size(16)));
+  f32x8 halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  const f32x8 eight = halves[0] + halves[1];
+  f32x4 quarters[2];
+  std::memcpy(quarters, &eight, sizeof(eight));
+  const f32x4 four = quarters[0] + quarters[1];
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out) {
+  f32x16 square = {};
+  for (int64_t i = 0; i < count; i += 16) {
+    f32x16 part = {};
+    std::memcpy(&part, x + i, (count - i < 16 ? count - i : 16) * sizeof(float));
+    square += part * part;
+  }
+  const float factor = 1 / std::sqrt(sum_lanes(square) / float(count) + eps);
+  for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor * weight[i];
 }
 
 // Cached numbers as floats: halves, or bytes to be scaled by the caller.

@@ -42,6 +42,7 @@ extern const Kernel kGenericKernel = {
     isa_generic::nested_dequantise,
     isa_generic::bf16_matmul,
     isa_generic::silu_product,
+    isa_generic::rms_norm,
     isa_generic::attend,
     isa_generic::search_codes,
 };

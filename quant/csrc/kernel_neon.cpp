@@ -285,6 +285,7 @@ extern const Kernel kNeonKernel = {
     isa_neon::nested_dequantise,
     isa_neon::bf16_matmul,
     isa_neon::silu_product,
+    isa_neon::rms_norm,
     isa_neon::attend,
     isa_neon::search_codes,
 };

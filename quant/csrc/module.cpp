@@ -195,6 +195,9 @@ NB_MODULE(_native, m) {
   m.def("experts", &experts);
   m.def("attention_step", &attention_step_at);
   m.def("route", &route_at);
+  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t count, float eps, uintptr_t out) {
+    active->rms_norm(at<const float>(x), at<const float>(weight), count, eps, at<float>(out));
+  });
   m.def("dequantise", &dequantise);
   m.def("bf16_linear", &bf16_linear);
   m.def("search_codes", &search_codes);
