@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import threading
 import time
 import zlib
@@ -181,6 +182,38 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_the_runner_usable(store, make_run
     with pytest.raises(KeyboardInterrupt):
         runner(0, *routing(6, 4))
     assert_usable(store, runner)
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_ctrl_c_anywhere_in_a_step_never_leaves_wrong_experts(store, make_runner, capacity):
+    """An interrupt after the n-th line executed in the runtime and the scheduler, for many n."""
+    runner = make_runner(capacity)
+    x, indices, weights = routing(6, 4)
+    want = expected(store, 3, x, indices, weights)
+    struck = 0
+    for line in (*range(0, 60, 3), *range(60, 1200, 61)):
+        left = line
+
+        def tracer(frame, event, argument):
+            nonlocal left
+            if "moert" not in frame.f_code.co_filename and "scheduler" not in frame.f_code.co_filename:
+                return None
+            if event == "line" and frame.f_code.co_name not in ("_recover", "drain", "rebuild"):
+                left -= 1
+                if left == 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return tracer
+
+        sys.settrace(tracer)
+        try:
+            runner(0, x, indices, weights)
+        except KeyboardInterrupt:
+            struck += 1
+        finally:
+            sys.settrace(None)
+        assert_close(runner(0, x, indices, weights), want)
+    assert struck > 20
 
 
 def test_a_slow_read_delays_only_its_own_expert(store, make_runner, monkeypatch):

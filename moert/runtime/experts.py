@@ -71,11 +71,16 @@ class ExpertRunner:
         places = _places_by_expert(indices)
         sums = _weight_by_expert(indices, weights)
         routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
-        plan = plan_layer(layer, routed, self._cache)
-        self._count(plan)
-        step = _Step(plan, x, places, x.new_empty(T * K, x.shape[1]))
-        for wave in plan.waves:
-            self._run_wave(step, wave)
+        loading: set[SliceKey] = set()
+        try:
+            plan = plan_layer(layer, routed, self._cache)
+            self._count(plan)
+            step = _Step(plan, x, places, x.new_empty(T * K, x.shape[1]))
+            for wave in plan.waves:
+                self._run_wave(step, wave, loading)
+        except BaseException:  # Ctrl-C too, wherever it strikes
+            self._recover(loading)
+            raise
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
         parts = step.parts
@@ -84,44 +89,42 @@ class ExpertRunner:
             parts = parts[torch.empty_like(order).scatter_(0, order, torch.arange(T * K))]
         return torch.bmm(weights.view(T, 1, K), parts.view(T, K, -1)).view(T, -1)
 
-    def _run_wave(self, step: _Step, wave: Wave) -> None:
+    def _run_wave(self, step: _Step, wave: Wave, loading: set[SliceKey]) -> None:
+        """`loading` has the slices whose slots are not filled yet, at every moment."""
         layer = step.plan.layer
         for key in wave.evictions:
             self._release(key)
-        reads = {load: self._start(layer, load) for load in wave.loads}
-        arrived: set[Load] = set()
-        try:
-            if wave.resident:
-                self._compute(step, wave.resident)
-            waiting = list(wave.loads)
-            while waiting:
-                before = time.perf_counter()
-                reads[waiting[0]].wait()
-                self.counters.waited_s += time.perf_counter() - before
-                ready = [load for load in waiting if reads[load].done]
-                for load in ready:
-                    reads[load].wait()
-                    arrived.add(load)
-                    self._checked.update(SliceKey(layer, load.expert, i) for i in range(load.first, load.last))
-                waiting = [load for load in waiting if load not in arrived]
-                self._compute(step, [load.expert for load in ready])
-        except BaseException:  # Ctrl-C too: what did not arrive must not be taken for resident later
-            for read in reads.values():
-                read.settle()
-            self._recover(layer, reads.keys() - arrived)
-            raise
+        reads: dict[Load, Read] = {}
+        for load in wave.loads:
+            keys = [SliceKey(layer, load.expert, index) for index in range(load.first, load.last)]
+            loading.update(keys)
+            reads[load] = self._start(load, keys)
+        if wave.resident:
+            self._compute(step, wave.resident)
+        waiting = list(wave.loads)
+        while waiting:
+            before = time.perf_counter()
+            reads[waiting[0]].wait()
+            self.counters.waited_s += time.perf_counter() - before
+            ready = [load for load in waiting if reads[load].done]
+            for load in ready:
+                reads[load].wait()
+                keys = [SliceKey(layer, load.expert, index) for index in range(load.first, load.last)]
+                self._checked.update(keys)
+                loading.difference_update(keys)
+            waiting = [load for load in waiting if load not in ready]
+            self._compute(step, [load.expert for load in ready])
 
-    def _start(self, layer: int, load: Load) -> Read:
-        keys = [SliceKey(layer, load.expert, index) for index in range(load.first, load.last)]
+    def _start(self, load: Load, keys: Sequence[SliceKey]) -> Read:
         for key in keys:
             self._arena.take(key)
-        location = self._store.location(layer, load.expert)
+        location = self._store.location(keys[0].layer, load.expert)
         read = Read(
             location.file,
             location.offset + sum(self._layout.slice_sizes[: load.first]),
             [self._arena.buffer(key) for key in keys],
             [None if key in self._checked else self._store.checksum(*key) for key in keys],
-            f"expert {load.expert} of layer {layer}",
+            f"expert {load.expert} of layer {keys[0].layer}",
         )
         self._reader.submit(read)
         self.counters.reads += 1
@@ -153,23 +156,26 @@ class ExpertRunner:
         for slices in range(key.slice + 1, self._layout.num_slices + 1):
             self._ready.pop((ExpertKey(key.layer, key.expert), slices), None)
 
-    def _recover(self, layer: int, lost: set[Load]) -> None:
-        """Bring cache and arena together again after a plan that broke off.
+    def _recover(self, loading: set[SliceKey]) -> None:
+        """Begin afresh with what is surely in the arena, after a step that broke off somewhere.
 
-        The cache is already in the state after the whole plan. Slices whose read did not end well give up their slots;
-        then the cache loses what the arena does not hold, and the arena what the cache does not know.
+        The cache may be anywhere between two states, so it is made anew from the slots that are filled.
         """
-        for load in lost:
-            for index in range(load.first, load.last):
-                self._release(SliceKey(layer, load.expert, index))
-        held = self._arena.held()
-        for key, count in self._cache.resident_experts().items():
-            present = next((i for i in range(count) if SliceKey(*key, i) not in held), count)
-            if present < count:
-                self._cache.shrink(key, present)
-        known = {SliceKey(*key, i) for key, count in self._cache.resident_experts().items() for i in range(count)}
-        for item in held - known:
-            self._release(item)
+        self._reader.drain()
+        self._arena.rebuild()
+        held = self._arena.held() - loading
+        prefixes: dict[ExpertKey, int] = {}
+        for key in sorted(held):
+            expert = ExpertKey(key.layer, key.expert)
+            if key.slice == prefixes.get(expert, 0):
+                prefixes[expert] = key.slice + 1
+        for key in self._arena.held():
+            if key in loading or key.slice >= prefixes.get(ExpertKey(key.layer, key.expert), 0):
+                self._arena.release(key)
+        self._ready.clear()
+        self._cache = SliceCache(self._cache.slots, type(self._cache.policy)())
+        for expert, count in prefixes.items():
+            self._cache.insert(expert, count, ())
 
     def _count(self, plan: Plan) -> None:
         resident = plan.waves[0].resident

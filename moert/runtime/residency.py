@@ -25,6 +25,7 @@ class Arena:
     """
 
     def __init__(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
+        self.slots = tuple(slots)
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
         self._map = mmap.mmap(-1, max(self.total_bytes, mmap.PAGESIZE))
@@ -46,6 +47,14 @@ class Arena:
 
     def release(self, key: SliceKey) -> None:
         self._free[key.slice].append(self._slot_of.pop(key))
+
+    def rebuild(self) -> None:
+        """Work out anew which slots are free, after a `take` or `release` may have been interrupted."""
+        used = [{slot for key, slot in self._slot_of.items() if key.slice == index} for index in range(len(self.slots))]
+        self._free = [
+            [n for n in range(count - 1, -1, -1) if n not in taken]
+            for count, taken in zip(self.slots, used, strict=True)
+        ]
 
     def held(self) -> set[SliceKey]:
         """All slices that have a slot."""

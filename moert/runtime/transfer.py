@@ -80,16 +80,12 @@ class Read:
         if self.error is not None:
             raise self.error
 
-    def settle(self) -> None:
-        """Block until nothing writes to the buffers any more, whatever became of the read."""
-        self._done.wait()
-
 
 class SliceReader:
     """Reading threads and the files that they keep open."""
 
     def __init__(self, threads: int = READERS) -> None:
-        self._queue: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Read | threading.Barrier | None] = queue.SimpleQueue()
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._threads = [
@@ -101,6 +97,13 @@ class SliceReader:
     def submit(self, read: Read) -> None:
         """Start a read; `read.wait()` tells when it has ended."""
         self._queue.put(read)
+
+    def drain(self) -> None:
+        """Block until everything submitted so far has ended: nothing writes to any buffer any more."""
+        barrier = threading.Barrier(len(self._threads) + 1)
+        for _ in self._threads:
+            self._queue.put(barrier)
+        barrier.wait()
 
     def close(self) -> None:
         """Let the threads end after what is queued, and close the files."""
@@ -114,6 +117,9 @@ class SliceReader:
 
     def _work(self) -> None:
         while (read := self._queue.get()) is not None:
+            if isinstance(read, threading.Barrier):
+                read.wait()
+                continue
             try:
                 self._fill(read)
                 self._check(read)
