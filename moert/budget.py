@@ -13,7 +13,7 @@ from moert.quant.format import align
 _MIB = 1 << 20
 # What is measured of interpreter and libraries differs by a few pages from run to run: rounded up, it does not.
 _LIBRARY_STEP = 32 * _MIB
-# Grown later by thread stacks, the allocator's slack and code pages not touched yet (measured: 20 to 40 MiB).
+# Grown later by thread stacks, the allocator's slack and code pages not touched yet.
 _LIBRARY_GROWTH = 48 * _MIB
 _AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
 
