@@ -1,18 +1,20 @@
-"""The parts of a decode step between the products, for one token, where the compiled module is in use."""
+"""A decode step of one layer up to its experts, for one token, where the compiled module is in use."""
 
-# H query heads, J key/value heads, d head size, C context size, E experts, K experts per token
+# D hidden, H query heads, J key/value heads, d head size, C context size, E experts, K experts per token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from moert.quant.dispatch import compiled
+from moert.quant.dispatch import compiled, loaded
+from moert.quant.matmul import PackedMatrix, native_matrix, streamable
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class LayerCache:
     scales: Tensor | None
 
     def steppable(self) -> bool:
-        """Whether `attention_step` can run over this cache."""
+        """Whether a `LayerStep` can run over this cache."""
         d = self.numbers.shape[-1]
         known = self.numbers.dtype == (torch.float16 if self.scales is None else torch.int8)
         return compiled() is not None and known and d % 16 == 0 and d <= 256
@@ -38,53 +40,98 @@ class LayerCache:
         return keys, keys + self.numbers.itemsize * J * C * d, scales, value_scales, C
 
 
-def attention_step(
-    qkv: Sequence[Tensor],
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    rotation: tuple[Tensor, Tensor],
-    cache: LayerCache,
-    position: int,
-    start: int,
-) -> Tensor:
-    """Attention of one token, its keys and values written to the cache.
+@dataclass(frozen=True)
+class Projection:
+    """x [T, K] -> [T, N]: weight [N, K], bias float32 [N] or None."""
 
-    qkv: float32 contiguous [1, H * d], [1, J * d], [1, J * d]; the first two are overwritten. norms: float32 [d] for q
-    and k, or None. rotation: cos and sin, float32 [1, d / 2]. The token stands at `position` and sees start ...
-    position. Returns float32 [1, H * d].
+    weight: Tensor | PackedMatrix
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Router:
+    """weight [E, D]; K experts per token; whether their weights are divided by their sum."""
+
+    weight: Tensor | PackedMatrix
+    top_k: int
+    normalise: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStep:
+    """What a layer does with one token before its experts: norm, attention, residual, norm, router.
+
+    norms: float32 [D], before attention and behind it. qkvo: the four projections of attention. qk_norm: None, or
+    whether q and k are normed per head ([d] each) or as a whole ([H * d] and [J * d]). clip: largest magnitude of q, k
+    and v. router: None in a layer without experts.
     """
-    module = compiled()
-    assert module is not None
-    q, k, v = qkv
-    _, J, _, d = cache.numbers.shape
-    out = torch.empty_like(q)
-    module.attention_step(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), norms[0].data_ptr() if norms else 0,
-        norms[1].data_ptr() if norms else 0, eps, rotation[0].data_ptr(), rotation[1].data_ptr(), *cache.pointers,
-        position, start, q.shape[1] // d, J, d, out.data_ptr(),
-    )  # fmt: skip
-    return out
+
+    norms: tuple[Tensor, Tensor]
+    eps: float
+    head_dim: int
+    qkvo: tuple[Projection, Projection, Projection, Projection]
+    qk_norm: tuple[Literal["head", "full"], Tensor, Tensor] | None
+    clip: float | None
+    router: Router | None
+
+    @cached_property
+    def supported(self) -> bool:
+        """Whether the compiled module can do this: a packed or contiguous floating weight everywhere."""
+        weights = [p.weight for p in self.qkvo] + ([self.router.weight] if self.router else [])
+        groups = {p.weight.layout.group_size for p in self.qkvo[:3] if isinstance(p.weight, PackedMatrix)}
+        return all(map(streamable, weights)) and len(groups) < 2
+
+    @cached_property
+    def native(self) -> Any:
+        """What the compiled module takes; points into the weights."""
+        kind, *qk_norms = self.qk_norm or ("none", None, None)
+        router = self.router
+        return loaded().Layer(
+            hidden=self.norms[0].numel(),
+            head_dim=self.head_dim,
+            norms=tuple(map(_address, self.norms)),
+            eps=self.eps,
+            qkvo=tuple((native_matrix(p.weight), _address(p.bias)) for p in self.qkvo),
+            qk_norm=kind,
+            qk_norms=tuple(map(_address, qk_norms)),
+            clip=math.inf if self.clip is None else self.clip,
+            router=None if router is None else native_matrix(router.weight),
+            top_k=0 if router is None else router.top_k,
+            normalise=router is not None and router.normalise,
+        )
+
+    def __call__(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: LayerCache, position: int, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add attention to x, float32 contiguous [1, D], in place, and write the token's key and value to the cache.
+
+        rotation: cos and sin, float32 [1, d / 2]. The token stands at `position` and sees start ... position. Returns
+        what the experts see, float32 [1, D], and the router's choice, largest first: indices int64 [1, K] and weights
+        float32 [1, K], the softmax over all experts (divided by their sum over the chosen ones if it normalises).
+        """
+        module = loaded()
+        K = self.router.top_k if self.router else 0
+        normed, indices, weights = torch.empty_like(x), torch.empty(1, K, dtype=torch.int64), torch.empty(1, K)
+        cos, sin = rotation
+        module.layer_step(
+            self.native, cache.pointers, cos.data_ptr(), sin.data_ptr(), position, start,
+            x.data_ptr(), normed.data_ptr(), indices.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        return normed, indices, weights
+
+    def attention(
+        self, qkv: Sequence[Tensor], rotation: tuple[Tensor, Tensor], cache: LayerCache, position: int, start: int
+    ) -> Tensor:
+        """The attention of this step alone: qkv float32 contiguous [1, H * d], [1, J * d], [1, J * d], all overwritten.
+
+        Returns float32 [1, H * d], before the output projection.
+        """
+        cos, sin = rotation
+        out = torch.empty_like(qkv[0])
+        pointers = [t.data_ptr() for t in (*qkv, out)]
+        loaded().attention(self.native, cache.pointers, cos.data_ptr(), sin.data_ptr(), position, start, *pointers)
+        return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight. x: float32 [1, D], contiguous. weight: float32 [D]. Returns float32 [1, D]."""
-    module = compiled()
-    if module is None:
-        return functional.rms_norm(x, weight.shape, weight, eps)
-    out = torch.empty_like(x)
-    module.rms_norm(x.data_ptr(), weight.data_ptr(), x.shape[1], eps, out.data_ptr())
-    return out
-
-
-def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor] | None:
-    """Router of one token: logits float32 [1, E] -> indices int64 [1, K] and weights float32 [1, K], largest first.
-
-    Weights are the softmax over all experts, divided by their sum over the chosen ones if `normalise`. None where the
-    compiled module is not in use.
-    """
-    module = compiled()
-    if module is None:
-        return None
-    indices, weights = torch.empty(1, top_k, dtype=torch.int64), torch.empty(1, top_k)
-    module.route(logits.data_ptr(), logits.shape[1], top_k, normalise, indices.data_ptr(), weights.data_ptr())
-    return indices, weights
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,7 +1,8 @@
 """One API for products with weights as they are and with nested-bit weights.
 
 Packed weights meet int8 inputs in the compiled kernels; tensors are upcast exactly and multiplied in float32, through a
-kernel that streams bf16 for few tokens, through torch for many. `moert.quant.dispatch` says which kernel is in use.
+kernel that streams 16-bit weights for few tokens, through torch for many. `moert.quant.dispatch` says which kernel is
+in use.
 """
 
 # T tokens, N rows (outputs), K columns (inputs), D hidden, F expert inner size
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from moert.quant import reference
 from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, loaded, set_kernel, set_num_threads
-from moert.quant.format import ExpertLayout, MatrixLayout
+from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,11 +35,13 @@ __all__ = [
     "kernel_name",
     "linear",
     "linear_many",
+    "native_matrix",
     "set_kernel",
     "set_num_threads",
+    "streamable",
 ]
 
-# Below this many tokens bf16 weights are streamed by a kernel instead of upcast in blocks for torch.
+# Below this many tokens 16-bit weights are streamed by a kernel instead of upcast in blocks for torch.
 FEW_TOKENS = 12
 _BLOCK_WEIGHTS = 1 << 20  # weights unpacked at a time: 4 MiB of float32
 
@@ -150,10 +153,7 @@ def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
         return _linear_raw(x, w, module)
     if module is None:
         return functional.linear(_round_inputs(x, w.layout), w.rows(0, rows))
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(x.shape[0], rows)
-    module.linear([w.native], x.data_ptr(), x.shape[0], x.stride(0), cols, [out.data_ptr()], [rows])
-    return out
+    return linear_many(x, [w])[0]
 
 
 def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
@@ -166,15 +166,25 @@ def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
     return rounded.view(x.shape[0], -1)[:, : layout.cols]
 
 
+def streamable(w: Tensor | PackedMatrix) -> bool:
+    """Whether a kernel reads these weights as they lie in memory."""
+    return isinstance(w, PackedMatrix) or (w.is_contiguous() and str(w.dtype).removeprefix("torch.") in RAW_DTYPE_BYTES)
+
+
+def native_matrix(w: Tensor | PackedMatrix) -> Any:
+    """What the compiled module takes for streamable weights; points into them."""
+    if isinstance(w, PackedMatrix):
+        return w.native
+    return loaded().Matrix(w.data_ptr(), str(w.dtype).removeprefix("torch."), w.shape[0])
+
+
 def _linear_raw(x: Tensor, w: Tensor, module: ModuleType | None) -> Tensor:
     rows, cols = w.shape
     if w.dtype == torch.float32:
         return functional.linear(x, w)
+    if module is not None and streamable(w) and x.shape[0] < FEW_TOKENS:
+        return _products(x, [w], module)[0]
     out = torch.empty(x.shape[0], rows)
-    if module is not None and w.dtype == torch.bfloat16 and w.is_contiguous() and x.shape[0] < FEW_TOKENS:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        module.bf16_linear(w.data_ptr(), rows, cols, x.data_ptr(), x.shape[0], x.stride(0), out.data_ptr(), rows)
-        return out
     step = max(16, _BLOCK_WEIGHTS // cols)
     for first in range(0, rows, step):
         torch.mm(x, w[first : first + step].float().T, out=out[:, first : first + step])
@@ -186,10 +196,14 @@ def linear_many(x: Tensor, matrices: Sequence[PackedMatrix]) -> list[Tensor]:
     module = compiled()
     if module is None:
         return [linear(x, w) for w in matrices]
+    return _products(x, matrices, module)
+
+
+def _products(x: Tensor, matrices: Sequence[Tensor | PackedMatrix], module: ModuleType) -> list[Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     outs = [torch.empty(x.shape[0], w.shape[0]) for w in matrices]
-    natives, sizes = [w.native for w in matrices], [w.shape[0] for w in matrices]
-    module.linear(natives, x.data_ptr(), x.shape[0], x.stride(0), x.shape[1], [o.data_ptr() for o in outs], sizes)
+    natives = [native_matrix(w) for w in matrices]
+    module.linear(natives, x.data_ptr(), x.shape[0], x.stride(0), x.shape[1], [out.data_ptr() for out in outs])
     return outs
 
 

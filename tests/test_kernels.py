@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.quant import decode, matmul, nested, reference
 from moert.quant import format as fmt
+from moert.quant import matmul, nested, reference
 
 KERNELS = matmul.available_kernels()
 COMPILED = [k for k in KERNELS if k != "reference"]  # the reference leaves the order of sums, and silu, to torch
@@ -81,8 +81,13 @@ def test_every_width_and_group_size(kernel, group_size, widths):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 70), st.integers(1, 300), st.sampled_from(fmt.GROUP_SIZES), st.sampled_from(SLICE_LISTS),
-    st.sampled_from(TOKENS), st.sampled_from(KERNELS), st.integers(0, 2**31),
+    st.integers(1, 70),
+    st.integers(1, 300),
+    st.sampled_from(fmt.GROUP_SIZES),
+    st.sampled_from(SLICE_LISTS),
+    st.sampled_from(TOKENS),
+    st.sampled_from(KERNELS),
+    st.integers(0, 2**31),
 )
 def test_odd_shapes(rows, cols, group_size, widths, tokens, kernel, seed):
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed))
@@ -249,74 +254,3 @@ def test_an_empty_token_list_is_fine_beside_others():
     out = torch.empty(2, 64)
     matmul.experts_ffn(torch.randn(3, 64), experts, [torch.tensor([], dtype=torch.int64), torch.tensor([0, 2])], out)
     assert out.isfinite().all()
-
-
-def exact_attention(q, k, v, norms, eps, cos, sin, keys, values):
-    """Attention of one token in float64: q [H, d], k and v [J, d], keys and values [J, S, d] of the tokens before."""
-
-    def prepare(x, norm):
-        x = x.double()
-        if norm is not None:
-            x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    q, k = prepare(q, norms and norms[0]), prepare(k, norms and norms[1])
-    keys, values = torch.cat([keys, k[:, None]], 1), torch.cat([values, v.double()[:, None]], 1)
-    shared = len(q) // len(k)
-    scores = torch.einsum("hd,hsd->hs", q, keys.repeat_interleave(shared, 0)) / q.shape[1] ** 0.5
-    return torch.einsum("hs,hsd->hd", scores.softmax(-1), values.repeat_interleave(shared, 0))
-
-
-@pytest.mark.parametrize("kernel", COMPILED)
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (8, 1, 128), (3, 3, 256)])
-def test_attention_of_one_token_matches_float64(kernel, bits, heads, kv_heads, d):
-    matmul.set_kernel(kernel)
-    g = torch.Generator().manual_seed(2)
-    for position, start in ((0, 0), (1, 0), (70, 0), (70, 33)):
-        numbers = torch.zeros(2, kv_heads, 80, d, dtype=torch.int8 if bits == 8 else torch.float16)
-        scales = torch.zeros(2, kv_heads, 80) if bits == 8 else None
-        if bits == 8:
-            numbers.random_(-127, 128, generator=g)
-            scales.uniform_(0.005, 0.02, generator=g)
-        else:
-            numbers.copy_(torch.randn(numbers.shape, generator=g))
-        before = numbers[:, :, start:position].double()
-        if bits == 8:
-            before = before * scales[:, :, start:position, None].double()
-        q, k, v = (torch.randn(1, n * d, generator=g) for n in (heads, kv_heads, kv_heads))
-        angles = torch.rand(d // 2, generator=g) * 6
-        norms = None if position == 1 else (torch.rand(d, generator=g) + 0.5, torch.rand(d, generator=g) + 0.5)
-        heads_of = [t.view(-1, d).clone() for t in (q, k, v)]
-        want = exact_attention(*heads_of, norms, 1e-6, angles.cos(), angles.sin(), *before)
-        cache = decode.LayerCache(numbers, scales)
-        rotation = (angles.cos()[None], angles.sin()[None])
-        got = decode.attention_step((q, k, v), norms, 1e-6, rotation, cache, position, start)
-        # The token's own key and value are rounded to the cache's numbers, the rest is float32.
-        bound = (2e-3 if bits == 16 else 2e-2) * want.abs().max()
-        assert (got.view(-1, d) - want).abs().max() <= bound
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("size", [1, 15, 16, 100, 2048])
-def test_rms_norm_matches_float64(kernel, size):
-    matmul.set_kernel(kernel)
-    g = torch.Generator().manual_seed(size)
-    for scale in (1e-3, 1.0, 1e6):
-        x, weight = torch.randn(1, size, generator=g) * scale, torch.randn(size, generator=g)
-        want = x.double() / (x.double().square().mean() + 1e-6).sqrt() * weight.double()
-        torch.testing.assert_close(decode.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("normalise", [False, True])
-def test_the_router_of_one_token_matches_torch(normalise):
-    if matmul.kernel_name() == "reference":
-        pytest.skip("the compiled module is not built")
-    for experts, top_k in ((8, 2), (128, 8), (5, 5), (60, 1)):
-        logits = torch.randn(1, experts, generator=torch.Generator().manual_seed(experts)) * 4
-        indices, weights = decode.route(logits, top_k, normalise)
-        want, chosen = logits.double().softmax(-1).topk(top_k)
-        want = want / want.sum() if normalise else want
-        assert torch.equal(indices, chosen)
-        torch.testing.assert_close(weights.double(), want, rtol=1e-5, atol=1e-7)

@@ -14,7 +14,6 @@ from moert.models.architecture import Architecture
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm, linear_many
 from moert.models.rope import rotate
-from moert.quant import decode
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(dense, f"{name}.k_norm", arch.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
-        q, k, v = self._project(x)
-        layer_cache = cache.layers[self.layer]
-        if x.shape[0] == 1 and layer_cache.steppable():
-            norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm == "head" else None
-            eps = self.q_norm.eps if norms else 0.0
-            y = decode.attention_step((q, k, v), norms, eps, (cos, sin), layer_cache, cache.length, seen.start)
-            stepped: Tensor = self.o_proj(y)
-            return stepped
-        q, k, v = self._heads(q, k, v)
+        q, k, v = self._heads(*self._project(x))
         # Keys and values come back from the cache, the new ones too: its rounding must not depend on the chunking.
         cache.append(self.layer, rotate(k, cos, sin), v)
         keys, values = cache.read(self.layer, seen.start, seen.end)

@@ -14,6 +14,7 @@ from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
+from moert.quant.decode import LayerStep, Projection, Router
 from moert.quant.matmul import gather_rows
 
 
@@ -31,8 +32,23 @@ class DecoderLayer(nn.Module):
             self.mlp = MoEBlock(arch, dense, layer, experts)
         else:
             self.mlp = GatedMLP(dense, f"{name}.mlp", arch.hidden_act)
+        self.step = self._step(arch)
+
+    def _step(self, arch: Architecture) -> LayerStep:
+        attn, norms = self.self_attn, (self.input_layernorm.weight, self.post_attention_layernorm.weight)
+        q, k, v, o = (Projection(p.weight, p.bias) for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
+        qk_norm = None if arch.qk_norm == "none" else (arch.qk_norm, attn.q_norm.weight, attn.k_norm.weight)
+        router = None
+        if isinstance(self.mlp, MoEBlock):
+            router = Router(self.mlp.gate.weight, arch.top_k, arch.norm_topk_prob)
+        return LayerStep(norms, arch.rms_norm_eps, arch.head_dim, (q, k, v, o), qk_norm, arch.clip_qkv, router)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
+        kept = cache.layers[self.self_attn.layer]
+        if len(x) == 1 and kept.steppable() and self.step.supported:
+            normed, indices, weights = self.step(x, (cos, sin), kept, cache.length, seen.start)
+            moe = self.mlp
+            return x.add_(moe.compute(normed, indices, weights) if isinstance(moe, MoEBlock) else moe(normed))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, cache)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result

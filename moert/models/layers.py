@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moert.quant import decode, matmul
+from moert.quant import matmul
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
 DenseTensors = Mapping[str, Tensor | PackedMatrix]
@@ -32,8 +32,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2 and x.shape[0] == 1 and x.is_contiguous():
-            return decode.rms_norm(x, self.weight, self.eps)
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from moert.models.architecture import Architecture
 from moert.models.layers import DenseTensors, GatedMLP, Linear
-from moert.quant import decode
 
 
 class Experts(Protocol):
@@ -51,9 +50,10 @@ class MoEBlock(nn.Module):
             self.shared_expert_gate = Linear(dense, f"{name}.shared_expert_gate")
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.gate(x)
-        fast = decode.route(logits, self.top_k, self.norm_topk_prob) if len(x) == 1 else None
-        indices, weights = fast or route(logits, self.top_k, self.norm_topk_prob)
+        return self.compute(x, *route(self.gate(x), self.top_k, self.norm_topk_prob))
+
+    def compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """What the block makes of x [T, D] once its router has chosen indices and weights [T, K]."""
         y = self.experts(self.layer, x, indices, weights)
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

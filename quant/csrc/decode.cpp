@@ -20,21 +20,25 @@ uint16_t to_half(float v) {
   return sign | uint16_t((bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
 }
 
-void norm_and_rotate(float* x, int heads, int d, const float* norm, float eps, const float* cos, const float* sin,
-                     float scale) {
-  for (int h = 0; h < heads; h++, x += d) {
-    if (norm != nullptr) {
-      float square = 0;
-      for (int i = 0; i < d; i++) square += x[i] * x[i];
-      const float factor = 1 / std::sqrt(square / float(d) + eps);
-      for (int i = 0; i < d; i++) x[i] *= factor * norm[i];
-    }
+void add(float* x, const float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i++) x[i] += y[i];
+}
+
+void prepare(float* x, int64_t count, const float* bias, const float* full_norm, float eps, float clip,
+             const Kernel& kernel) {
+  if (bias != nullptr) add(x, bias, count);
+  if (full_norm != nullptr) kernel.rms_norm(x, full_norm, count, eps, x);
+  if (clip < INFINITY)
+    for (int64_t i = 0; i < count; i++) x[i] = std::min(std::max(x[i], -clip), clip);
+}
+
+void rotate(float* x, int heads, int d, const float* cos, const float* sin, float scale) {
+  for (int h = 0; h < heads; h++, x += d)
     for (int i = 0; i < d / 2; i++) {
       const float first = x[i], second = x[i + d / 2];
       x[i] = (first * cos[i] - second * sin[i]) * scale;
       x[i + d / 2] = (second * cos[i] + first * sin[i]) * scale;
     }
-  }
 }
 
 // One vector of d floats to position `at` of a cache.
@@ -54,23 +58,63 @@ void store(const float* x, int d, int64_t at, void* cache, float* scales) {
 
 }  // namespace
 
-void attention_step(const Kernel& kernel, ThreadPool& pool, Buffer& scratch, const AttentionStep& s) {
-  const int d = s.head_dim;
-  norm_and_rotate(s.q, s.heads, d, s.q_norm, s.eps, s.cos, s.sin, 1 / std::sqrt(float(d)));
-  norm_and_rotate(s.k, s.kv_heads, d, s.k_norm, s.eps, s.cos, s.sin, 1);
-  for (int h = 0; h < s.kv_heads; h++) {
-    store(s.k + h * d, d, h * s.capacity + s.position, s.keys, s.key_scales);
-    store(s.v + h * d, d, h * s.capacity + s.position, s.values, s.value_scales);
+void DecodeStep::attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at,
+                           float* q, float* k, float* v, float* out) {
+  const int d = layer.head_dim, heads = layer.heads, kv_heads = layer.kv_heads;
+  const bool full = layer.qk_norm == QkNorm::kFull;
+  prepare(q, int64_t(heads) * d, layer.q_bias, full ? layer.q_norm : nullptr, layer.eps, layer.clip, kernel);
+  prepare(k, int64_t(kv_heads) * d, layer.k_bias, full ? layer.k_norm : nullptr, layer.eps, layer.clip, kernel);
+  prepare(v, int64_t(kv_heads) * d, layer.v_bias, nullptr, layer.eps, layer.clip, kernel);
+  if (layer.qk_norm == QkNorm::kHead) {
+    for (int h = 0; h < heads; h++) kernel.rms_norm(q + h * d, layer.q_norm, d, layer.eps, q + h * d);
+    for (int h = 0; h < kv_heads; h++) kernel.rms_norm(k + h * d, layer.k_norm, d, layer.eps, k + h * d);
   }
-  const int64_t count = s.position + 1 - s.start;
-  const Attention attention{s.q,        s.keys,  s.values,       s.key_scales,           s.value_scales,
-                            s.capacity, s.start, s.position + 1, s.heads / s.kv_heads,   d,
-                            scratch.get<float>(s.heads * count), s.out};
+  rotate(q, heads, d, at.cos, at.sin, 1 / std::sqrt(float(d)));
+  rotate(k, kv_heads, d, at.cos, at.sin, 1);
+  for (int h = 0; h < kv_heads; h++) {
+    store(k + h * d, d, h * cache.capacity + at.position, cache.keys, cache.key_scales);
+    store(v + h * d, d, h * cache.capacity + at.position, cache.values, cache.value_scales);
+  }
+  const int64_t count = at.position + 1 - at.start;
+  const Attention attention{q,
+                            cache.keys,
+                            cache.values,
+                            cache.key_scales,
+                            cache.value_scales,
+                            cache.capacity,
+                            at.start,
+                            at.position + 1,
+                            heads / kv_heads,
+                            d,
+                            scores_.get<float>(heads * count),
+                            out};
   // A short context is done before another thread wakes.
-  const int64_t grain = count * d < 4096 ? s.kv_heads : 1;
-  pool.parallel_for(s.kv_heads, grain, [&](int64_t first, int64_t last) {
+  const int64_t grain = count * d < 4096 ? kv_heads : 1;
+  pool_.parallel_for(kv_heads, grain, [&](int64_t first, int64_t last) {
     for (int64_t h = first; h < last; h++) kernel.attend(attention, h);
   });
+}
+
+void DecodeStep::run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* x,
+                     float* normed, int64_t* indices, float* weights) {
+  const int64_t D = layer.hidden;
+  float *q = q_.get<float>(layer.q.rows()), *k = k_.get<float>(layer.k.rows()), *v = v_.get<float>(layer.v.rows());
+  float* attended = attended_.get<float>(layer.q.rows());
+  kernel.rms_norm(x, layer.input_norm, D, layer.eps, normed);
+  const Matrix* qkv[] = {&layer.q, &layer.k, &layer.v};
+  float* const outs[] = {q, k, v};
+  products_.linear(kernel, qkv, 3, normed, 1, D, D, outs);
+  attention(kernel, layer, cache, at, q, k, v, attended);
+  const Matrix* o[] = {&layer.o};
+  products_.linear(kernel, o, 1, attended, 1, layer.q.rows(), layer.q.rows(), &normed);
+  add(x, normed, D);
+  if (layer.o_bias != nullptr) add(x, layer.o_bias, D);
+  kernel.rms_norm(x, layer.output_norm, D, layer.eps, normed);
+  if (layer.router.rows() == 0) return;
+  float* logits = logits_.get<float>(layer.router.rows());
+  const Matrix* router[] = {&layer.router};
+  products_.linear(kernel, router, 1, normed, 1, D, D, &logits);
+  route(logits, layer.router.rows(), layer.top_k, layer.normalise, indices, weights);
 }
 
 void route(const float* logits, int64_t count, int64_t top_k, bool normalise, int64_t* indices, float* weights) {

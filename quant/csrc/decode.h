@@ -1,4 +1,4 @@
-// The parts of a decode step between the products, for one token.
+// A decode step of one layer up to its experts, for one token.
 #pragma once
 
 #include <cstdint>
@@ -8,21 +8,55 @@
 
 namespace moert {
 
-struct AttentionStep {
-  float *q, *k;           // [heads][head_dim], [kv_heads][head_dim]; changed in place
-  const float* v;         // [kv_heads][head_dim]
-  const float *q_norm, *k_norm;  // [head_dim] each, or null
-  float eps;
-  const float *cos, *sin;  // [head_dim / 2]
-  void *keys, *values;  // cache of the layer, as Attention has it
-  float *key_scales, *value_scales;
-  int64_t capacity, position, start;
+enum class QkNorm { kNone, kHead, kFull };  // of each head, or of all of q and all of k
+
+// What a layer has besides its experts. Biases may be null; a head's size is a multiple of 16, at most 256.
+struct Layer {
+  int64_t hidden;
   int heads, kv_heads, head_dim;
-  float* out;  // [heads][head_dim]
+  const float *input_norm, *output_norm;  // before attention and behind it
+  float eps;
+  Matrix q, k, v, o;
+  const float *q_bias, *k_bias, *v_bias, *o_bias;
+  QkNorm qk_norm;
+  const float *q_norm, *k_norm;
+  float clip;      // of q, k and v; infinite where there is none
+  Matrix router;   // without rows in a layer that has none
+  int64_t top_k;
+  bool normalise;
 };
 
-// Norms and rotates q and k, writes k and v at `position`, attends to positions start ... position.
-void attention_step(const Kernel& kernel, ThreadPool& pool, Buffer& scratch, const AttentionStep& step);
+// Keys and values of the layer, as Attention has them.
+struct LayerCache {
+  void *keys, *values;
+  float *key_scales, *value_scales;
+  int64_t capacity;
+};
+
+// Where the token stands: it sees the positions start ... position.
+struct Position {
+  const float *cos, *sin;  // [head_dim / 2]
+  int64_t position, start;
+};
+
+class DecodeStep {
+ public:
+  DecodeStep(ThreadPool& pool, Products& products) : pool_(pool), products_(products) {}
+
+  // x [hidden] gets attention added to it; normed [hidden] is what the experts see; indices and weights [top_k] are what
+  // the router makes of it. The token's key and value are written to the cache.
+  void run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* x,
+           float* normed, int64_t* indices, float* weights);
+
+  // Norms, clips and rotates q [heads][head_dim] and k [kv_heads][head_dim] in place, writes k and v, and attends.
+  void attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* q,
+                 float* k, float* v, float* out);
+
+ private:
+  ThreadPool& pool_;
+  Products& products_;
+  Buffer q_, k_, v_, scores_, attended_, logits_;
+};
 
 // The top_k largest of logits [count]: indices, largest first (of equals the one that comes first), and their softmax
 // over all logits, divided by the sum over the chosen ones if `normalise`.

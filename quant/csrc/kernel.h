@@ -34,6 +34,8 @@ struct NestedMatrix {
   int levels;  // 2^b - 1, twice the midpoint
 };
 
+enum class RawType { kBf16, kHalf, kFloat };
+
 // Rounding with a search of the clipping range, as quant/nested.py describes it.
 struct Search {
   const int* widths;  // ascending
@@ -77,12 +79,12 @@ struct Kernel {
   // out[n * out_stride + k] = w[n, k] for the rows of tiles [first, last) and k < cols.
   void (*nested_dequantise)(const NestedMatrix& w, int64_t cols, float* out, int64_t out_stride, int64_t first,
                             int64_t last);
-  // out[t * out_stride + n] = sum_k w[n, k] * x[t * x_stride + k] in float32, for bf16 rows [first, last) of `cols`.
-  void (*bf16_matmul)(const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
-                      int64_t out_stride, int64_t first, int64_t last);
+  // out[t * out_stride + n] = sum_k w[n, k] * x[t * x_stride + k] in float32, for raw rows [first, last) of `cols`.
+  void (*raw_matmul)(const void* w, RawType type, int64_t cols, const float* x, int64_t tokens, int64_t x_stride,
+                     float* out, int64_t out_stride, int64_t first, int64_t last);
   // gate[i] = silu(gate[i]) * up[i].
   void (*silu_product)(float* gate, const float* up, int64_t count);
-  // out[i] = x[i] / sqrt(mean of squares + eps) * weight[i].
+  // out[i] = x[i] / sqrt(mean of squares + eps) * weight[i]; out may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
   // out of the query heads that share key/value head `kv_head`.
   void (*attend)(const Attention& a, int64_t kv_head);

@@ -114,9 +114,9 @@ extern const Kernel kAmxKernel = {
     [](const NestedMatrix& w, int64_t cols, float* out, int64_t out_stride, int64_t first, int64_t last) {
       kAvx512Kernel.nested_dequantise(w, cols, out, out_stride, first, last);
     },
-    [](const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
+    [](const void* w, RawType type, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
        int64_t out_stride, int64_t first, int64_t last) {
-      kAvx512Kernel.bf16_matmul(w, cols, x, tokens, x_stride, out, out_stride, first, last);
+      kAvx512Kernel.raw_matmul(w, type, cols, x, tokens, x_stride, out, out_stride, first, last);
     },
     [](float* gate, const float* up, int64_t count) { kAvx512Kernel.silu_product(gate, up, count); },
     [](const float* x, const float* weight, int64_t count, float eps, float* out) {

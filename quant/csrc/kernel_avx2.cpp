@@ -197,7 +197,7 @@ extern const Kernel kAvx2Kernel = {
     isa_avx2::quantise,
     isa_avx2::nested_matmul,
     isa_avx2::nested_dequantise,
-    isa_avx2::bf16_matmul,
+    isa_avx2::raw_matmul,
     isa_avx2::silu_product,
     isa_avx2::rms_norm,
     isa_avx2::attend,

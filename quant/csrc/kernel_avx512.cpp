@@ -110,7 +110,7 @@ extern const Kernel kAvx512Kernel = {
     isa_avx512::quantise,
     isa_avx512::nested_matmul,
     isa_avx512::nested_dequantise,
-    isa_avx512::bf16_matmul,
+    isa_avx512::raw_matmul,
     isa_avx512::silu_product,
     isa_avx512::rms_norm,
     isa_avx512::attend,

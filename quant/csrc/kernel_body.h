@@ -184,37 +184,6 @@ void silu_product(float* gate, const float* up, int64_t count) {
   }
 }
 
-template <int T>
-void bf16_tokens(const uint16_t* w, int64_t cols, const float* x, int64_t x_stride, float* out, int64_t out_stride,
-                 int64_t first, int64_t last) {
-  typedef uint16_t u16x16 __attribute__((vector_size(32)));
-  for (int64_t n = first; n < last; n++) {
-    const uint16_t* row = w + n * cols;
-    f32x16 sum[T] = {};
-    int64_t k = 0;
-    for (; k + 16 <= cols; k += 16) {
-      f32x16 v = bits_as<f32x16>(__builtin_convertvector(load<u16x16>(row + k), u32x16) << 16);
-      for (int t = 0; t < T; t++) sum[t] += v * load<f32x16>(x + t * x_stride + k);
-    }
-    for (int t = 0; t < T; t++) {
-      float total = 0;
-      for (int lane = 0; lane < 16; lane++) total += sum[t][lane];
-      for (int64_t rest = k; rest < cols; rest++)
-        total += bits_as<float>(uint32_t(row[rest]) << 16) * x[t * x_stride + rest];
-      out[t * out_stride + n] = total;
-    }
-  }
-}
-
-void bf16_matmul(const uint16_t* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
-                 int64_t out_stride, int64_t first, int64_t last) {
-  int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4)
-    bf16_tokens<4>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
-  for (; t < tokens; t++)
-    bf16_tokens<1>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
-}
-
 // As a tree: a loop over the lanes would take longer than the products before it.
 inline float sum_lanes(f32x16 v) {
   typedef float f32x8 __attribute__((vector_size(32)));
@@ -226,6 +195,67 @@ inline float sum_lanes(f32x16 v) {
   std::memcpy(quarters, &eight, sizeof(eight));
   const f32x4 four = quarters[0] + quarters[1];
   return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// Sixteen raw weights as floats, exactly.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+inline f32x16 sixteen(const Bf16* p) {
+  typedef uint16_t u16x16 __attribute__((vector_size(32)));
+  return bits_as<f32x16>(__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
+}
+inline f32x16 sixteen(const Half* p) { return load_half(p); }
+inline f32x16 sixteen(const float* p) { return load<f32x16>(p); }
+
+template <int T, class Weight>
+void raw_tokens(const Weight* w, int64_t cols, const float* x, int64_t x_stride, float* out, int64_t out_stride,
+                int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; n++) {
+    const Weight* row = w + n * cols;
+    f32x16 sum[T] = {};
+    int64_t k = 0;
+    for (; k + 16 <= cols; k += 16) {
+      const f32x16 v = sixteen(row + k);
+      for (int t = 0; t < T; t++) sum[t] += v * load<f32x16>(x + t * x_stride + k);
+    }
+    if (k < cols) {
+      Weight rest[16] = {};
+      std::memcpy(rest, row + k, (cols - k) * sizeof(Weight));
+      const f32x16 v = sixteen(rest);
+      for (int t = 0; t < T; t++) {
+        f32x16 part = {};
+        std::memcpy(&part, x + t * x_stride + k, (cols - k) * sizeof(float));
+        sum[t] += v * part;
+      }
+    }
+    for (int t = 0; t < T; t++) out[t * out_stride + n] = sum_lanes(sum[t]);
+  }
+}
+
+template <class Weight>
+void raw_matmul(const Weight* w, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
+                int64_t out_stride, int64_t first, int64_t last) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4)
+    raw_tokens<4>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+  for (; t < tokens; t++)
+    raw_tokens<1>(w, cols, x + t * x_stride, x_stride, out + t * out_stride, out_stride, first, last);
+}
+
+void raw_matmul(const void* w, RawType type, int64_t cols, const float* x, int64_t tokens, int64_t x_stride, float* out,
+                int64_t out_stride, int64_t first, int64_t last) {
+  switch (type) {
+    case RawType::kBf16:
+      return raw_matmul(static_cast<const Bf16*>(w), cols, x, tokens, x_stride, out, out_stride, first, last);
+    case RawType::kHalf:
+      return raw_matmul(static_cast<const Half*>(w), cols, x, tokens, x_stride, out, out_stride, first, last);
+    case RawType::kFloat:
+      return raw_matmul(static_cast<const float*>(w), cols, x, tokens, x_stride, out, out_stride, first, last);
+  }
 }
 
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out) {

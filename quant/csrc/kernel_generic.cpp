@@ -40,7 +40,7 @@ extern const Kernel kGenericKernel = {
     isa_generic::quantise,
     isa_generic::nested_matmul,
     isa_generic::nested_dequantise,
-    isa_generic::bf16_matmul,
+    isa_generic::raw_matmul,
     isa_generic::silu_product,
     isa_generic::rms_norm,
     isa_generic::attend,

@@ -283,7 +283,7 @@ extern const Kernel kNeonKernel = {
     isa_neon::quantise,
     isa_neon::nested_matmul,
     isa_neon::nested_dequantise,
-    isa_neon::bf16_matmul,
+    isa_neon::raw_matmul,
     isa_neon::silu_product,
     isa_neon::rms_norm,
     isa_neon::attend,

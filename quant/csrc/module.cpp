@@ -69,8 +69,8 @@ V* at(uintptr_t address) {
   return reinterpret_cast<V*>(address);
 }
 
-void set_matrix(NestedMatrix* self, const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows,
-                int64_t groups, int group_size) {
+void set_matrix(Matrix* self, const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
+                int group_size) {
   if (planes.empty() || planes.size() > size_t(kMaxPlanes)) throw std::invalid_argument("1 to 8 planes are needed");
   if (group_size != 32 && group_size != 64 && group_size != 128) throw std::invalid_argument("bad group size");
   NestedMatrix m{};
@@ -88,24 +88,43 @@ void set_matrix(NestedMatrix* self, const std::vector<PlaneTuple>& planes, uintp
   m.group_size = group_size;
   m.levels = (1 << width) - 1;
   m.midpoint = float(m.levels) / 2;
-  new (self) NestedMatrix(m);
+  new (self) Matrix{m};
 }
 
-void linear(const std::vector<const NestedMatrix*>& matrices, uintptr_t x, int64_t tokens, int64_t x_stride,
-            int64_t cols, const std::vector<uintptr_t>& outs, const std::vector<int64_t>& out_strides) {
-  if (matrices.empty() || outs.size() != matrices.size() || out_strides.size() != matrices.size())
-    throw std::invalid_argument("one output for each matrix is needed");
-  std::vector<NestedMatrix> copies;
-  std::vector<float*> places;
-  for (size_t i = 0; i < matrices.size(); i++) {
-    if (matrices[i]->groups != matrices[0]->groups || matrices[i]->group_size != matrices[0]->group_size)
+void set_raw_matrix(Matrix* self, uintptr_t weights, const std::string& dtype, int64_t rows) {
+  const RawType type = dtype == "bfloat16"  ? RawType::kBf16
+                       : dtype == "float16" ? RawType::kHalf
+                       : dtype == "float32" ? RawType::kFloat
+                                            : throw std::invalid_argument("no kernel for " + dtype);
+  NestedMatrix m{};
+  m.rows = rows;
+  m.tiles = (rows + kTileRows - 1) / kTileRows;
+  new (self) Matrix{m, at<const void>(weights), type};
+}
+
+// Throws where nested matrices differ in how they want their inputs rounded.
+void check_alike(const std::vector<const Matrix*>& matrices) {
+  const Matrix* first = nullptr;
+  for (const Matrix* m : matrices) {
+    if (m->raw != nullptr) continue;
+    if (first != nullptr &&
+        (m->nested.groups != first->nested.groups || m->nested.group_size != first->nested.group_size))
       throw std::invalid_argument("the matrices differ in their inputs");
-    copies.push_back(*matrices[i]);
-    places.push_back(at<float>(outs[i]));
+    first = m;
   }
+}
+
+void linear(const std::vector<const Matrix*>& matrices, uintptr_t x, int64_t tokens, int64_t x_stride, int64_t cols,
+            const std::vector<uintptr_t>& outs) {
+  if (matrices.empty() || outs.size() != matrices.size())
+    throw std::invalid_argument("one output for each matrix is needed");
+  check_alike(matrices);
+  std::vector<float*> places;
+  for (uintptr_t out : outs) places.push_back(at<float>(out));
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
-  products().linear(*active, copies, at<const float>(x), tokens, x_stride, cols, places, out_strides);
+  products().linear(*active, matrices.data(), int(matrices.size()), at<const float>(x), tokens, x_stride, cols,
+                    places.data());
 }
 
 void experts(const std::vector<const ExpertMatrices*>& list, const std::vector<int64_t>& counts, uintptr_t tokens_of,
@@ -119,9 +138,10 @@ void experts(const std::vector<const ExpertMatrices*>& list, const std::vector<i
                      at<float>(out));
 }
 
-void dequantise(const NestedMatrix& m, int64_t cols, uintptr_t out, int64_t out_stride, int64_t first_row,
+void dequantise(const Matrix& matrix, int64_t cols, uintptr_t out, int64_t out_stride, int64_t first_row,
                 int64_t last_row) {
-  if (first_row % kTileRows != 0 || first_row < 0 || last_row > m.rows || first_row >= last_row)
+  const NestedMatrix& m = matrix.nested;
+  if (matrix.raw != nullptr || first_row % kTileRows != 0 || first_row < 0 || last_row > m.rows || first_row >= last_row)
     throw std::invalid_argument("bad range of rows");
   nb::gil_scoped_release release;
   const int64_t tile = first_row / kTileRows, tiles = (last_row - first_row + kTileRows - 1) / kTileRows;
@@ -130,15 +150,6 @@ void dequantise(const NestedMatrix& m, int64_t cols, uintptr_t out, int64_t out_
   float* origin = at<float>(out) - first_row * out_stride;
   pool().parallel_for(tiles, 8, [&](int64_t first, int64_t last) {
     active->nested_dequantise(part, cols, origin, out_stride, tile + first, tile + last);
-  });
-}
-
-void bf16_linear(uintptr_t w, int64_t rows, int64_t cols, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t out,
-                 int64_t out_stride) {
-  nb::gil_scoped_release release;
-  pool().parallel_for(rows, 32, [&](int64_t first, int64_t last) {
-    active->bf16_matmul(at<const uint16_t>(w), cols, at<const float>(x), tokens, x_stride, at<float>(out), out_stride,
-                        first, last);
   });
 }
 
@@ -153,23 +164,82 @@ void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::ve
   });
 }
 
-Buffer& attention_scratch() {
-  static Buffer* instance = new Buffer;
+DecodeStep& decode_step() {
+  static DecodeStep* instance = new DecodeStep(pool(), products());
   return *instance;
 }
 
-void attention_step_at(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t q_norm, uintptr_t k_norm, float eps,
-                       uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
-                       uintptr_t value_scales, int64_t capacity, int64_t position, int64_t start, int heads, int kv_heads, int head_dim, uintptr_t out) {
-  if (head_dim % 16 != 0 || head_dim > 256 || start < 0 || start > position || heads % kv_heads != 0)
+// (weights, bias or 0)
+using Projection = std::tuple<const Matrix*, uintptr_t>;
+
+void set_layer(Layer* self, int64_t hidden, int head_dim, std::tuple<uintptr_t, uintptr_t> norms, float eps,
+               const std::tuple<Projection, Projection, Projection, Projection>& qkvo, const std::string& qk_norm,
+               std::tuple<uintptr_t, uintptr_t> qk_norms, float clip, const Matrix* router, int64_t top_k,
+               bool normalise) {
+  auto [q, q_bias] = std::get<0>(qkvo);
+  auto [k, k_bias] = std::get<1>(qkvo);
+  auto [v, v_bias] = std::get<2>(qkvo);
+  auto [o, o_bias] = std::get<3>(qkvo);
+  check_alike({q, k, v});
+  const int heads = int(q->rows() / head_dim), kv_heads = int(k->rows() / head_dim);
+  if (head_dim % 16 != 0 || head_dim > 256 || kv_heads < 1 || heads % kv_heads != 0 || o->rows() != hidden)
     throw std::invalid_argument("bad shape of attention");
-  const AttentionStep step{at<float>(q), at<float>(k), at<const float>(v), at<const float>(q_norm),
-                           at<const float>(k_norm), eps, at<const float>(cos), at<const float>(sin),
-                           at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales),
-                           capacity, position, start, heads, kv_heads, head_dim, at<float>(out)};
+  if (router != nullptr && (top_k < 1 || top_k > router->rows())) throw std::invalid_argument("bad top_k");
+  const QkNorm kind = qk_norm == "head" ? QkNorm::kHead : qk_norm == "full" ? QkNorm::kFull : QkNorm::kNone;
+  new (self) Layer{hidden,
+                   heads,
+                   kv_heads,
+                   head_dim,
+                   at<const float>(std::get<0>(norms)),
+                   at<const float>(std::get<1>(norms)),
+                   eps,
+                   *q,
+                   *k,
+                   *v,
+                   *o,
+                   at<const float>(q_bias),
+                   at<const float>(k_bias),
+                   at<const float>(v_bias),
+                   at<const float>(o_bias),
+                   kind,
+                   at<const float>(std::get<0>(qk_norms)),
+                   at<const float>(std::get<1>(qk_norms)),
+                   clip,
+                   router != nullptr ? *router : Matrix{},
+                   top_k,
+                   normalise};
+}
+
+// (keys, values, key scales, value scales, capacity)
+using CacheTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;
+
+LayerCache cache_of(const CacheTuple& cache) {
+  auto [keys, values, key_scales, value_scales, capacity] = cache;
+  return {at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales), capacity};
+}
+
+Position position_of(uintptr_t cos, uintptr_t sin, int64_t position, int64_t start, const LayerCache& cache) {
+  if (start < 0 || start > position || position >= cache.capacity) throw std::invalid_argument("bad position");
+  return {at<const float>(cos), at<const float>(sin), position, start};
+}
+
+void layer_step(const Layer& layer, const CacheTuple& cache, uintptr_t cos, uintptr_t sin, int64_t position,
+                int64_t start, uintptr_t x, uintptr_t normed, uintptr_t indices, uintptr_t weights) {
+  const LayerCache keys = cache_of(cache);
+  const Position place = position_of(cos, sin, position, start, keys);
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
-  attention_step(*active, pool(), attention_scratch(), step);
+  decode_step().run(*active, layer, keys, place, at<float>(x), at<float>(normed), at<int64_t>(indices),
+                    at<float>(weights));
+}
+
+void attention(const Layer& layer, const CacheTuple& cache, uintptr_t cos, uintptr_t sin, int64_t position,
+               int64_t start, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out) {
+  const LayerCache keys = cache_of(cache);
+  const Position place = position_of(cos, sin, position, start, keys);
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(products_lock());
+  decode_step().attention(*active, layer, keys, place, at<float>(q), at<float>(k), at<float>(v), at<float>(out));
 }
 
 void route_at(uintptr_t logits, int64_t count, int64_t top_k, bool normalise, uintptr_t indices, uintptr_t weights) {
@@ -184,22 +254,27 @@ NB_MODULE(_native, m) {
   using namespace moert;
   active = supported_kernels().front();
   m.doc() = "Kernels for nested-bit products.";
-  nb::class_<NestedMatrix>(m, "Matrix", "A nested-bit matrix at one width; it does not own the memory.")
-      .def("__init__", &set_matrix);
+  nb::class_<Matrix>(m, "Matrix", "Nested-bit weights at one width, or raw weights; it does not own the memory.")
+      .def("__init__", &set_matrix)
+      .def("__init__", &set_raw_matrix);
   nb::class_<ExpertMatrices>(m, "Expert", "Gate, up and down of one expert.")
       .def("__init__",
-           [](ExpertMatrices* self, const NestedMatrix& gate, const NestedMatrix& up, const NestedMatrix& down) {
-             new (self) ExpertMatrices{gate, up, down};
+           [](ExpertMatrices* self, const Matrix& gate, const Matrix& up, const Matrix& down) {
+             new (self) ExpertMatrices{gate.nested, up.nested, down.nested};
            });
   m.def("linear", &linear);
   m.def("experts", &experts);
-  m.def("attention_step", &attention_step_at);
+  nb::class_<Layer>(m, "Layer", "A layer but its experts; it does not own the memory.")
+      .def("__init__", &set_layer, nb::arg("hidden"), nb::arg("head_dim"), nb::arg("norms"), nb::arg("eps"),
+           nb::arg("qkvo"), nb::arg("qk_norm"), nb::arg("qk_norms"), nb::arg("clip"), nb::arg("router").none(),
+           nb::arg("top_k"), nb::arg("normalise"));
+  m.def("layer_step", &layer_step);
+  m.def("attention", &attention);
   m.def("route", &route_at);
   m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t count, float eps, uintptr_t out) {
     active->rms_norm(at<const float>(x), at<const float>(weight), count, eps, at<float>(out));
   });
   m.def("dequantise", &dequantise);
-  m.def("bf16_linear", &bf16_linear);
   m.def("search_codes", &search_codes);
   m.def("set_num_threads", [](int n) {
     if (n < 1) throw std::invalid_argument("at least one thread is needed");

@@ -41,17 +41,26 @@ void Products::quantise(const Kernel& kernel, const NestedMatrix& like, const fl
   to.view = Activations{q, scales, sums, tokens, groups};
 }
 
-void Products::linear(const Kernel& kernel, const std::vector<NestedMatrix>& matrices, const float* x, int64_t tokens,
-                      int64_t x_stride, int64_t cols, const std::vector<float*>& outs,
-                      const std::vector<int64_t>& out_strides) {
-  quantise(kernel, matrices[0], x, tokens, x_stride, cols, inputs_);
+void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int count, const float* x, int64_t tokens,
+                      int64_t x_stride, int64_t cols, float* const* outs) {
   int64_t total = 0;
-  for (const NestedMatrix& m : matrices) total += m.tiles;
+  const NestedMatrix* nested = nullptr;
+  for (int i = 0; i < count; i++) {
+    if (matrices[i]->raw == nullptr) nested = &matrices[i]->nested;
+    total += matrices[i]->nested.tiles;
+  }
+  if (nested != nullptr) quantise(kernel, *nested, x, tokens, x_stride, cols, inputs_);
   pool_.parallel_for(total, kTileGrain, [&](int64_t first, int64_t last) {
     int64_t begin = 0;
-    for (size_t i = 0; i < matrices.size(); begin += matrices[i++].tiles) {
-      const int64_t from = std::max(first - begin, int64_t(0)), to = std::min(last - begin, matrices[i].tiles);
-      if (from < to) kernel.nested_matmul(matrices[i], inputs_.view, outs[i], out_strides[i], from, to);
+    for (int i = 0; i < count; begin += matrices[i++]->nested.tiles) {
+      const Matrix& m = *matrices[i];
+      const int64_t from = std::max(first - begin, int64_t(0)), to = std::min(last - begin, m.nested.tiles);
+      if (from >= to) continue;
+      if (m.raw == nullptr)
+        kernel.nested_matmul(m.nested, inputs_.view, outs[i], m.rows(), from, to);
+      else
+        kernel.raw_matmul(m.raw, m.type, cols, x, tokens, x_stride, outs[i], m.rows(), from * kTileRows,
+                          std::min(to * kTileRows, m.rows()));
     }
   });
 }

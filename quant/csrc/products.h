@@ -27,6 +27,14 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// Nested-bit weights, or raw ones, row-major.
+struct Matrix {
+  NestedMatrix nested{};
+  const void* raw = nullptr;
+  RawType type = RawType::kFloat;
+  int64_t rows() const { return nested.rows; }
+};
+
 struct ExpertMatrices {
   NestedMatrix gate, up, down;
 };
@@ -35,9 +43,10 @@ class Products {
  public:
   explicit Products(ThreadPool& pool) : pool_(pool) {}
 
-  // outs[i] [tokens][out_strides[i]] = x [tokens][x_stride] times each matrix; all have `cols` columns.
-  void linear(const Kernel& kernel, const std::vector<NestedMatrix>& matrices, const float* x, int64_t tokens,
-              int64_t x_stride, int64_t cols, const std::vector<float*>& outs, const std::vector<int64_t>& out_strides);
+  // outs[i] [tokens][rows of matrix i] = x [tokens][x_stride] times each of `count` matrices; all have `cols` columns,
+  // those that are nested the same group size.
+  void linear(const Kernel& kernel, const Matrix* const* matrices, int count, const float* x, int64_t tokens,
+              int64_t x_stride, int64_t cols, float* const* outs);
 
   // out: for expert e, counts[e] rows [hidden], one expert after the other: down(silu(gate(x)) * up(x)) of the tokens
   // tokens_of[...] of x [tokens][hidden], in the same order.

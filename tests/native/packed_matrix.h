@@ -43,7 +43,7 @@ inline double half_value(uint16_t h) {
 }
 
 // kind 0: anything; 1: the least and the largest code only; 2: subnormal and zero scales.
-struct Matrix {
+struct Packed {
   int64_t rows, cols, tiles, groups;
   int group_size;
   std::vector<int> widths;
@@ -51,7 +51,7 @@ struct Matrix {
   std::vector<std::vector<uint16_t>> scales;  // of each width: [N][groups]
   std::vector<Memory<uint8_t>> slices;
 
-  Matrix(int64_t n, int64_t k, int g, std::vector<int> list, int kind = 0)
+  Packed(int64_t n, int64_t k, int g, std::vector<int> list, int kind = 0)
       : rows(n), cols(k), tiles(blocks(n, 16)), groups(blocks(k, g)), group_size(g), widths(std::move(list)) {
     const int top = widths.back();
     for (int64_t i = 0; i < rows * cols; i++) {

@@ -1,0 +1,178 @@
+"""The compiled decode step of a layer against the same in float64, with raw float32 weights, which round nothing."""
+
+import math
+
+import pytest
+import torch
+
+from moert.quant import decode, matmul
+
+COMPILED = [k for k in matmul.available_kernels() if k != "reference"]
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def default_kernel():
+    yield
+    matmul.set_kernel(matmul.available_kernels()[0])
+
+
+def rms(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def exact_attention(q, k, v, norms, cos, sin, keys, values):
+    """Attention of one token in float64: q [H, d], k and v [J, d], keys and values [J, S, d] of the tokens before."""
+
+    def prepare(x, norm):
+        x = x.double() if norm is None else rms(x.double(), norm)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    q, k = prepare(q, norms and norms[0]), prepare(k, norms and norms[1])
+    keys, values = torch.cat([keys, k[:, None]], 1), torch.cat([values, v.double()[:, None]], 1)
+    shared = len(q) // len(k)
+    scores = torch.einsum("hd,hsd->hs", q, keys.repeat_interleave(shared, 0)) / q.shape[1] ** 0.5
+    return torch.einsum("hs,hsd->hd", scores.softmax(-1), values.repeat_interleave(shared, 0))
+
+
+def exact_step(step, x, rotation, keys, values):
+    """What `LayerStep` computes, in float64: the new x, what the experts see, router logits."""
+    x, d = x.double(), step.head_dim
+    h = rms(x, step.norms[0])
+    q, k, v = (
+        h @ p.weight.double().T + (0 if p.bias is None else p.bias.double()) for p in (step.qkvo[i] for i in range(3))
+    )
+    kind, *norms = step.qk_norm or (None,)
+    if kind == "full":
+        q, k = rms(q, norms[0]), rms(k, norms[1])
+    if step.clip is not None:
+        q, k, v = (t.clamp(-step.clip, step.clip) for t in (q, k, v))
+    per_head = tuple(norms) if kind == "head" else None
+    y = exact_attention(q.view(-1, d), k.view(-1, d), v.view(-1, d), per_head, *rotation, keys, values)
+    o = step.qkvo[3]
+    x = x + y.view(1, -1) @ o.weight.double().T + (0 if o.bias is None else o.bias.double())
+    h = rms(x, step.norms[1])
+    return x, h, h @ step.router.weight.double().T if step.router else None
+
+
+def make_step(g, hidden, heads, kv_heads, d, kind=None, bias=False, clip=None, experts=9, top_k=3, normalise=False):
+    def make(*shape):
+        return torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
+
+    def projection(rows, cols):
+        return decode.Projection(make(rows, cols), torch.randn(rows, generator=g) / 4 if bias else None)
+
+    def norm(n):
+        return torch.rand(n, generator=g) + 0.5
+
+    inner, kv = heads * d, kv_heads * d
+    qkvo = (projection(inner, hidden), projection(kv, hidden), projection(kv, hidden), projection(hidden, inner))
+    sizes = (d, d) if kind == "head" else (inner, kv)
+    return decode.LayerStep(
+        norms=(norm(hidden), norm(hidden)),
+        eps=EPS,
+        head_dim=d,
+        qkvo=qkvo,
+        qk_norm=kind and (kind, norm(sizes[0]), norm(sizes[1])),
+        clip=clip,
+        router=decode.Router(make(experts, hidden) * 3, top_k, normalise) if experts else None,
+    )
+
+
+def make_cache(g, bits, kv_heads, d, capacity=80):
+    """A cache of random numbers, and its keys and values in float64."""
+    numbers = torch.zeros(2, kv_heads, capacity, d, dtype=torch.int8 if bits == 8 else torch.float16)
+    if bits == 16:
+        numbers.copy_(torch.randn(numbers.shape, generator=g))
+        return decode.LayerCache(numbers, None), numbers.double()
+    numbers.random_(-127, 128, generator=g)
+    scales = torch.empty(2, kv_heads, capacity).uniform_(0.005, 0.02, generator=g)
+    return decode.LayerCache(numbers, scales), numbers.double() * scales[..., None].double()
+
+
+def turn(g, d):
+    """cos and sin of random angles [d / 2]."""
+    angles = torch.rand(d // 2, generator=g) * 6
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (8, 1, 128), (3, 3, 256)])
+def test_attention_of_one_token_matches_float64(kernel, bits, heads, kv_heads, d):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(2)
+    for position, start in ((0, 0), (1, 0), (70, 0), (70, 33)):
+        step = make_step(g, 32, heads, kv_heads, d, kind=None if position == 1 else "head")
+        cache, before = make_cache(g, bits, kv_heads, d)
+        q, k, v = (torch.randn(1, n * d, generator=g) for n in (heads, kv_heads, kv_heads))
+        cos, sin = turn(g, d)
+        norms = step.qk_norm and step.qk_norm[1:]
+        heads_of = [t.view(-1, d).clone() for t in (q, k, v)]
+        want = exact_attention(*heads_of, norms, cos, sin, *before[:, :, start:position])
+        got = step.attention((q, k, v), (cos[None], sin[None]), cache, position, start)
+        # The token's own key and value are rounded to the cache's numbers, the rest is float32.
+        bound = (2e-3 if bits == 16 else 2e-2) * want.abs().max()
+        assert (got.view(-1, d) - want).abs().max() <= bound
+
+
+VARIANTS = {
+    "plain": {},
+    "norms per head": {"kind": "head", "normalise": True},
+    "whole norms and clipping": {"kind": "full", "clip": 0.7},
+    "biases": {"bias": True},
+    "no experts": {"experts": 0, "top_k": 0},
+    "all experts": {"experts": 5, "top_k": 5, "normalise": True},
+    "one of many experts": {"experts": 60, "top_k": 1},
+}
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("hidden", [48, 200])
+def test_the_step_of_a_layer_matches_float64(kernel, variant, hidden):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(hidden)
+    step = make_step(g, hidden, 4, 2, 32, **VARIANTS[variant])
+    cache, before = make_cache(g, 16, 2, 32)
+    position = 11
+    cos, sin = turn(g, 32)
+    x = torch.randn(1, hidden, generator=g)
+    want_x, want_h, logits = exact_step(step, x, (cos, sin), *before[:, :, 2:position])
+    assert step.supported
+    h, indices, weights = step(x, (cos[None], sin[None]), cache, position, 2)
+    torch.testing.assert_close(x.double(), want_x, rtol=1e-3, atol=1e-3)  # the cache holds halves
+    torch.testing.assert_close(h.double(), want_h, rtol=2e-3, atol=2e-3)
+    if logits is None:
+        assert indices.shape == weights.shape == (1, 0)
+        return
+    want, chosen = logits.softmax(-1).topk(step.router.top_k)
+    want = want / want.sum() if step.router.normalise else want
+    assert torch.equal(indices, chosen)
+    torch.testing.assert_close(weights.double(), want, rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_any_dtype_are_read_exactly(kernel, dtype):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(5)
+    for rows, cols in ((1, 1), (17, 33), (40, 256)):
+        w = torch.randn(rows, cols, generator=g).to(dtype)
+        for tokens in (1, 3, 5):
+            x = torch.randn(tokens, cols, generator=g)
+            want = x.double() @ w.double().T
+            got = matmul.linear(x, w).double()
+            assert (got - want).abs().max() <= 4e-6 * (x.double().abs() @ w.double().abs().T).max()
+
+
+def test_what_the_compiled_step_cannot_do_is_left_to_torch():
+    g = torch.Generator().manual_seed(1)
+    step = make_step(g, 32, 2, 1, 16)
+    halved = decode.Projection(torch.randn(64, 32)[::2].double())
+    assert not decode.LayerStep(step.norms, EPS, 16, (halved, *step.qkvo[1:]), None, None, None).supported
+    for numbers in (torch.zeros(2, 1, 8, 24), torch.zeros(2, 1, 8, 24, dtype=torch.float16)):
+        assert not decode.LayerCache(numbers, None).steppable()
+    matmul.set_kernel("reference")
+    assert not decode.LayerCache(torch.zeros(2, 1, 8, 16, dtype=torch.float16), None).steppable()
