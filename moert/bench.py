@@ -22,11 +22,10 @@ from moert.models.architecture import Architecture
 from moert.quant.dispatch import kernel_name
 from moert.quant.format import TILE_ROWS, align
 from moert.runtime.telemetry import Counters, peak_rss_bytes
-from moert.store.layout import DenseTensor
+from moert.store.layout import EMBEDDING, HEAD, DenseTensor
 from moert.store.reader import Store
 
 SEED = 1234
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def test_generate_chat_uses_messages(moert: Program) -> None:
         (("-p", "x", "-n", "0"), b"", "moert: max_tokens is 0, but must be"),
         (("-p", "x", "--stop", ""), b"", "moert: stop is"),
         (("-p", "x", "--widths", "2;3"), b"", "'2;3' is not a list of whole numbers such as 2,3,4"),
-        (("-p", "x", "--dense-bits", "4"), b"", "invalid choice"),
+        (("-p", "x", "--dense-bits", "5"), b"", "invalid choice"),
     ],
 )
 def test_generate_refuses(moert: Program, tmp_path: Path, argv: tuple[str, ...], stdin: bytes, message: str) -> None:

@@ -80,6 +80,24 @@ def test_lossless_store_holds_the_weights_of_every_family(tmp_path: Path, family
     store.verify()
 
 
+# Root mean square error of rounding a Gaussian, relative to it, and a margin.
+@pytest.mark.parametrize(("bits", "error"), [(4, 0.11), (6, 0.03), (8, 0.008)])
+def test_dense_weights_at_fewer_bits(tmp_path: Path, bits: int, error: float) -> None:
+    config = make_config("qwen3_moe", tie_word_embeddings=False)
+    weights = make_weights(config)
+    source = save_checkpoint(tmp_path / "src", config, weights)
+    dense = convert(source, tmp_path / "out", dense_bits=bits, group_size=32).load_dense()
+    for name, tensor in dense.items():
+        if not isinstance(tensor, PackedMatrix):
+            assert torch.equal(tensor, weights[name]), name
+            continue
+        head = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert tensor.layout.widths == (max(bits, 6) if head else bits,)
+        want = weights[name].double()
+        got = tensor.rows(0, len(want)).double()
+        assert (got - want).norm() <= error * want.norm(), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_layouts_that_transformers_writes_give_the_same_store(
     tmp_path: Path, family: str, tiny_checkpoint: Callable[..., Path], reference_model: Callable[[Path], Any]
@@ -202,7 +220,7 @@ def test_existing_output_is_never_overwritten(tmp_path: Path) -> None:
         ({"widths": (4, 2)}, "do not ascend"),
         ({"widths": (1, 2)}, "not all from 2 to 8"),
         ({"group_size": 48}, "Group size 48"),
-        ({"dense_bits": 4}, "8 or 16 bits, not 4"),
+        ({"dense_bits": 5}, "4, 6, 8 or 16 bits, not 5"),
     ],
 )
 def test_impossible_settings_are_usage_errors(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

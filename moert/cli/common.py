@@ -72,7 +72,12 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--group-size", type=int, metavar="N", help="weights that share a scale: 32, 64 or 128 (default 64)"
     )
-    group.add_argument("--dense-bits", type=int, choices=(8, 16), help="bits of all other large matrices (default 8)")
+    group.add_argument(
+        "--dense-bits",
+        type=int,
+        choices=(4, 6, 8, 16),
+        help="bits of all other large matrices (default 8; with 4, embedding and head keep 6)",
+    )
 
 
 def add_quiet_option(parser: argparse.ArgumentParser) -> None:

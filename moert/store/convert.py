@@ -26,12 +26,13 @@ from moert.store.fileio import atomic_file
 from moert.store.layout import (
     CONFIG_FILE,
     DENSE_FILE,
-    DENSE_WIDTH,
+    DENSE_WIDTHS,
     TOKENIZER_FILE,
     DenseTensor,
     ExpertFile,
     build_header,
     dense_order,
+    dense_width,
     experts_file,
 )
 from moert.store.meta import CopiedFile, StoreMeta, WeightFile
@@ -121,8 +122,9 @@ def convert(
         raise UsageError(f"Cannot convert: {error}.") from error
     if group_size not in GROUP_SIZES:
         raise UsageError(f"Group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}.")
-    if dense_bits not in (DENSE_WIDTH, 16):
-        raise UsageError(f"Dense weights can be stored at {DENSE_WIDTH} or 16 bits, not {dense_bits}.")
+    if dense_bits not in (*DENSE_WIDTHS, 16):
+        choices = ", ".join(map(str, DENSE_WIDTHS))
+        raise UsageError(f"Dense weights can be stored at {choices} or 16 bits, not {dense_bits}.")
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already: delete it or choose another name.")
     if out.resolve().is_relative_to(source.resolve()):
@@ -163,8 +165,9 @@ class _Plan:
     def _dense_tensors(self) -> Iterator[DenseTensor]:
         for name, spec in self.source.architecture.dense_tensors().items():
             packed = None
-            if spec.quantise and self.dense_bits == DENSE_WIDTH:
-                packed = MatrixLayout(spec.shape[0], spec.shape[1], self.group_size, (DENSE_WIDTH,))
+            if spec.quantise and self.dense_bits in DENSE_WIDTHS:
+                width = dense_width(name, self.dense_bits)
+                packed = MatrixLayout(spec.shape[0], spec.shape[1], self.group_size, (width,))
             yield DenseTensor(name, tuple(spec.shape), self.source.dense_dtype(name), packed)
 
     @property

@@ -25,7 +25,9 @@ META_FILE = "moert.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 DENSE_FILE = "dense.safetensors"
-DENSE_WIDTH = 8
+DENSE_WIDTHS = (4, 6, 8)  # bits at which large dense matrices can be stored, beside 16: as they are
+_LEAST_HEAD_WIDTH = 6  # every token passes through the head alone; GGUF mixes of 4 bits keep it at 6 too
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LENGTH_BYTES = 8  # a safetensors file starts with the length of its header as a little-endian 64-bit integer
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DTYPE_CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
@@ -101,7 +103,7 @@ class ExpertFile:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """How one dense tensor is stored: packed at 8 bits (`packed` set), or row-major in `dtype` (`packed` None)."""
+    """How one dense tensor is stored: packed (`packed` set), or row-major in `dtype` (`packed` None)."""
 
     name: str
     shape: tuple[int, ...]
@@ -119,6 +121,11 @@ class DenseTensor:
         if self.packed is not None:
             return Entry(f"{self.name}.slice.0", "U8", (self.nbytes,), self.nbytes)
         return Entry(self.name, _DTYPE_CODES[self.dtype], self.shape, self.nbytes)
+
+
+def dense_width(name: str, dense_bits: int) -> int:
+    """Bits at which the large dense matrix `name` is stored."""
+    return max(dense_bits, _LEAST_HEAD_WIDTH) if name in (EMBEDDING, HEAD) else dense_bits
 
 
 def dense_order(tensors: Iterable[DenseTensor]) -> list[DenseTensor]:

@@ -7,7 +7,7 @@
     quantiser         name of the method that chose the codes
     widths            ascending bits per weight, or [16]: experts as they are in the source
     group_size        weights that share a scale
-    dense_bits        8 or 16
+    dense_bits        4, 6, 8 or 16
     experts           {layers: [MoE layers], count, hidden, inner, dtype of the source}
     dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order
     weights           file -> {size, data_start: where tensor data begin}, in bytes
@@ -25,7 +25,7 @@ from typing import Any
 
 from moert.errors import StoreError
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout, check_widths
-from moert.store.layout import CONFIG_FILE, DENSE_FILE, DENSE_WIDTH, TOKENIZER_FILE, DenseTensor, experts_file
+from moert.store.layout import CONFIG_FILE, DENSE_FILE, DENSE_WIDTHS, TOKENIZER_FILE, DenseTensor, experts_file
 
 FORMAT = "moert-store"
 FORMAT_VERSION = 1
@@ -71,7 +71,7 @@ class StoreMeta:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `parse` reads back."""
-        kinds = [{"dtype": t.dtype} if t.packed is None else {"width": DENSE_WIDTH} for t in self.dense]
+        kinds = [{"dtype": t.dtype} if t.packed is None else {"width": t.packed.widths[-1]} for t in self.dense]
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -164,8 +164,8 @@ def parse(value: Any, file: Path) -> StoreMeta:
         )
     experts, source = top.fields("experts"), top.fields("source")
     group_size, dense_bits = top.number("group_size"), top.number("dense_bits")
-    if dense_bits not in (DENSE_WIDTH, 16):
-        raise top.error("dense_bits", f"is neither {DENSE_WIDTH} nor 16")
+    if dense_bits not in (*DENSE_WIDTHS, 16):
+        raise top.error("dense_bits", f"is none of {', '.join(map(str, DENSE_WIDTHS))} and 16")
     try:
         widths = check_widths(top.numbers("widths"))
         hidden, inner = experts.number("hidden"), experts.number("inner")
@@ -209,10 +209,11 @@ def _dense_tensor(fields: _Fields, name: str, group_size: int) -> DenseTensor:
         if (dtype := fields.text("dtype")) not in RAW_DTYPE_BYTES:
             raise fields.error("dtype", f"is not one of {', '.join(RAW_DTYPE_BYTES)}")
         return DenseTensor(name, shape, dtype, None)
-    if fields.number("width") != DENSE_WIDTH or len(shape) != 2:
-        raise fields.error("width", f"is not {DENSE_WIDTH} for a matrix")
+    width = fields.number("width")
+    if width not in DENSE_WIDTHS or len(shape) != 2:
+        raise fields.error("width", f"is none of {', '.join(map(str, DENSE_WIDTHS))} for a matrix")
     try:
-        return DenseTensor(name, shape, "uint8", MatrixLayout(shape[0], shape[1], group_size, (DENSE_WIDTH,)))
+        return DenseTensor(name, shape, "uint8", MatrixLayout(shape[0], shape[1], group_size, (width,)))
     except ValueError as error:
         raise fields.error("shape", f"is wrong ({error})") from error
 

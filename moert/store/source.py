@@ -17,9 +17,8 @@ from moert.errors import CheckpointError
 from moert.models import registry
 from moert.models.architecture import Architecture
 from moert.store.checkpoint import Checkpoint, TensorInfo, torch_dtype
-from moert.store.layout import SAFETENSORS_DTYPES
+from moert.store.layout import EMBEDDING, HEAD, SAFETENSORS_DTYPES
 
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK_ELEMENTS = 1 << 22  # rows of large matrices are read so many elements at a time: 16 MiB as float32
 
 
@@ -83,7 +82,7 @@ class SourceModel:
         for name, info in self._tensors.items():
             if name in expected:
                 torch_dtype(info)
-            elif name == _HEAD and self.architecture.tie_word_embeddings and _EMBED in self._tensors:
+            elif name == HEAD and self.architecture.tie_word_embeddings and EMBEDDING in self._tensors:
                 self._check_tied_head(info)
             else:
                 raise CheckpointError(
@@ -101,7 +100,7 @@ class SourceModel:
 
     def _check_tied_head(self, head: TensorInfo) -> None:
         """A head stored beside a tied embedding is redundant; one that differs means that they are not tied."""
-        embed = self._tensors[_EMBED]
+        embed = self._tensors[EMBEDDING]
         same = (head.shape, head.dtype) == (embed.shape, embed.dtype) and all(
             torch.equal(self.checkpoint.read(head, a, b), self.checkpoint.read(embed, a, b))
             for a, b in row_chunks(head.shape)
