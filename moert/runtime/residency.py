@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from moert.memory import allocate
 from moert.quant.format import ExpertLayout
 from moert.scheduler.types import SliceKey
 
@@ -28,11 +27,8 @@ class Arena:
         self.slots = tuple(slots)
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
-        self._map = mmap.mmap(-1, max(self.total_bytes, mmap.PAGESIZE))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults, and streams that do not stop every 4 KiB
-        self._bytes = memoryview(self._map)
-        self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._tensor = allocate(self.total_bytes)
+        self._bytes = memoryview(self._tensor.numpy())
         self._starts: list[int] = []
         at = 0
         for n, size in zip(slots, sizes, strict=True):

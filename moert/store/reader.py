@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moert.errors import StoreError
+from moert.memory import allocate
 from moert.models import registry
 from moert.models.architecture import Architecture
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
@@ -118,22 +119,22 @@ class Store:
     def load_dense(self) -> dict[str, Tensor | PackedMatrix]:
         """All tensors but the experts', by canonical name, in memory of their own. StoreError names a damaged one."""
         result: dict[str, Tensor | PackedMatrix] = {}
+        places = allocate(self.dense_bytes).split([t.nbytes for t in self.meta.dense])
         offset = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
-            for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
-                result[tensor.name] = self._read_dense(fd, tensor, offset, crc)
+            for tensor, crc, place in zip(self.meta.dense, self.meta.dense_checksums, places, strict=True):
+                result[tensor.name] = self._read_dense(fd, tensor, offset, crc, place)
                 offset += tensor.nbytes
         return result
 
-    def _read_dense(self, fd: int, tensor: DenseTensor, offset: int, crc: int) -> Tensor | PackedMatrix:
-        if tensor.packed is not None:
-            data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        else:
-            data = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+    def _read_dense(self, fd: int, tensor: DenseTensor, offset: int, crc: int, place: Tensor) -> Tensor | PackedMatrix:
+        data = place[: tensor.nbytes]
         buffer = as_bytes(data)
         if read_into(fd, buffer, offset) != len(buffer) or zlib.crc32(buffer) != crc:
             raise _changed(self.path / DENSE_FILE, f"is damaged at tensor {tensor.name}")
-        return data if tensor.packed is None else PackedMatrix(tensor.packed, (data,))
+        if tensor.packed is not None:
+            return PackedMatrix(tensor.packed, (data,))
+        return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte that has a checksum; `progress` gets the bytes checked and the bytes in all.
@@ -154,7 +155,7 @@ class Store:
         start = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
-                self._read_dense(fd, tensor, start, crc)
+                self._read_dense(fd, tensor, start, crc, torch.empty(tensor.nbytes, dtype=torch.uint8))
                 start += tensor.nbytes
                 advance(start)
         for layer, file in self._files.items():

@@ -29,6 +29,7 @@ void configure(int k) {
   _tile_loadconfig(&config);
 }
 
+template <class Planes>
 void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                  int64_t last) {
   alignas(64) static thread_local uint8_t panel[kPanelColumns * kTileRows];
@@ -40,7 +41,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
     const __mmask16 mask = row_mask(w, tile);
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
-      unpack_panel(w, tile, begin, end, panel);
+      unpack_panel<Planes>(w, tile, begin, end, panel);
       for (int64_t start = 0; start < x.tokens; start += kBlock * kBlocks) {
         // The inputs may be read up to a block of 16 tokens beyond the last.
         const int64_t left = x.tokens - start < kBlock * kBlocks ? x.tokens - start : kBlock * kBlocks;
@@ -89,7 +90,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
   if (x.tokens < kMinTokens) return kAvx512Kernel.nested_matmul(w, x, out, out_stride, first, last);
-  many_tokens(w, x, out, out_stride, first, last);
+  with_planes(w, [&](auto planes) { many_tokens<decltype(planes)>(w, x, out, out_stride, first, last); });
 }
 
 bool supported() {

@@ -7,9 +7,16 @@
 namespace moert {
 namespace MOERT_ISA {
 
+template <class Planes>
+constexpr bool uses_offset(int offset) {
+  for (int quad = 0; quad < 8; quad++)
+    if (Planes::offset(quad) == offset) return true;
+  return false;
+}
+
 // Few tokens: the weights are unpacked on the way and used for T tokens at once. R tiles are walked side by side: a
 // single stream of addresses does not keep the memory busy (four read 1.2 to 1.45 times as fast, measured).
-template <int T, int R>
+template <class Planes, int T, int R>
 void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                 int64_t last) {
   const int64_t q_stride = x.groups * w.group_size;
@@ -20,18 +27,31 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
     for (int64_t group = 0; group < w.groups; group++)
       for (int r = 0; r < R; r++) {
         const int64_t cell = (tile + r) * w.groups + group;
-        __m512i dot[T][2] = {};
+        __m512i dot[T][2][8] = {};  // at most four are in use: by the offset of the codes, and two where all have one
         for (int block = 0; block < w.group_size / 32; block++) {
           __m512i codes[8];
-          unpack32(w, cell, block, codes);
+          Planes::template unpack<false>(w, cell, block, codes);
           const int8_t* columns = x.q + group * w.group_size + 32 * block;
+#pragma GCC unroll 8
           for (int i = 0; i < 8; i++)
-            for (int t = 0; t < T; t++)
-              dot[t][i & 1] = _mm512_dpbusd_epi32(dot[t][i & 1], codes[i], four_columns(columns + t * q_stride + 4 * i));
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+              __m512i& sum = dot[t][i & 1][Planes::offset(i)];
+              sum = _mm512_dpbusd_epi32(sum, codes[i], four_columns(columns + t * q_stride + 4 * i));
+            }
         }
         const __m512 scale = load_scales(w, cell);
-        for (int t = 0; t < T; t++)
-          total[r][t] = add_group(total[r][t], _mm512_add_epi32(dot[t][0], dot[t][1]), scale, w, x, t, group);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+          __m512i whole = _mm512_add_epi32(dot[t][0][0], dot[t][1][0]);
+#pragma GCC unroll 8
+          for (int offset = 1; offset < 8; offset++) {
+            if (!uses_offset<Planes>(offset)) continue;
+            const __m512i both = _mm512_add_epi32(dot[t][0][offset], dot[t][1][offset]);
+            whole = _mm512_add_epi32(whole, _mm512_srai_epi32(both, offset));
+          }
+          total[r][t] = add_group(total[r][t], whole, scale, w, x, t, group);
+        }
       }
     for (int r = 0; r < R; r++) {
       const __mmask16 mask = row_mask(w, tile + r);
@@ -41,16 +61,17 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
   }
 }
 
-template <int T>
+template <class Planes, int T>
 void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                 int64_t last) {
   constexpr int R = T == 1 ? kTogether : 2;
   const int64_t whole = first + (last - first) / R * R;
-  few_tokens<T, R>(w, x, out, out_stride, first, whole);
-  few_tokens<T, 1>(w, x, out, out_stride, whole, last);
+  few_tokens<Planes, T, R>(w, x, out, out_stride, first, whole);
+  few_tokens<Planes, T, 1>(w, x, out, out_stride, whole, last);
 }
 
 // Many tokens: a panel of a tile is unpacked once, then used for eight tokens at a time.
+template <class Planes>
 void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                  int64_t last) {
   constexpr int kTokens = 8;
@@ -60,7 +81,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
     const __mmask16 mask = row_mask(w, tile);
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
-      unpack_panel(w, tile, begin, end, panel);
+      unpack_panel<Planes>(w, tile, begin, end, panel);
       for (int64_t start = 0; start < x.tokens; start += kTokens) {
         const int count = x.tokens - start < kTokens ? int(x.tokens - start) : kTokens;
         float* place = out + start * out_stride + tile * kTileRows;
@@ -88,13 +109,16 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
-  if (x.tokens > 4) return many_tokens(w, x, out, out_stride, first, last);
-  switch (x.tokens) {
-    case 4: return few_tokens<4>(w, x, out, out_stride, first, last);
-    case 3: return few_tokens<3>(w, x, out, out_stride, first, last);
-    case 2: return few_tokens<2>(w, x, out, out_stride, first, last);
-    case 1: return few_tokens<1>(w, x, out, out_stride, first, last);
-  }
+  with_planes(w, [&](auto planes) {
+    using Planes = decltype(planes);
+    switch (x.tokens) {
+      case 1: return few_tokens<Planes, 1>(w, x, out, out_stride, first, last);
+      case 2: return few_tokens<Planes, 2>(w, x, out, out_stride, first, last);
+      case 3: return few_tokens<Planes, 3>(w, x, out, out_stride, first, last);
+      case 4: return few_tokens<Planes, 4>(w, x, out, out_stride, first, last);
+      default: return many_tokens<Planes>(w, x, out, out_stride, first, last);
+    }
+  });
 }
 
 bool supported() {

@@ -12,48 +12,98 @@ namespace MOERT_ISA {
 
 constexpr int kPanelColumns = 1024;  // 16 KiB of codes: with the inputs of a few tokens it stays in the first cache
 
-// The bits that a plane of Bits bits adds to the codes of 32 columns.
-template <int Bits>
-inline void add_plane(const uint8_t* chunks, int shift, __m512i codes[8]) {
-  constexpr int kQuads = 8 / Bits;  // in 64 bytes
-  if (Bits == 8) {  // the only plane there is
-    for (int i = 0; i < 8; i++) codes[i] = _mm512_loadu_si512(chunks + 64 * i);
-    return;
-  }
-  // Rotating a lane brings the wanted bits of all four bytes to their place in the code; the mask drops the others.
-  const __m512i left = _mm512_set1_epi32(shift), mask = _mm512_set1_epi32(int(0x01010101u * ((1u << Bits) - 1) << shift));
-  __m512i bits[Bits];
-  for (int chunk = 0; chunk < Bits; chunk++)
-    bits[chunk] = _mm512_rolv_epi32(_mm512_loadu_si512(chunks + 64 * chunk), left);
-  for (int k = 0; k < kQuads; k++)
-    for (int chunk = 0; chunk < Bits; chunk++) {
-      __m512i& place = codes[chunk * kQuads + k];
-      place = _mm512_ternarylogic_epi32(place, bits[chunk], mask, 0xF8);  // place | (bits & mask)
-      bits[chunk] = _mm512_ror_epi32(bits[chunk], Bits);
-    }
-}
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 
-// Codes of 16 rows (lanes) for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3.
-inline void unpack32(const NestedMatrix& w, int64_t cell, int block, __m512i codes[8]) {
-  for (int i = 0; i < 8; i++) codes[i] = _mm512_setzero_si512();
-  for (int p = 0; p < w.num_planes; p++) {
-    const Plane& plane = w.planes[p];
-    const uint8_t* chunks = plane.data + cell * plane.stride + 64 * plane.bits * block;
-    switch (plane.bits) {
-      case 8: add_plane<8>(chunks, plane.shift, codes); break;
-      case 4: add_plane<4>(chunks, plane.shift, codes); break;
-      case 2: add_plane<2>(chunks, plane.shift, codes); break;
-      default: add_plane<1>(chunks, plane.shift, codes);
+// Codes of a matrix whose planes have these bits, the most significant first: everything but the addresses is known at
+// compile time. A code may be left some bits above the bottom of its byte, where its first plane has it: that saves
+// most shifts, of which a processor does half as many as of other operations, and the sums are shifted instead.
+template <int... Bits>
+struct FixedPlanes {
+  static constexpr int kCount = sizeof...(Bits);
+  static constexpr int bits(int plane) {
+    constexpr int list[] = {Bits...};
+    return list[plane];
+  }
+  static constexpr int shift(int plane) {
+    int below = 0;
+    for (int p = plane + 1; p < kCount; p++) below += bits(p);
+    return below;
+  }
+  // How far above the bottom of its byte the code of columns 4 * quad ... is left.
+  static constexpr int offset(int quad) {
+    const int natural = bits(0) * (quad % (8 / bits(0))) - shift(0);
+    return natural > 0 ? natural : 0;
+  }
+
+  // Codes of 16 rows (lanes) for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3.
+  template <bool AtBottom>
+  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block,
+                                                           __m512i codes[8]) {
+    const uint8_t* chunks[kCount];
+    for (int p = 0; p < kCount; p++)
+      chunks[p] = w.planes[p].data + cell * w.planes[p].stride + 64 * bits(p) * block;
+#pragma GCC unroll 8
+    for (int quad = 0; quad < 8; quad++) {
+      const int bottom = AtBottom ? 0 : offset(quad);
+      u32x16 code = {};
+#pragma GCC unroll 8
+      for (int p = 0; p < kCount; p++) {
+        const int per_chunk = 8 / bits(p), up = bottom + shift(p) - bits(p) * (quad % per_chunk);
+        u32x16 word = u32x16(_mm512_loadu_si512(chunks[p] + 64 * (quad / per_chunk)));
+        word = up > 0 ? word << up : up < 0 ? word >> -up : word;
+        if (bits(p) < 8) word &= 0x01010101u * ((1u << bits(p)) - 1) << (bottom + shift(p));
+        code |= word;
+      }
+      codes[quad] = __m512i(code);
     }
+  }
+};
+
+// The same for any planes, slower.
+struct AnyPlanes {
+  static constexpr int offset(int) { return 0; }
+
+  template <bool AtBottom>
+  static void unpack(const NestedMatrix& w, int64_t cell, int block, __m512i codes[8]) {
+    for (int quad = 0; quad < 8; quad++) {
+      u32x16 code = {};
+      for (int p = 0; p < w.num_planes; p++) {
+        const Plane& plane = w.planes[p];
+        const int per_chunk = 8 / plane.bits;
+        const uint8_t* chunks = plane.data + cell * plane.stride + 64 * plane.bits * block;
+        const u32x16 word = u32x16(_mm512_loadu_si512(chunks + 64 * (quad / per_chunk)));
+        const uint32_t mask = 0x01010101u * ((1u << plane.bits) - 1);
+        code |= ((word >> (plane.bits * (quad % per_chunk))) & mask) << plane.shift;
+      }
+      codes[quad] = __m512i(code);
+    }
+  }
+};
+
+// Calls use(planes) with the type that knows the planes of w.
+template <class Use>
+inline void with_planes(const NestedMatrix& w, const Use& use) {
+  int list = 0;
+  for (int p = 0; p < w.num_planes; p++) list = 10 * list + w.planes[p].bits;
+  switch (list) {
+    case 8: return use(FixedPlanes<8>());
+    case 4: return use(FixedPlanes<4>());
+    case 42: return use(FixedPlanes<4, 2>());
+    case 2: return use(FixedPlanes<2>());
+    case 21: return use(FixedPlanes<2, 1>());
+    case 211: return use(FixedPlanes<2, 1, 1>());
+    case 22: return use(FixedPlanes<2, 2>());
+    default: return use(AnyPlanes());
   }
 }
 
 // Groups [begin, end) of a tile, unpacked: 64 bytes for each four columns, 16 rows of four.
+template <class Planes>
 inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, uint8_t* panel) {
   for (int64_t group = begin; group < end; group++)
     for (int block = 0; block < w.group_size / 32; block++) {
       __m512i codes[8];
-      unpack32(w, tile * w.groups + group, block, codes);
+      Planes::template unpack<true>(w, tile * w.groups + group, block, codes);
       for (int i = 0; i < 8; i++, panel += 64) _mm512_store_si512(panel, codes[i]);
     }
 }
