@@ -41,7 +41,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
     const __mmask16 mask = row_mask(w, tile);
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
-      unpack_panel<Planes>(w, tile, begin, end, panel);
+      unpack_panel<Planes>(w, tile, begin, end, tile + 1 < last, panel);
       for (int64_t start = 0; start < x.tokens; start += kBlock * kBlocks) {
         // The inputs may be read up to a block of 16 tokens beyond the last.
         const int64_t left = x.tokens - start < kBlock * kBlocks ? x.tokens - start : kBlock * kBlocks;

@@ -99,38 +99,29 @@ inline void store_rows(const NestedMatrix& w, int64_t tile, int count, const __m
   }
 }
 
-// R tiles side by side, as kernel_avx512.cpp says why.
-template <int T, int R, bool Wide>
-void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
-                int64_t last) {
-  const int64_t q_stride = x.groups * w.group_size;
-  for (int64_t tile = first; tile < last; tile += R) {
-    __m256 total[R][2 * T] = {};
-    for (int64_t group = 0; group < w.groups; group++)
-      for (int r = 0; r < R; r++) {
-        const int64_t cell = (tile + r) * w.groups + group;
-        __m256i dot[2 * T] = {};
-        for (int block = 0; block < w.group_size / 32; block++) {
-          const int8_t* q[T];
-          for (int t = 0; t < T; t++) q[t] = x.q + t * q_stride + group * w.group_size + 32 * block;
-          for (int half = 0; half < 2; half++) {
-            __m256i codes[8];
-            unpack32(w, cell, block, half, codes);
-            dot32<T, Wide>(codes, q, dot + half * T);
-          }
-        }
-        add_group<T>(w, x, cell, 0, T, group, dot, total[r]);
-      }
-    for (int r = 0; r < R; r++) store_rows<T>(w, tile + r, T, total[r], out, out_stride);
-  }
-}
-
 template <int T, bool Wide>
 void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                 int64_t last) {
-  const int64_t whole = first + (last - first) / kTogether * kTogether;
-  few_tokens<T, kTogether, Wide>(w, x, out, out_stride, first, whole);
-  few_tokens<T, 1, Wide>(w, x, out, out_stride, whole, last);
+  const int64_t q_stride = x.groups * w.group_size;
+  for (int64_t tile = first; tile < last; tile++) {
+    __m256 total[2 * T] = {};
+    for (int64_t group = 0; group < w.groups; group++) {
+      const int64_t cell = tile * w.groups + group;
+      if (tile + 1 < last) prefetch(w, cell + w.groups);
+      __m256i dot[2 * T] = {};
+      for (int block = 0; block < w.group_size / 32; block++) {
+        const int8_t* q[T];
+        for (int t = 0; t < T; t++) q[t] = x.q + t * q_stride + group * w.group_size + 32 * block;
+        for (int half = 0; half < 2; half++) {
+          __m256i codes[8];
+          unpack32(w, cell, block, half, codes);
+          dot32<T, Wide>(codes, q, dot + half * T);
+        }
+      }
+      add_group<T>(w, x, cell, 0, T, group, dot, total);
+    }
+    store_rows<T>(w, tile, T, total, out, out_stride);
+  }
 }
 
 template <bool Wide>
@@ -144,9 +135,11 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
       const int blocks = w.group_size / 32;
-      for (int64_t group = begin; group < end; group++)
+      for (int64_t group = begin; group < end; group++) {
+        if (tile + 1 < last) prefetch(w, (tile + 1) * w.groups + group);
         for (int part = 0; part < 2 * blocks; part++)
           unpack32(w, tile * w.groups + group, part / 2, part % 2, panel + ((group - begin) * blocks * 2 + part) * 8);
+      }
       for (int64_t start = 0; start < x.tokens; start += T) {
         const int count = x.tokens - start < T ? int(x.tokens - start) : T;
         float* place = out + start * out_stride;

@@ -35,6 +35,14 @@ struct FixedPlanes {
     return natural > 0 ? natural : 0;
   }
 
+  // Asks for the bytes of a cell; see kernel.h.
+  static inline __attribute__((always_inline)) void prefetch(const NestedMatrix& w, int64_t cell) {
+    for (int p = 0; p < kCount; p++)
+      for (int line = 0; line < w.group_size * bits(p) / 32; line++)
+        _mm_prefetch(w.planes[p].data + cell * w.planes[p].stride + 64 * line, _MM_HINT_T1);
+    _mm_prefetch(w.scales + cell * kTileRows * 2, _MM_HINT_T1);
+  }
+
   // Codes of 16 rows (lanes) for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3.
   template <bool AtBottom>
   static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block,
@@ -62,6 +70,7 @@ struct FixedPlanes {
 // The same for any planes, slower.
 struct AnyPlanes {
   static constexpr int offset(int) { return 0; }
+  static void prefetch(const NestedMatrix& w, int64_t cell) { moert::prefetch(w, cell); }
 
   template <bool AtBottom>
   static void unpack(const NestedMatrix& w, int64_t cell, int block, __m512i codes[8]) {
@@ -99,13 +108,15 @@ inline void with_planes(const NestedMatrix& w, const Use& use) {
 
 // Groups [begin, end) of a tile, unpacked: 64 bytes for each four columns, 16 rows of four.
 template <class Planes>
-inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, uint8_t* panel) {
-  for (int64_t group = begin; group < end; group++)
+inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, bool ahead, uint8_t* panel) {
+  for (int64_t group = begin; group < end; group++) {
+    if (ahead) Planes::prefetch(w, (tile + 1) * w.groups + group);
     for (int block = 0; block < w.group_size / 32; block++) {
       __m512i codes[8];
       Planes::template unpack<true>(w, tile * w.groups + group, block, codes);
       for (int i = 0; i < 8; i++, panel += 64) _mm512_store_si512(panel, codes[i]);
     }
+  }
 }
 
 inline __m512i four_columns(const int8_t* q) {

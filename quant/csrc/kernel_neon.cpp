@@ -108,6 +108,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
       for (int t = 0; t < T; t++) total[quarter][t] = vdupq_n_f32(0);
     for (int64_t group = 0; group < w.groups; group++) {
       const int64_t cell = tile * w.groups + group;
+      if (tile + 1 < last) prefetch(w, cell + w.groups);
       const int8_t* q = x.q + group * w.group_size;
       for (int quarter = 0; quarter < kQuarters; quarter++) {
         int32x4_t dot[T][2];  // two, so that the sums do not wait for each other

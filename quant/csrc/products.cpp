@@ -9,7 +9,7 @@ namespace moert {
 
 namespace {
 constexpr int64_t kTokenBlock = 16;  // AMX reads whole blocks of tokens: so much is read beyond the last
-constexpr int64_t kTileGrain = kTogether;
+constexpr int64_t kTileGrain = 8;  // tiles that a thread takes at a time: the first of them is not asked for ahead
 }  // namespace
 
 Buffer::~Buffer() { std::free(data_); }

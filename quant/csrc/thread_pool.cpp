@@ -3,7 +3,7 @@
 namespace moert {
 
 namespace {
-constexpr int kSpins = 2000;  // a few microseconds: about the gap between two products of one layer
+constexpr int kSpins = 10000;  // 0.1 to 0.4 ms: longer than Python takes between two calls of one decode step
 
 inline void pause() {
 #if defined(__x86_64__)
