@@ -55,12 +55,15 @@ struct Search {
   int64_t num_groups;
 };
 
-// Inputs of a product: per token `groups` groups of int8 with a scale and a sum each.
+// Inputs of a product: for each group of columns and each token group_size int8 with a scale and a sum. The tokens of a
+// group lie side by side, because rows that are a power of two apart fall into few lines of the first cache.
 struct Activations {
-  const int8_t* q;       // [tokens][groups * group_size], on 64 bytes
-  const float* scales;   // [tokens][groups]: half the scale, so that y needs no factor
-  const int32_t* sums;   // [tokens][groups]
-  int64_t tokens, groups;
+  const int8_t* q;      // [groups][stride tokens][group_size], on 64 bytes
+  const float* scales;  // [groups][stride]: half the scale, so that y needs no factor
+  const int32_t* sums;  // [groups][stride]
+  int64_t tokens, stride;
+
+  int64_t at(int64_t token, int64_t group) const { return group * stride + token; }
 };
 
 // One token's attention over cached keys and values of one layer.

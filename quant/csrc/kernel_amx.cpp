@@ -1,5 +1,8 @@
 // AMX int8 for many tokens: an unpacked group of a tile is the right operand of a tile product as it stands.
 // Few tokens, and everything else, as AVX-512.
+//
+// Codes c of up to 7 bits are unpacked as 2 * c - (2^b - 1), which fits a signed byte: the product is then all that the
+// end of a group wants of integers.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -9,8 +12,7 @@
 namespace moert {
 namespace MOERT_ISA {
 
-constexpr int kBlock = 16;   // tokens of one tile product
-constexpr int kBlocks = 4;   // token blocks that use one load of the weights
+constexpr int kBlock = 16;     // tokens of one tile product
 constexpr int kMinTokens = 8;  // below, most rows of a product would be padding
 
 struct TileConfig {
@@ -19,68 +21,100 @@ struct TileConfig {
   uint8_t rows[16];
 };
 
-// Tiles 0-3: results [16 tokens][16 rows] int32. 4: weights [k / 4][16 rows][4]. 5: inputs [16 tokens][k].
+// Tiles 0 and 1: results [16 tokens][16 rows] int32. 2: weights [k / 4][16 rows][4]. 3: inputs [16 tokens][k].
 void configure(int k) {
   TileConfig config = {};
   config.palette = 1;
-  for (int i = 0; i < kBlocks; i++) config.rows[i] = kBlock, config.column_bytes[i] = 64;
-  config.rows[4] = uint8_t(k / 4), config.column_bytes[4] = 64;
-  config.rows[5] = kBlock, config.column_bytes[5] = uint16_t(k);
+  config.rows[0] = config.rows[1] = kBlock, config.column_bytes[0] = config.column_bytes[1] = 64;
+  config.rows[2] = uint8_t(k / 4), config.column_bytes[2] = 64;
+  config.rows[3] = kBlock, config.column_bytes[3] = uint16_t(k);
   _tile_loadconfig(&config);
 }
 
-template <class Planes>
+template <bool Signed>
+inline void multiply(bool second, const uint8_t* panel, const int8_t* q, int group_size, int32_t dots[][kTileRows]) {
+  const int k = group_size < 64 ? group_size : 64;
+  if (second)
+    _tile_zero(1);
+  else
+    _tile_zero(0);
+  for (int column = 0; column < group_size; column += k) {
+    _tile_loadd(2, panel + column * kTileRows, 64);
+    _tile_loadd(3, q + column, group_size);
+    if (Signed && second)
+      _tile_dpbssd(1, 3, 2);
+    else if (Signed)
+      _tile_dpbssd(0, 3, 2);
+    else if (second)
+      _tile_dpbsud(1, 3, 2);
+    else
+      _tile_dpbsud(0, 3, 2);
+  }
+  if (second)
+    _tile_stored(1, dots, 64);
+  else
+    _tile_stored(0, dots, 64);
+}
+
+// Groups [begin, end) of a tile, unpacked in `panel`, times a block of tokens, added to total. The product of the next
+// group is under way while one is scaled.
+template <bool Signed>
+inline void add_panel(const NestedMatrix& w, const Activations& x, int64_t tile, int64_t begin, int64_t end,
+                      int64_t start, const uint8_t* panel, __m512 total[kBlock]) {
+  alignas(64) int32_t dots[2][kBlock][kTileRows];
+  const int size = w.group_size;
+  multiply<Signed>(false, panel, x.q + x.at(start, begin) * size, size, dots[0]);
+  for (int64_t group = begin; group < end; group++) {
+    const int now = (group - begin) & 1;
+    if (group + 1 < end) {
+      panel += size * kTileRows;
+      multiply<Signed>(!now, panel, x.q + x.at(start, group + 1) * size, size, dots[!now]);
+    }
+    const __m512 scale = load_scales(w, tile * w.groups + group);
+    const int64_t at = x.at(start, group);
+#pragma GCC unroll 16
+    for (int t = 0; t < kBlock; t++) {
+      __m512i dot = _mm512_load_si512(dots[now][t]);
+      if (!Signed)
+        dot = _mm512_sub_epi32(_mm512_slli_epi32(dot, 1), _mm512_set1_epi32(w.levels * x.sums[at + t]));
+      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at + t]));
+      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, total[t]);
+    }
+  }
+}
+
+void make_signed(uint8_t* panel, int64_t bytes, int levels) {
+  const __m512i middle = _mm512_set1_epi8(char(levels));
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __m512i codes = _mm512_load_si512(panel + i);
+    _mm512_store_si512(panel + i, _mm512_sub_epi8(_mm512_add_epi8(codes, codes), middle));
+  }
+}
+
+template <class Planes, bool Signed>
 void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                  int64_t last) {
   alignas(64) static thread_local uint8_t panel[kPanelColumns * kTileRows];
-  alignas(64) int32_t dots[kBlocks][kBlock][kTileRows];
-  const int k = w.group_size < 64 ? w.group_size : 64;  // columns of one tile product
-  const int64_t q_stride = x.groups * w.group_size, panel_groups = kPanelColumns / w.group_size;
-  configure(k);
+  const int64_t panel_groups = kPanelColumns / w.group_size;
+  configure(w.group_size < 64 ? w.group_size : 64);
   for (int64_t tile = first; tile < last; tile++) {
     const __mmask16 mask = row_mask(w, tile);
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
       unpack_panel<Planes>(w, tile, begin, end, tile + 1 < last, panel);
-      for (int64_t start = 0; start < x.tokens; start += kBlock * kBlocks) {
-        // The inputs may be read up to a block of 16 tokens beyond the last.
-        const int64_t left = x.tokens - start < kBlock * kBlocks ? x.tokens - start : kBlock * kBlocks;
-        const int blocks = int((left + kBlock - 1) / kBlock);
-        for (int64_t group = begin; group < end; group++) {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-          for (int column = 0; column < w.group_size; column += k) {
-            _tile_loadd(4, panel + ((group - begin) * w.group_size + column) * kTileRows, 64);
-            const int8_t* q = x.q + start * q_stride + group * w.group_size + column;
-            _tile_loadd(5, q, q_stride);
-            _tile_dpbsud(0, 5, 4);
-            if (blocks > 1) {
-              _tile_loadd(5, q + kBlock * q_stride, q_stride);
-              _tile_dpbsud(1, 5, 4);
-            }
-            if (blocks > 2) {
-              _tile_loadd(5, q + 2 * kBlock * q_stride, q_stride);
-              _tile_dpbsud(2, 5, 4);
-            }
-            if (blocks > 3) {
-              _tile_loadd(5, q + 3 * kBlock * q_stride, q_stride);
-              _tile_dpbsud(3, 5, 4);
-            }
-          }
-          _tile_stored(0, dots[0], 64);
-          if (blocks > 1) _tile_stored(1, dots[1], 64);
-          if (blocks > 2) _tile_stored(2, dots[2], 64);
-          if (blocks > 3) _tile_stored(3, dots[3], 64);
-          const __m512 scale = load_scales(w, tile * w.groups + group);
-          for (int64_t t = 0; t < left; t++) {
-            float* place = out + (start + t) * out_stride + tile * kTileRows;
-            const __m512 total = group ? _mm512_maskz_loadu_ps(mask, place) : _mm512_setzero_ps();
-            const __m512i dot = _mm512_load_si512(dots[t / kBlock][t % kBlock]);
-            _mm512_mask_storeu_ps(place, mask, add_group(total, dot, scale, w, x, start + t, group));
-          }
-        }
+      if (Signed) make_signed(panel, (end - begin) * w.group_size * kTileRows, w.levels);
+      // Up to a block beyond the last token may be read.
+      for (int64_t start = 0; start < x.tokens; start += kBlock) {
+        const int64_t count = x.tokens - start < kBlock ? x.tokens - start : kBlock;
+        float* place = out + start * out_stride + tile * kTileRows;
+        __m512 total[kBlock];
+#pragma GCC unroll 16
+        for (int t = 0; t < kBlock; t++)
+          total[t] = begin && t < count ? _mm512_maskz_loadu_ps(mask, place + t * out_stride) : _mm512_setzero_ps();
+        add_panel<Signed>(w, x, tile, begin, end, start, panel, total);
+#pragma GCC unroll 16
+        for (int t = 0; t < kBlock; t++)
+          if (t < count) _mm512_mask_storeu_ps(place + t * out_stride, mask, total[t]);
       }
     }
   }
@@ -90,7 +124,12 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
   if (x.tokens < kMinTokens) return kAvx512Kernel.nested_matmul(w, x, out, out_stride, first, last);
-  with_planes(w, [&](auto planes) { many_tokens<decltype(planes)>(w, x, out, out_stride, first, last); });
+  with_planes(w, [&](auto planes) {
+    if (w.levels < 128)
+      many_tokens<decltype(planes), true>(w, x, out, out_stride, first, last);
+    else
+      many_tokens<decltype(planes), false>(w, x, out, out_stride, first, last);
+  });
 }
 
 bool supported() {

@@ -77,7 +77,7 @@ inline void add_group(const NestedMatrix& w, const Activations& x, int64_t cell,
   const f32x16 scales = load_half(w.scales + cell * kTileRows * 2);
   std::memcpy(scale, &scales, sizeof(scale));
   for (int t = 0; t < count; t++) {
-    const int64_t at = (start + t) * x.groups + group;
+    const int64_t at = x.at(start + t, group);
     const __m256i centre = _mm256_set1_epi32(w.levels * x.sums[at]);
     for (int half = 0; half < 2; half++) {
       const __m256i centred = _mm256_sub_epi32(_mm256_slli_epi32(dot[half * T + t], 1), centre);
@@ -102,7 +102,6 @@ inline void store_rows(const NestedMatrix& w, int64_t tile, int count, const __m
 template <int T, bool Wide>
 void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                 int64_t last) {
-  const int64_t q_stride = x.groups * w.group_size;
   for (int64_t tile = first; tile < last; tile++) {
     __m256 total[2 * T] = {};
     for (int64_t group = 0; group < w.groups; group++) {
@@ -111,7 +110,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
       __m256i dot[2 * T] = {};
       for (int block = 0; block < w.group_size / 32; block++) {
         const int8_t* q[T];
-        for (int t = 0; t < T; t++) q[t] = x.q + t * q_stride + group * w.group_size + 32 * block;
+        for (int t = 0; t < T; t++) q[t] = x.q + x.at(t, group) * w.group_size + 32 * block;
         for (int half = 0; half < 2; half++) {
           __m256i codes[8];
           unpack32(w, cell, block, half, codes);
@@ -129,7 +128,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
                  int64_t last) {
   constexpr int T = 4;
   alignas(64) static thread_local __m256i panel[kPanelColumns / 4 * 2];
-  const int64_t q_stride = x.groups * w.group_size, panel_groups = kPanelColumns / w.group_size;
+  const int64_t panel_groups = kPanelColumns / w.group_size;
   for (int64_t tile = first; tile < last; tile++) {
     const int64_t rows_left = w.rows - tile * kTileRows, rows = rows_left < kTileRows ? rows_left : kTileRows;
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
@@ -154,7 +153,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
           for (int block = 0; block < blocks; block++) {
             const int8_t* q[T];
             for (int t = 0; t < T; t++)
-              q[t] = x.q + (start + (t < count ? t : count - 1)) * q_stride + group * w.group_size + 32 * block;
+              q[t] = x.q + x.at(start + (t < count ? t : count - 1), group) * w.group_size + 32 * block;
             const __m256i* codes = panel + ((group - begin) * blocks + block) * 16;
             dot32<T, Wide>(codes, q, dot);
             dot32<T, Wide>(codes + 8, q, dot + T);

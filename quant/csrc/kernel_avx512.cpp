@@ -18,7 +18,6 @@ constexpr bool uses_offset(int offset) {
 template <class Planes, int T>
 void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                 int64_t last) {
-  const int64_t q_stride = x.groups * w.group_size;
   for (int64_t tile = first; tile < last; tile++) {
     __m512 total[T];
     for (int t = 0; t < T; t++) total[t] = _mm512_setzero_ps();
@@ -29,13 +28,13 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
       for (int block = 0; block < w.group_size / 32; block++) {
         __m512i codes[8];
         Planes::template unpack<false>(w, cell, block, codes);
-        const int8_t* columns = x.q + group * w.group_size + 32 * block;
+        const int8_t* columns = x.q + x.at(0, group) * w.group_size + 32 * block;
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++)
 #pragma GCC unroll 4
           for (int t = 0; t < T; t++) {
             __m512i& sum = dot[t][i & 1][Planes::offset(i)];
-            sum = _mm512_dpbusd_epi32(sum, codes[i], four_columns(columns + t * q_stride + 4 * i));
+            sum = _mm512_dpbusd_epi32(sum, codes[i], four_columns(columns + t * w.group_size + 4 * i));
           }
       }
       const __m512 scale = load_scales(w, cell);
@@ -62,7 +61,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
                  int64_t last) {
   constexpr int kTokens = 8;
   alignas(64) static thread_local uint8_t panel[kPanelColumns * kTileRows];
-  const int64_t q_stride = x.groups * w.group_size, panel_groups = kPanelColumns / w.group_size;
+  const int64_t panel_groups = kPanelColumns / w.group_size;
   for (int64_t tile = first; tile < last; tile++) {
     const __mmask16 mask = row_mask(w, tile);
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
@@ -74,15 +73,15 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
         __m512 total[kTokens];
         for (int t = 0; t < kTokens; t++)
           total[t] = begin && t < count ? _mm512_maskz_loadu_ps(mask, place + t * out_stride) : _mm512_setzero_ps();
-        const int8_t* q[kTokens];  // tokens beyond the last compute the last again; nothing is stored for them
-        for (int t = 0; t < kTokens; t++) q[t] = x.q + (start + (t < count ? t : count - 1)) * q_stride;
         for (int64_t group = begin; group < end; group++) {
           const uint8_t* codes = panel + (group - begin) * w.group_size * kTileRows;
+          const int8_t* q[kTokens];  // tokens beyond the last compute the last again; nothing is stored for them
+          for (int t = 0; t < kTokens; t++)
+            q[t] = x.q + x.at(start + (t < count ? t : count - 1), group) * w.group_size;
           __m512i dot[kTokens] = {};
           for (int quad = 0; quad < w.group_size / 4; quad++) {
             const __m512i c = _mm512_load_si512(codes + 64 * quad);
-            const int64_t column = group * w.group_size + 4 * quad;
-            for (int t = 0; t < kTokens; t++) dot[t] = _mm512_dpbusd_epi32(dot[t], c, four_columns(q[t] + column));
+            for (int t = 0; t < kTokens; t++) dot[t] = _mm512_dpbusd_epi32(dot[t], c, four_columns(q[t] + 4 * quad));
           }
           const __m512 scale = load_scales(w, tile * w.groups + group);
           for (int t = 0; t < count; t++) total[t] = add_group(total[t], dot[t], scale, w, x, start + t, group);

@@ -133,7 +133,7 @@ inline __m512 load_scales(const NestedMatrix& w, int64_t cell) {
 // total + (2 * dot - levels * sum) * (scale * input scale), the end of a group for one token.
 inline __m512 add_group(__m512 total, __m512i dot, __m512 scale, const NestedMatrix& w, const Activations& x,
                         int64_t token, int64_t group) {
-  const int64_t at = token * x.groups + group;
+  const int64_t at = x.at(token, group);
   const __m512i centred = _mm512_sub_epi32(_mm512_slli_epi32(dot, 1), _mm512_set1_epi32(w.levels * x.sums[at]));
   const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at]));
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(centred), factor, total);

@@ -7,7 +7,6 @@ namespace MOERT_ISA {
 
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
-  const int64_t q_stride = x.groups * w.group_size;
   for (int64_t tile = first; tile < last; tile++) {
     const int64_t row = tile * kTileRows;
     const int64_t rows = w.rows - row < kTileRows ? w.rows - row : kTileRows;
@@ -17,12 +16,12 @@ void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int6
       for (int quad = 0; quad < w.group_size / 4; quad++) codes[quad] = codes_of(w, cell, quad);
       const f32x16 scale = load_half(w.scales + cell * kTileRows * 2);
       for (int64_t t = 0; t < x.tokens; t++) {
-        const int8_t* q = x.q + t * q_stride + group * w.group_size;
+        const int8_t* q = x.q + x.at(t, group) * w.group_size;
         i32x16 dot = {};
         for (int quad = 0; quad < w.group_size / 4; quad++)
           for (int byte = 0; byte < 4; byte++)
             dot += bits_as<i32x16>(codes[quad] >> (8 * byte) & 0xffu) * int32_t(q[4 * quad + byte]);
-        const int64_t at = t * x.groups + group;
+        const int64_t at = x.at(t, group);
         f32x16 total = {};
         if (group) std::memcpy(&total, out + t * out_stride + row, rows * sizeof(float));
         total += __builtin_convertvector(2 * dot - w.levels * x.sums[at], f32x16) * (scale * x.scales[at]);

@@ -68,7 +68,7 @@ inline float32x4_t load_scales(const NestedMatrix& w, int64_t cell, int quarter)
 // of flipped codes lacks 128 times the sum.
 inline float32x4_t add_group(float32x4_t total, int32x4_t dot, float32x4_t scale, const NestedMatrix& w,
                              const Activations& x, int64_t token, int64_t group) {
-  const int64_t at = token * x.groups + group;
+  const int64_t at = x.at(token, group);
   const int32_t missing = w.levels > kMaxLevels ? 256 : 0;
   const int32x4_t centred = vaddq_s32(vaddq_s32(dot, dot), vdupq_n_s32((missing - w.levels) * x.sums[at]));
   return vfmaq_f32(total, vcvtq_f32_s32(centred), vmulq_n_f32(scale, x.scales[at]));
@@ -101,7 +101,6 @@ inline void dot_quad(int32x4_t* dot, int stride, uint8x16_t codes, const int8x16
 template <int T>
 void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                 int64_t last) {
-  const int64_t q_stride = x.groups * w.group_size;
   for (int64_t tile = first; tile < last; tile++) {
     float32x4_t total[kQuarters][T];
     for (int quarter = 0; quarter < kQuarters; quarter++)
@@ -109,7 +108,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
     for (int64_t group = 0; group < w.groups; group++) {
       const int64_t cell = tile * w.groups + group;
       if (tile + 1 < last) prefetch(w, cell + w.groups);
-      const int8_t* q = x.q + group * w.group_size;
+      const int8_t* q = x.q + x.at(0, group) * w.group_size;
       for (int quarter = 0; quarter < kQuarters; quarter++) {
         int32x4_t dot[T][2];  // two, so that the sums do not wait for each other
         for (int t = 0; t < T; t++) dot[t][0] = dot[t][1] = vdupq_n_s32(0);
@@ -118,7 +117,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
           unpack32(w, cell, block, quarter, codes);
           for (int half = 0; half < 2; half++) {
             int8x16_t columns[T];
-            for (int t = 0; t < T; t++) columns[t] = vld1q_s8(q + t * q_stride + 32 * block + 16 * half);
+            for (int t = 0; t < T; t++) columns[t] = vld1q_s8(q + t * w.group_size + 32 * block + 16 * half);
             dot_quad<0, T>(&dot[0][0], 2, codes[4 * half], columns);
             dot_quad<1, T>(&dot[0][1], 2, codes[4 * half + 1], columns);
             dot_quad<2, T>(&dot[0][0], 2, codes[4 * half + 2], columns);
@@ -211,7 +210,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
                  int64_t last, bool pairs) {
   alignas(64) static thread_local uint8_t panel[kPanelColumns * kTileRows];
   const GroupDots dots_of = pairs ? group_dots_i8mm : group_dots;
-  const int64_t q_stride = x.groups * w.group_size, panel_groups = kPanelColumns / w.group_size;
+  const int64_t panel_groups = kPanelColumns / w.group_size;
   for (int64_t tile = first; tile < last; tile++)
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
@@ -228,7 +227,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
           for (int64_t group = begin; group < end; group++) {
             const int8_t* q[kTokens];  // tokens beyond the last compute the last again; nothing is stored for them
             for (int t = 0; t < kTokens; t++)
-              q[t] = x.q + (start + (t < count ? t : count - 1)) * q_stride + group * w.group_size;
+              q[t] = x.q + x.at(start + (t < count ? t : count - 1), group) * w.group_size;
             int32x4_t dots[kTokens][2];
             dots_of(panel + ((group - begin) * 2 + half) * w.group_size * 8, q, w.group_size, dots);
             for (int i = 0; i < 2; i++) {

@@ -27,18 +27,44 @@ void* Buffer::grow(size_t bytes) {
   return data_;
 }
 
-void Products::quantise(const Kernel& kernel, const NestedMatrix& like, const float* x, int64_t tokens,
-                        int64_t x_stride, int64_t cols, Inputs& to) {
-  const int64_t groups = like.groups, width = groups * like.group_size;
-  int8_t* q = to.q.get<int8_t>((tokens + kTokenBlock) * width);
-  float* scales = to.scales.get<float>(tokens * groups);
-  int32_t* sums = to.sums.get<int32_t>(tokens * groups);
-  pool_.parallel_for(tokens, std::max<int64_t>(1, 8192 / width), [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++)
-      kernel.quantise(x + t * x_stride, cols, groups, like.group_size, q + t * width, scales + t * groups,
-                      sums + t * groups);
+void Inputs::reserve(const NestedMatrix& like, int64_t tokens) {
+  groups_ = like.groups, size_ = like.group_size;
+  q_ = q_buffer_.get<int8_t>((tokens * groups_ + kTokenBlock) * size_);
+  scales_ = scale_buffer_.get<float>(tokens * groups_ + kTokenBlock);
+  sums_ = sum_buffer_.get<int32_t>(tokens * groups_ + kTokenBlock);
+}
+
+Activations Inputs::of(int64_t first, int64_t tokens) const {
+  const int64_t start = first * groups_;
+  return {q_ + start * size_, scales_ + start, sums_ + start, tokens, tokens};
+}
+
+void Inputs::put(const Kernel& kernel, int64_t first, int64_t tokens, int64_t token, const float* row, int64_t cols) {
+  const int64_t start = first * groups_ + token;
+  if (tokens == 1)
+    return kernel.quantise(row, cols, groups_, int(size_), q_ + start * size_, scales_ + start, sums_ + start);
+  for (int64_t group = 0; group < groups_; group++) {
+    const int64_t at = start + group * tokens, column = group * size_;
+    kernel.quantise(row + column, cols - column, 1, int(size_), q_ + at * size_, scales_ + at, sums_ + at);
+  }
+}
+
+void Inputs::copy(int64_t first, int64_t tokens, int64_t token, const Inputs& from, int64_t from_tokens,
+                  int64_t from_token) {
+  for (int64_t group = 0; group < groups_; group++) {
+    const int64_t at = first * groups_ + group * tokens + token, source = group * from_tokens + from_token;
+    std::memcpy(q_ + at * size_, from.q_ + source * size_, size_);
+    scales_[at] = from.scales_[source];
+    sums_[at] = from.sums_[source];
+  }
+}
+
+void Products::round(const Kernel& kernel, const NestedMatrix& like, const float* x, int64_t tokens, int64_t x_stride,
+                     int64_t cols) {
+  inputs_.reserve(like, tokens);
+  pool_.parallel_for(tokens, std::max<int64_t>(1, 8192 / cols), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) inputs_.put(kernel, 0, tokens, t, x + t * x_stride, cols);
   });
-  to.view = Activations{q, scales, sums, tokens, groups};
 }
 
 void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int count, const float* x, int64_t tokens,
@@ -49,7 +75,8 @@ void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int c
     if (matrices[i]->raw == nullptr) nested = &matrices[i]->nested;
     total += matrices[i]->nested.tiles;
   }
-  if (nested != nullptr) quantise(kernel, *nested, x, tokens, x_stride, cols, inputs_);
+  if (nested != nullptr) round(kernel, *nested, x, tokens, x_stride, cols);
+  const Activations in = nested != nullptr ? inputs_.of(0, tokens) : Activations{};
   pool_.parallel_for(total, kTileGrain, [&](int64_t first, int64_t last) {
     int64_t begin = 0;
     for (int i = 0; i < count; begin += matrices[i++]->nested.tiles) {
@@ -57,7 +84,7 @@ void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int c
       const int64_t from = std::max(first - begin, int64_t(0)), to = std::min(last - begin, m.nested.tiles);
       if (from >= to) continue;
       if (m.raw == nullptr)
-        kernel.nested_matmul(m.nested, inputs_.view, outs[i], m.rows(), from, to);
+        kernel.nested_matmul(m.nested, in, outs[i], m.rows(), from, to);
       else
         kernel.raw_matmul(m.raw, m.type, cols, x, tokens, x_stride, outs[i], m.rows(), from * kTileRows,
                           std::min(to * kTileRows, m.rows()));
@@ -72,28 +99,21 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
   std::vector<int64_t> starts(num + 1, 0);
   for (int64_t e = 0; e < num; e++) starts[e + 1] = starts[e] + counts[e];
   const int64_t rows = starts[num];
-  const NestedMatrix& first_gate = experts[0].gate;
-  const int64_t groups = first_gate.groups, width = groups * first_gate.group_size;
+  const NestedMatrix &first_gate = experts[0].gate, &first_down = experts[0].down;
 
   // Inputs of each expert, side by side. A single token is the input of all.
-  quantise(kernel, first_gate, x, tokens, hidden, hidden, inputs_);
+  round(kernel, first_gate, x, tokens, hidden, hidden);
   const bool shared = tokens == 1;
   if (!shared) {
-    int8_t* q = gathered_.q.get<int8_t>((rows + kTokenBlock) * width);
-    float* scales = gathered_.scales.get<float>(rows * groups);
-    int32_t* sums = gathered_.sums.get<int32_t>(rows * groups);
-    pool_.parallel_for(rows, 64, [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; r++) {
-        const int64_t t = tokens_of[r];
-        std::memcpy(q + r * width, inputs_.view.q + t * width, width);
-        std::memcpy(scales + r * groups, inputs_.view.scales + t * groups, groups * sizeof(float));
-        std::memcpy(sums + r * groups, inputs_.view.sums + t * groups, groups * sizeof(int32_t));
-      }
+    gathered_.reserve(first_gate, rows);
+    pool_.parallel_for(num, 1, [&](int64_t first, int64_t last) {
+      for (int64_t e = first; e < last; e++)
+        for (int64_t t = 0; t < counts[e]; t++)
+          gathered_.copy(starts[e], counts[e], t, inputs_, tokens, tokens_of[starts[e] + t]);
     });
-    gathered_.view = Activations{q, scales, sums, rows, groups};
   }
 
-  const int64_t gate_tiles = first_gate.tiles, down_tiles = experts[0].down.tiles;
+  const int64_t gate_tiles = first_gate.tiles, down_tiles = first_down.tiles;
   const int64_t grain = tokens == 1 ? kTileGrain : 1;
   float* gate = gate_.get<float>(rows * inner);
   float* up = up_.get<float>(rows * inner);
@@ -101,10 +121,7 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
     for (int64_t unit = first; unit < last;) {
       const int64_t e = unit / gate_tiles, tile = unit % gate_tiles;
       const int64_t end = std::min(tile + last - unit, gate_tiles);
-      Activations in = shared ? inputs_.view : gathered_.view;
-      if (!shared)
-        in = Activations{in.q + starts[e] * width, in.scales + starts[e] * groups, in.sums + starts[e] * groups,
-                         counts[e], groups};
+      const Activations in = shared ? inputs_.of(0, 1) : gathered_.of(starts[e], counts[e]);
       kernel.nested_matmul(experts[e].gate, in, gate + starts[e] * inner, inner, tile, end);
       kernel.nested_matmul(experts[e].up, in, up + starts[e] * inner, inner, tile, end);
       const int64_t from = tile * kTileRows, count = std::min(end * kTileRows, inner) - from;
@@ -114,15 +131,17 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
     }
   });
 
-  quantise(kernel, experts[0].down, gate, rows, inner, inner, hidden_);
-  const int64_t inner_groups = experts[0].down.groups, inner_width = inner_groups * experts[0].down.group_size;
+  hidden_.reserve(first_down, rows);
+  pool_.parallel_for(num, shared ? num : 1, [&](int64_t first, int64_t last) {
+    for (int64_t e = first; e < last; e++)
+      for (int64_t t = 0; t < counts[e]; t++)
+        hidden_.put(kernel, starts[e], counts[e], t, gate + (starts[e] + t) * inner, inner);
+  });
   pool_.parallel_for(num * down_tiles, grain, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last;) {
       const int64_t e = unit / down_tiles, tile = unit % down_tiles;
       const int64_t end = std::min(tile + last - unit, down_tiles);
-      const Activations& all = hidden_.view;
-      const Activations in{all.q + starts[e] * inner_width, all.scales + starts[e] * inner_groups,
-                           all.sums + starts[e] * inner_groups, counts[e], inner_groups};
+      const Activations in = hidden_.of(starts[e], counts[e]);
       kernel.nested_matmul(experts[e].down, in, out + starts[e] * hidden, hidden, tile, end);
       unit += end - tile;
     }

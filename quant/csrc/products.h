@@ -39,6 +39,25 @@ struct ExpertMatrices {
   NestedMatrix gate, up, down;
 };
 
+// Inputs of products: blocks of tokens one after the other, each as Activations has it.
+class Inputs {
+ public:
+  void reserve(const NestedMatrix& like, int64_t tokens);  // for products with matrices like this one
+  // The block of `tokens` tokens behind the first `first`.
+  Activations of(int64_t first, int64_t tokens) const;
+  // Rounds row [cols] to int8 and makes it token `token` of that block; columns beyond `cols` become 0.
+  void put(const Kernel& kernel, int64_t first, int64_t tokens, int64_t token, const float* row, int64_t cols);
+  // The same with a token of the first block of other inputs.
+  void copy(int64_t first, int64_t tokens, int64_t token, const Inputs& from, int64_t from_tokens, int64_t from_token);
+
+ private:
+  Buffer q_buffer_, scale_buffer_, sum_buffer_;
+  int8_t* q_ = nullptr;
+  float* scales_ = nullptr;
+  int32_t* sums_ = nullptr;
+  int64_t groups_ = 0, size_ = 0;
+};
+
 class Products {
  public:
   explicit Products(ThreadPool& pool) : pool_(pool) {}
@@ -54,12 +73,8 @@ class Products {
                const int64_t* tokens_of, const float* x, int64_t tokens, int64_t hidden, int64_t inner, float* out);
 
  private:
-  struct Inputs {
-    Buffer q, scales, sums;
-    Activations view{};
-  };
-  void quantise(const Kernel& kernel, const NestedMatrix& like, const float* x, int64_t tokens, int64_t x_stride,
-                int64_t cols, Inputs& to);
+  void round(const Kernel& kernel, const NestedMatrix& like, const float* x, int64_t tokens, int64_t x_stride,
+             int64_t cols);
 
   ThreadPool& pool_;
   Inputs inputs_, gathered_, hidden_;

@@ -40,29 +40,48 @@ std::vector<float> inputs(int64_t tokens, int64_t cols) {
   return x;
 }
 
-struct Inputs {
-  Memory<int8_t> q;
+// Inputs as a kernel rounds them, token by token, and `view`: some of them side by side for each group.
+struct Rounded {
+  std::vector<int8_t> q;
   std::vector<float> scales;
   std::vector<int32_t> sums;
-  int64_t tokens, groups, width;
+  int64_t groups, width;
+  int group_size;
+  bool reads_on;  // to the end of a block of 16 tokens
+  Memory<int8_t> viewed;  // no longer than needed: the last view
+  std::vector<float> viewed_scales;
+  std::vector<int32_t> viewed_sums;
 
-  Inputs(const Kernel& kernel, const float* x, int64_t tokens, int64_t cols, int group_size)
-      : tokens(tokens), groups(blocks(cols, group_size)), width(groups * group_size) {
-    const bool reads_on = std::strcmp(kernel.name, "amx") == 0;  // to the end of a block of 16 tokens
-    q = memory<int8_t>((tokens + (reads_on ? 16 : 0)) * width);
+  Rounded(const Kernel& kernel, const float* x, int64_t tokens, int64_t cols, int group_size)
+      : groups(blocks(cols, group_size)),
+        width(groups * group_size),
+        group_size(group_size),
+        reads_on(std::strcmp(kernel.name, "amx") == 0) {
+    Memory<int8_t> row = memory<int8_t>(width);
     scales.resize(tokens * groups), sums.resize(tokens * groups);
-    for (int64_t t = 0; t < tokens; t++)
-      kernel.quantise(x + t * cols, cols, groups, group_size, &q[t * width], &scales[t * groups], &sums[t * groups]);
+    for (int64_t t = 0; t < tokens; t++) {
+      kernel.quantise(x + t * cols, cols, groups, group_size, row.get(), &scales[t * groups], &sums[t * groups]);
+      q.insert(q.end(), row.get(), row.get() + width);
+    }
   }
-  Activations view(int64_t first, int64_t count) const {
-    return {q.get() + first * width, scales.data() + first * groups, sums.data() + first * groups, count, groups};
+  Activations view(int64_t first, int64_t count) {
+    viewed = memory<int8_t>((count * groups + (reads_on ? 16 : 0)) * group_size);
+    viewed_scales.resize(count * groups + (reads_on ? 16 : 0)), viewed_sums.resize(viewed_scales.size());
+    const Activations result{viewed.get(), viewed_scales.data(), viewed_sums.data(), count, count};
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = g * count + t, from = (first + t) * groups + g;
+        std::memcpy(&viewed[at * group_size], &q[from * group_size], group_size);
+        viewed_scales[at] = scales[from], viewed_sums[at] = sums[from];
+      }
+    return result;
   }
 };
 
 // Checks what a kernel made of x, and returns it as the products see it.
-std::vector<double> check_quantised(const Inputs& in, const std::vector<float>& x, int64_t cols, int group_size) {
+std::vector<double> check_quantised(const Rounded& in, const std::vector<float>& x, int64_t cols, int group_size) {
   std::vector<double> seen(x.size());
-  for (int64_t t = 0; t < in.tokens; t++)
+  for (int64_t t = 0; t < int64_t(in.sums.size()) / in.groups; t++)
     for (int64_t g = 0; g < in.groups; g++) {
       const int64_t from = g * group_size, to = std::min(cols, from + group_size);
       double peak = 0, sum = 0;
@@ -88,7 +107,7 @@ std::vector<double> check_quantised(const Inputs& in, const std::vector<float>& 
 }
 
 // The arithmetic that kernel.h promises, with fused multiply-add: what every kernel but the portable one gives to the bit.
-float promised(const Packed& m, const Inputs& in, int s, int64_t t, int64_t n) {
+float promised(const Packed& m, const Rounded& in, int s, int64_t t, int64_t n) {
   float total = 0;
   for (int64_t g = 0; g < m.groups; g++) {
     int32_t dot = 0, levels = (1 << m.widths[s]) - 1;
@@ -103,7 +122,7 @@ float promised(const Packed& m, const Inputs& in, int s, int64_t t, int64_t n) {
 void test_matrix(const Kernel& kernel, const Packed& m, const std::vector<int64_t>& counts) {
   const int64_t tokens = counts.back(), stride = m.rows + 5;
   const std::vector<float> x = inputs(tokens, m.cols);
-  const Inputs in(kernel, x.data(), tokens, m.cols, m.group_size);
+  Rounded in(kernel, x.data(), tokens, m.cols, m.group_size);
   const std::vector<double> seen = check_quantised(in, x, m.cols, m.group_size);
   const float untouched = -12345;
   for (size_t s = 0; s < m.widths.size(); s++) {
@@ -277,7 +296,7 @@ void test_products(const Kernel& kernel) {
   for (float& v : x) v = normal();
 
   auto linear = [&](const Packed& m, int s, const float* rows, int64_t count) {
-    const Inputs in(kernel, rows, count, m.cols, m.group_size);
+    Rounded in(kernel, rows, count, m.cols, m.group_size);
     std::vector<float> out(count * m.rows);
     kernel.nested_matmul(m.view(s), in.view(0, count), out.data(), m.rows, 0, m.tiles);
     return out;
