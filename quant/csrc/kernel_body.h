@@ -86,10 +86,37 @@ inline f32x16 where_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
   return bits_as<f32x16>(result);
 }
 
+// What `join` makes of all lanes, as a tree: a loop over the lanes takes longer than the arithmetic before it.
+template <class Lane, class V, class Join>
+inline Lane over_lanes(V v, Join join) {
+  typedef Lane Eight __attribute__((vector_size(8 * sizeof(Lane))));
+  typedef Lane Four __attribute__((vector_size(4 * sizeof(Lane))));
+  Eight halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  const Eight eight = join(halves[0], halves[1]);
+  Four quarters[2];
+  std::memcpy(quarters, &eight, sizeof(eight));
+  const Four four = join(quarters[0], quarters[1]);
+  return join(join(four[0], four[1]), join(four[2], four[3]));
+}
+
+inline float sum_lanes(f32x16 v) {
+  return over_lanes<float>(v, [](auto a, auto b) { return a + b; });
+}
+inline int32_t sum_lanes(i32x16 v) {
+  return over_lanes<int32_t>(v, [](auto a, auto b) { return a + b; });
+}
 inline float largest_lane(f32x16 v) {
-  float largest = v[0];
-  for (int lane = 1; lane < 16; lane++) largest = v[lane] > largest ? v[lane] : largest;
-  return largest;
+  return over_lanes<float>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// The first `count` (at most 16) floats at p; the other lanes are 0. A copy of a length not known at compile time is a
+// call, which takes longer than the arithmetic.
+inline f32x16 load_some(const float* p, int64_t count) {
+  if (count >= 16) return load<f32x16>(p);
+  f32x16 v = {};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
 }
 
 inline f32x16 absolute(f32x16 v) { return bits_as<f32x16>(bits_as<u32x16>(v) & 0x7fffffffu); }
@@ -107,7 +134,7 @@ void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8
     for (int i = 0; i < group_size / 16; i++) {
       const int64_t left = cols - start - 16 * i;
       if (left <= 0) break;
-      std::memcpy(&part[i], x + start + 16 * i, (left < 16 ? left : 16) * sizeof(float));
+      part[i] = load_some(x + start + 16 * i, left);
       poison += part[i] * 0.0f;  // NaN where an input is not finite: it must reach the output
       const f32x16 size = absolute(part[i]);
       peaks = where_less(peaks, size, size, peaks);
@@ -126,11 +153,8 @@ void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8
       const i8x16 narrow = __builtin_convertvector(whole, i8x16);
       std::memcpy(q + start + 16 * i, &narrow, sizeof(narrow));
     }
-    int32_t total = 0;
-    float bad = 0;
-    for (int lane = 0; lane < 16; lane++) total += sum[lane], bad += poison[lane];
-    scales[group] = scale / 2 + bad;
-    sums[group] = total;
+    scales[group] = scale / 2 + sum_lanes(poison);
+    sums[group] = sum_lanes(sum);
   }
 }
 
@@ -173,28 +197,18 @@ inline f32x16 exponential(f32x16 x) {
   return p * bits_as<f32x16>((__builtin_convertvector(n, i32x16) + 127) << 23);
 }
 
-void silu_product(float* gate, const float* up, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const size_t bytes = (count - i < 16 ? count - i : 16) * sizeof(float);
-    f32x16 g = {}, u = {};
-    std::memcpy(&g, gate + i, bytes);
-    std::memcpy(&u, up + i, bytes);
-    g = g / (exponential(-g) + 1.0f) * u;
-    std::memcpy(gate + i, &g, bytes);
-  }
-}
+inline f32x16 silu(f32x16 v) { return v / (exponential(-v) + 1.0f); }
 
-// As a tree: a loop over the lanes would take longer than the products before it.
-inline float sum_lanes(f32x16 v) {
-  typedef float f32x8 __attribute__((vector_size(32)));
-  typedef float f32x4 __attribute__((vector_size(16)));
-  f32x8 halves[2];
-  std::memcpy(halves, &v, sizeof(v));
-  const f32x8 eight = halves[0] + halves[1];
-  f32x4 quarters[2];
-  std::memcpy(quarters, &eight, sizeof(eight));
-  const f32x4 four = quarters[0] + quarters[1];
-  return (four[0] + four[1]) + (four[2] + four[3]);
+void silu_product(float* gate, const float* up, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const f32x16 product = silu(load<f32x16>(gate + i)) * load<f32x16>(up + i);
+    std::memcpy(gate + i, &product, sizeof(product));
+  }
+  if (i < count) {
+    const f32x16 product = silu(load_some(gate + i, count - i)) * load_some(up + i, count - i);
+    std::memcpy(gate + i, &product, (count - i) * sizeof(float));
+  }
 }
 
 // Sixteen raw weights as floats, exactly.
@@ -226,11 +240,7 @@ void raw_tokens(const Weight* w, int64_t cols, const float* x, int64_t x_stride,
       Weight rest[16] = {};
       std::memcpy(rest, row + k, (cols - k) * sizeof(Weight));
       const f32x16 v = sixteen(rest);
-      for (int t = 0; t < T; t++) {
-        f32x16 part = {};
-        std::memcpy(&part, x + t * x_stride + k, (cols - k) * sizeof(float));
-        sum[t] += v * part;
-      }
+      for (int t = 0; t < T; t++) sum[t] += v * load_some(x + t * x_stride + k, cols - k);
     }
     for (int t = 0; t < T; t++) out[t * out_stride + n] = sum_lanes(sum[t]);
   }
@@ -261,8 +271,7 @@ void raw_matmul(const void* w, RawType type, int64_t cols, const float* x, int64
 void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out) {
   f32x16 square = {};
   for (int64_t i = 0; i < count; i += 16) {
-    f32x16 part = {};
-    std::memcpy(&part, x + i, (count - i < 16 ? count - i : 16) * sizeof(float));
+    const f32x16 part = load_some(x + i, count - i);
     square += part * part;
   }
   const float factor = 1 / std::sqrt(sum_lanes(square) / float(count) + eps);

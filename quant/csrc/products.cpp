@@ -114,7 +114,7 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
   }
 
   const int64_t gate_tiles = first_gate.tiles, down_tiles = first_down.tiles;
-  const int64_t grain = tokens == 1 ? kTileGrain : 1;
+  const int64_t grain = kTileGrain;
   float* gate = gate_.get<float>(rows * inner);
   float* up = up_.get<float>(rows * inner);
   pool_.parallel_for(num * gate_tiles, grain, [&](int64_t first, int64_t last) {
