@@ -14,6 +14,7 @@ from torch import Tensor
 from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget
 from moert.config import DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
 from moert.errors import BudgetError, UsageError
+from moert.memory import keep_freed_memory
 from moert.models.architecture import Architecture
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
@@ -67,6 +68,7 @@ class Engine:
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
+        keep_freed_memory()
         slices = self.precision.slices(store.layout.widths)
         self.budget = self._split(store, config, slices)
         num_experts = len(store.moe_layers) * store.num_experts

@@ -13,7 +13,7 @@ from torch.nn import functional
 from moert.models.architecture import Architecture
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm, linear_many
-from moert.models.rope import rotate
+from moert.quant.rows import rotate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
         q, k, v = self._heads(*self._project(x))
         # Keys and values come back from the cache, the new ones too: its rounding must not depend on the chunking.
-        cache.append(self.layer, rotate(k, cos, sin), v)
+        cache.append(self.layer, rotate(k, cos, sin), v.transpose(0, 1))
         keys, values = cache.read(self.layer, seen.start, seen.end)
         y = self._attend(rotate(q, cos, sin), keys, values, seen)
         result: Tensor = self.o_proj(y)
@@ -82,11 +82,11 @@ class Attention(nn.Module):
         return q, k, v
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [H, T, d], k and v [J, T, d], with norms per head, before rotation."""
+        """q [T, H, d], k and v [T, J, d], with norms per head, before rotation."""
         q, k, v = (t.view(len(t), -1, self.head_dim) for t in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        return q, k, v
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Span) -> Tensor:
         """Softmax attention of q [H, T, d] over keys and values [J, S, d]: [T, H * d]."""

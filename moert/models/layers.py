@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from moert.quant import matmul
+from moert.quant import matmul, rows
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
 DenseTensors = Mapping[str, Tensor | PackedMatrix]
@@ -32,7 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rows.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Module):

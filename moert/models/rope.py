@@ -73,9 +73,3 @@ class Rotation:
             frequencies = inverse_frequencies(self._rope, self._head_dim, start + count)
         angles = torch.arange(start, start + count, dtype=torch.float32)[:, None] * frequencies
         return angles.cos() * self._rope.attention_factor, angles.sin() * self._rope.attention_factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x [heads, T, d] by the angles of cos and sin [T, d/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert, experts_ffn
+from moert.quant.rows import combine
 from moert.runtime.residency import Arena
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import Read, SliceReader
@@ -56,6 +57,7 @@ class ExpertRunner:
         self._activation = activation
         self._ready: dict[tuple[ExpertKey, int], PackedExpert] = {}
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
+        self._parts = torch.empty(0)
         self.counters = Counters()
 
     def close(self) -> None:
@@ -75,7 +77,7 @@ class ExpertRunner:
         try:
             plan = plan_layer(layer, routed, self._cache)
             self._count(plan)
-            step = _Step(plan, x, places, x.new_empty(T * K, x.shape[1]))
+            step = _Step(plan, x, places, self._room(T * K, x.shape[1]))
             for wave in plan.waves:
                 self._run_wave(step, wave, loading)
         except BaseException:  # Ctrl-C too, wherever it strikes
@@ -83,11 +85,14 @@ class ExpertRunner:
             raise
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
-        parts = step.parts
-        if T > 1 or step.computed != list(places):
-            order = torch.cat([places[e] for e in step.computed])
-            parts = parts[torch.empty_like(order).scatter_(0, order, torch.arange(T * K))]
-        return torch.bmm(weights.view(T, 1, K), parts.view(T, K, -1)).view(T, -1)
+        order = torch.cat([places[e] for e in step.computed])
+        return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(T * K)), weights)
+
+    def _room(self, rows: int, size: int) -> Tensor:
+        """Float32 [rows, size], valid until the next call: kept, because new pages cost more than what is written."""
+        if self._parts.numel() < rows * size:
+            self._parts = torch.empty(rows * size)
+        return self._parts[: rows * size].view(rows, size)
 
     def _run_wave(self, step: _Step, wave: Wave, loading: set[SliceKey]) -> None:
         """`loading` has the slices whose slots are not filled yet, at every moment."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from moert.memory import allocate
 from moert.quant.format import ExpertLayout
 from moert.scheduler.types import SliceKey
+from moert.store.fileio import as_bytes
 
 
 def slots_for(arena_bytes: int, slices: int, layout: ExpertLayout, num_experts: int) -> tuple[int, ...]:
@@ -28,7 +29,7 @@ class Arena:
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
         self._tensor = allocate(self.total_bytes)
-        self._bytes = memoryview(self._tensor.numpy())
+        self._bytes = as_bytes(self._tensor)
         self._starts: list[int] = []
         at = 0
         for n, size in zip(slots, sizes, strict=True):

@@ -14,6 +14,7 @@
 #include "decode.h"
 #include "kernel.h"
 #include "products.h"
+#include "rows.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -271,8 +272,20 @@ NB_MODULE(_native, m) {
   m.def("layer_step", &layer_step);
   m.def("attention", &attention);
   m.def("route", &route_at);
-  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t count, float eps, uintptr_t out) {
-    active->rms_norm(at<const float>(x), at<const float>(weight), count, eps, at<float>(out));
+  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t size, float eps, uintptr_t out) {
+    nb::gil_scoped_release release;
+    rms_norm_rows(*active, pool(), at<const float>(x), at<const float>(weight), rows, size, eps, at<float>(out));
+  });
+  m.def("rotate", [](uintptr_t x, int64_t tokens, int64_t heads, int64_t d, uintptr_t cos, uintptr_t sin, uintptr_t out) {
+    nb::gil_scoped_release release;
+    rotate_heads(pool(), at<const float>(x), tokens, heads, d, at<const float>(cos), at<const float>(sin),
+                 at<float>(out));
+  });
+  m.def("combine", [](uintptr_t parts, uintptr_t rows, uintptr_t weights, int64_t tokens, int64_t top_k, int64_t size,
+                      uintptr_t out) {
+    nb::gil_scoped_release release;
+    combine(pool(), at<const float>(parts), at<const int64_t>(rows), at<const float>(weights), tokens, top_k, size,
+            at<float>(out));
   });
   m.def("dequantise", &dequantise);
   m.def("search_codes", &search_codes);

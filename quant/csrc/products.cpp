@@ -67,6 +67,47 @@ void Products::round(const Kernel& kernel, const NestedMatrix& like, const float
   });
 }
 
+// Rows [first, last) of tiles for many tokens, in memory of this thread where they lie side by side: [tokens][rows of
+// these tiles]. Written to their places one by one, which are often a power of two apart, they would push each other
+// out of the cache.
+static float* product_aside(const Kernel& kernel, const NestedMatrix& m, const Activations& in, int64_t first, int64_t last,
+                     Buffer& memory) {
+  const int64_t width = (last - first) * kTileRows;
+  float* aside = memory.get<float>(in.tokens * width);
+  kernel.nested_matmul(m, in, aside - first * kTileRows, width, first, last);
+  return aside;
+}
+
+static void put_rows(const float* aside, int64_t tokens, int64_t first, int64_t last, int64_t rows, float* out) {
+  const int64_t width = (last - first) * kTileRows, count = std::min(last * kTileRows, rows) - first * kTileRows;
+  for (int64_t t = 0; t < tokens; t++)
+    std::memcpy(out + t * rows + first * kTileRows, aside + t * width, count * sizeof(float));
+}
+
+// out [tokens][rows of m] gets tiles [first, last).
+static void product(const Kernel& kernel, const NestedMatrix& m, const Activations& in, int64_t first, int64_t last,
+             float* out) {
+  static thread_local Buffer memory;
+  if (in.tokens < kTokenBlock) return kernel.nested_matmul(m, in, out, m.rows, first, last);
+  put_rows(product_aside(kernel, m, in, first, last, memory), in.tokens, first, last, m.rows, out);
+}
+
+static void gated_product(const Kernel& kernel, const ExpertMatrices& expert, const Activations& in, int64_t first,
+                   int64_t last, float* gate, float* up) {
+  static thread_local Buffer gate_memory, up_memory;
+  const int64_t rows = expert.gate.rows;
+  if (in.tokens >= kTokenBlock) {
+    float* gates = product_aside(kernel, expert.gate, in, first, last, gate_memory);
+    const float* ups = product_aside(kernel, expert.up, in, first, last, up_memory);
+    kernel.silu_product(gates, ups, in.tokens * (last - first) * kTileRows);
+    return put_rows(gates, in.tokens, first, last, rows, gate);
+  }
+  kernel.nested_matmul(expert.gate, in, gate, rows, first, last);
+  kernel.nested_matmul(expert.up, in, up, rows, first, last);
+  const int64_t from = first * kTileRows, count = std::min(last * kTileRows, rows) - from;
+  for (int64_t t = 0; t < in.tokens; t++) kernel.silu_product(gate + t * rows + from, up + t * rows + from, count);
+}
+
 void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int count, const float* x, int64_t tokens,
                       int64_t x_stride, int64_t cols, float* const* outs) {
   int64_t total = 0;
@@ -84,7 +125,7 @@ void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int c
       const int64_t from = std::max(first - begin, int64_t(0)), to = std::min(last - begin, m.nested.tiles);
       if (from >= to) continue;
       if (m.raw == nullptr)
-        kernel.nested_matmul(m.nested, in, outs[i], m.rows(), from, to);
+        product(kernel, m.nested, in, from, to, outs[i]);
       else
         kernel.raw_matmul(m.raw, m.type, cols, x, tokens, x_stride, outs[i], m.rows(), from * kTileRows,
                           std::min(to * kTileRows, m.rows()));
@@ -122,11 +163,7 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
       const int64_t e = unit / gate_tiles, tile = unit % gate_tiles;
       const int64_t end = std::min(tile + last - unit, gate_tiles);
       const Activations in = shared ? inputs_.of(0, 1) : gathered_.of(starts[e], counts[e]);
-      kernel.nested_matmul(experts[e].gate, in, gate + starts[e] * inner, inner, tile, end);
-      kernel.nested_matmul(experts[e].up, in, up + starts[e] * inner, inner, tile, end);
-      const int64_t from = tile * kTileRows, count = std::min(end * kTileRows, inner) - from;
-      for (int64_t r = starts[e]; r < starts[e + 1]; r++)
-        kernel.silu_product(gate + r * inner + from, up + r * inner + from, count);
+      gated_product(kernel, experts[e], in, tile, end, gate + starts[e] * inner, up + starts[e] * inner);
       unit += end - tile;
     }
   });
@@ -142,7 +179,7 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
       const int64_t e = unit / down_tiles, tile = unit % down_tiles;
       const int64_t end = std::min(tile + last - unit, down_tiles);
       const Activations in = hidden_.of(starts[e], counts[e]);
-      kernel.nested_matmul(experts[e].down, in, out + starts[e] * hidden, hidden, tile, end);
+      product(kernel, experts[e].down, in, tile, end, out + starts[e] * hidden);
       unit += end - tile;
     }
   });

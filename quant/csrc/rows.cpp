@@ -1,0 +1,48 @@
+#include "rows.h"
+
+namespace moert {
+
+namespace {
+constexpr int64_t kGrain = 1 << 14;  // numbers that are worth another thread
+
+int64_t grain_for(int64_t size) { return size < kGrain ? kGrain / size : 1; }
+}  // namespace
+
+void rms_norm_rows(const Kernel& kernel, ThreadPool& pool, const float* x, const float* weight, int64_t rows,
+                   int64_t size, float eps, float* out) {
+  pool.parallel_for(rows, grain_for(size), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) kernel.rms_norm(x + r * size, weight, size, eps, out + r * size);
+  });
+}
+
+void rotate_heads(ThreadPool& pool, const float* x, int64_t tokens, int64_t heads, int64_t d, const float* cos,
+                  const float* sin, float* out) {
+  const int64_t half = d / 2;
+  pool.parallel_for(tokens, grain_for(heads * d), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++)
+      for (int64_t h = 0; h < heads; h++) {
+        const float *in = x + (t * heads + h) * d, *c = cos + t * half, *s = sin + t * half;
+        float* to = out + (h * tokens + t) * d;
+        for (int64_t i = 0; i < half; i++) {
+          to[i] = in[i] * c[i] - in[i + half] * s[i];
+          to[i + half] = in[i + half] * c[i] + in[i] * s[i];
+        }
+      }
+  });
+}
+
+void combine(ThreadPool& pool, const float* parts, const int64_t* rows, const float* weights, int64_t tokens,
+             int64_t top_k, int64_t size, float* out) {
+  pool.parallel_for(tokens, grain_for(top_k * size), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
+      float* sum = out + t * size;
+      for (int64_t k = 0; k < top_k; k++) {
+        const float* part = parts + rows[t * top_k + k] * size;
+        const float weight = weights[t * top_k + k];
+        for (int64_t i = 0; i < size; i++) sum[i] = k == 0 ? weight * part[i] : sum[i] + weight * part[i];
+      }
+    }
+  });
+}
+
+}  // namespace moert
