@@ -225,23 +225,31 @@ def expert_ffn(x: Tensor, expert: PackedExpert, activation: str = "silu") -> Ten
 
 
 def experts_ffn(
-    x: Tensor, experts: Sequence[PackedExpert], tokens_of: Sequence[Tensor], out: Tensor, activation: str = "silu"
+    x: Tensor,
+    experts: Sequence[PackedExpert],
+    tokens_of: Sequence[Tensor] | None,
+    out: Tensor,
+    activation: str = "silu",
 ) -> None:
     """`expert_ffn` of several experts in one call.
 
-    x: float32 [T, D]. tokens_of[i]: int64 [n_i], the tokens of expert i. out: float32 [sum of n_i, D], contiguous, gets
-    the results, one expert after the other.
+    x: float32 [T, D]. tokens_of[i]: int64 [n_i], the tokens of expert i; None where x is a single token, of all. out:
+    float32 [sum of n_i, D], contiguous, gets the results, one expert after the other.
     """
     module = compiled()
     natives = [e.native for e in experts] if module is not None and activation == "silu" else [None]
     if module is None or None in natives:
         start = 0
-        for expert, tokens in zip(experts, tokens_of, strict=True):
+        for expert, tokens in zip(
+            experts, tokens_of or [torch.zeros(1, dtype=torch.int64)] * len(experts), strict=True
+        ):
             out[start : start + len(tokens)] = expert_ffn(x[tokens], expert, activation)
             start += len(tokens)
         return
-    counts = [tokens.shape[0] for tokens in tokens_of]
-    order = tokens_of[0] if x.shape[0] == 1 else torch.cat(list(tokens_of))  # not looked at for a single token
     x = x.contiguous()
+    if tokens_of is None:
+        counts, order = [1] * len(experts), x  # the order is not looked at
+    else:
+        counts, order = [tokens.shape[0] for tokens in tokens_of], torch.cat(list(tokens_of))
     inner = experts[0].gate.shape[0]
     module.experts(natives, counts, order.data_ptr(), x.data_ptr(), x.shape[0], x.shape[1], inner, out.data_ptr())

@@ -29,8 +29,10 @@ def plan_layer(layer: int, routed: Sequence[RoutedExpert], cache: SliceCache) ->
     for r in hottest_first(routed):
         (resident if cache.resident(layer, r.expert) >= r.slices else missing).append(r)
     waves: list[Wave] = []
-    keep = {ExpertKey(layer, r.expert) for r in resident}
     ready = tuple(r.expert for r in resident)
+    if not missing:  # most steps, so they do not pay for what follows
+        return Plan(layer, {r.expert: r.slices for r in routed}, (Wave((), (), ready),))
+    keep = {ExpertKey(layer, r.expert) for r in resident}
     while missing or ready:
         room = cache.room(keep)
         chosen: list[RoutedExpert] = []

@@ -21,8 +21,7 @@ class SliceKey(NamedTuple):
     slice: int
 
 
-@dataclass(frozen=True, slots=True)
-class RoutedExpert:
+class RoutedExpert(NamedTuple):
     """What the router asks of one expert in one layer of one step.
 
     tokens: how many tokens are routed to it. weight: sum of their router weights. slices: how many slices the
@@ -33,10 +32,6 @@ class RoutedExpert:
     tokens: int
     weight: float
     slices: int
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1 or self.slices < 1:
-            raise ValueError(f"expert {self.expert}: {self.tokens} tokens, {self.slices} slices; both are at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,21 +23,21 @@ from moert.scheduler.precision import FixedPrecision
 from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
 from moert.store.reader import Store
 
-_FIRST = torch.zeros(1, dtype=torch.int64)
-_PLACES = torch.split(torch.arange(256), 1)  # made once: a decode step would make eight tensors per layer
+_RANKS = torch.arange(1024)
 
 
 @dataclass(slots=True)
 class _Step:
     """One layer of one step on its way.
 
-    places: for each expert, where it stands in the flattened [T, K] indices. parts: float32 [T * K, D], filled from the
-    front, `filled` rows so far. computed: the experts that they come from.
+    places: for each expert, where it stands in the flattened [T, K] indices; None for a single token, of which decoding
+    would make eight tensors a layer. parts: float32 [T * K, D], filled from the front, `filled` rows so far. computed:
+    the experts that they come from.
     """
 
     plan: Plan
     x: Tensor
-    places: dict[int, Tensor]
+    places: dict[int, Tensor] | None
     parts: Tensor
     filled: int = 0
     computed: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class ExpertRunner:
         self._precision = precision
         self._slices = precision.slices(store.layout.widths)
         self._activation = activation
-        self._ready: dict[tuple[ExpertKey, int], PackedExpert] = {}
+        self._ready: dict[tuple[int, int, int], PackedExpert] = {}  # by layer, expert and number of slices
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._parts = torch.empty(0)
         self.counters = Counters()
@@ -70,9 +70,15 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         T, K = indices.shape
-        places = _places_by_expert(indices)
-        sums = _weight_by_expert(indices, weights)
-        routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
+        places: dict[int, Tensor] | None = None
+        if T == 1:
+            chosen = indices.view(-1).tolist()
+            routed = [
+                RoutedExpert(e, 1, w, self._slices) for e, w in zip(chosen, weights.view(-1).tolist(), strict=True)
+            ]
+        else:
+            places, sums = _places_by_expert(indices), _weight_by_expert(indices, weights)
+            routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
         loading: set[SliceKey] = set()
         try:
             plan = plan_layer(layer, routed, self._cache)
@@ -85,6 +91,9 @@ class ExpertRunner:
             raise
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
+        if places is None:
+            same = step.computed == chosen
+            return combine(step.parts, _RANKS[:K] if same else _ranks(chosen, step.computed), weights)
         order = torch.cat([places[e] for e in step.computed])
         return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(T * K)), weights)
 
@@ -136,30 +145,32 @@ class ExpertRunner:
         self.counters.bytes_read += sum(len(b) for b in read.buffers)
         return read
 
-    def _packed(self, key: ExpertKey, slices: int) -> PackedExpert:
+    def _packed(self, layer: int, expert: int, slices: int) -> PackedExpert:
         """The expert, used with its first `slices` slices: built once, kept until one of them is evicted."""
-        found = self._ready.get((key, slices))
+        found = self._ready.get((layer, expert, slices))
         if found is None:
-            views = [self._arena.view(SliceKey(*key, index)) for index in range(slices)]
-            found = self._ready[key, slices] = PackedExpert.from_slices(views, self._layout)
+            views = [self._arena.view(SliceKey(layer, expert, index)) for index in range(slices)]
+            found = self._ready[layer, expert, slices] = PackedExpert.from_slices(views, self._layout)
         return found
 
     def _compute(self, step: _Step, experts: Sequence[int]) -> None:
         before = time.perf_counter()
-        packed = [self._packed(ExpertKey(step.plan.layer, e), step.plan.slices[e]) for e in experts]
-        places = [step.places[e] for e in experts]
-        out = step.parts[step.filled : step.filled + sum(at.shape[0] for at in places)]
-        K = step.parts.shape[0] // step.x.shape[0]
-        tokens_of = [at // K for at in places] if step.x.shape[0] > 1 else [_FIRST] * len(places)
-        experts_ffn(step.x, packed, tokens_of, out, self._activation)
+        layer, slices = step.plan.layer, step.plan.slices
+        packed = [self._packed(layer, e, slices[e]) for e in experts]
+        tokens_of, rows = None, len(experts)
+        if step.places is not None:
+            K = step.parts.shape[0] // step.x.shape[0]
+            tokens_of = [step.places[e] // K for e in experts]
+            rows = sum(tokens.shape[0] for tokens in tokens_of)
+        experts_ffn(step.x, packed, tokens_of, step.parts[step.filled : step.filled + rows], self._activation)
         step.computed += experts
-        step.filled += out.shape[0]
+        step.filled += rows
         self.counters.computed_s += time.perf_counter() - before
 
     def _release(self, key: SliceKey) -> None:
         self._arena.release(key)
         for slices in range(key.slice + 1, self._layout.num_slices + 1):
-            self._ready.pop((ExpertKey(key.layer, key.expert), slices), None)
+            self._ready.pop((key.layer, key.expert, slices), None)
 
     def _recover(self, loading: set[SliceKey]) -> None:
         """Begin afresh with what is surely in the arena, after a step that broke off somewhere.
@@ -189,11 +200,14 @@ class ExpertRunner:
         self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
 
 
+def _ranks(chosen: list[int], computed: list[int]) -> Tensor:
+    """Where each chosen expert stands among the computed ones."""
+    return torch.tensor([computed.index(e) for e in chosen])
+
+
 def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
     """Positions in the flattened [T, K] indices at which each expert stands, ascending."""
     flat = indices.flatten()
-    if indices.shape[0] == 1 and len(flat) <= len(_PLACES):
-        return dict(zip(flat.tolist(), _PLACES, strict=False))
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat)
     experts = counts.nonzero().flatten()
@@ -202,7 +216,5 @@ def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
 
 def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
     flat = indices.flatten()
-    if indices.shape[0] == 1:
-        return dict(zip(flat.tolist(), weights.flatten().tolist(), strict=True))
     sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
     return dict(enumerate(sums.tolist()))

@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <algorithm>
+
 namespace moert {
 
 namespace {
@@ -34,8 +36,15 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::run_parts() {
-  for (int64_t first; (first = next_.fetch_add(grain_)) < count_;)
-    (*body_)(first, first + grain_ < count_ ? first + grain_ : count_);
+  int64_t first = next_.load();
+  while (first < count_) {
+    // Half of an equal share of what is left: long parts at first, short ones at the end, where threads wait.
+    const int64_t left = count_ - first, share = left / (2 * size_) / grain_ * grain_;
+    const int64_t part = std::min(left, std::max(grain_, share));
+    if (!next_.compare_exchange_weak(first, first + part)) continue;
+    (*body_)(first, first + part);
+    first = next_.load();
+  }
 }
 
 void ThreadPool::work(uint64_t seen) {

@@ -20,7 +20,7 @@ class ThreadPool {
 
   int size() const { return size_; }
   void resize(int threads);
-  // Calls body(first, last) on parts of [0, count) of at most `grain`, and returns when all have ended. Threads take the
+  // Calls body(first, last) on parts of [0, count) of at least `grain`, and returns when all have ended. Threads take the
   // next part when they are done with one, so that a thread that was held up does not hold up the rest.
   // Calls from several threads are taken one after the other; a pool of one is no pool: each computes by itself.
   void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
