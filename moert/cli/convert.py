@@ -20,6 +20,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="never use the network")
     common.add_quiet_option(parser)
     common.add_conversion_options(parser)
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="choose the codes by their effect on the outputs for a text file; `default`: for one that comes along",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -30,7 +35,10 @@ def main(args: argparse.Namespace) -> int:
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
     status.say(f"Converting {args.src} ({settings}) into {args.out}.")
     with status.spinner("Starting"):
+        from moert import calibration
         from moert.store.convert import convert  # loads torch
+
+        text = calibration.load(args.calibrate, folder) if args.calibrate is not None else None
     with conversion_progress(status) as progress:
         store = convert(
             folder,
@@ -40,6 +48,8 @@ def main(args: argparse.Namespace) -> int:
             dense_bits=settings.dense_bits,
             resume=args.resume,
             progress=progress,
+            calibration=text,
+            on_status=status.say,
             source_name=args.src,
         )
     size = sum(f.stat().st_size for f in store.path.iterdir())

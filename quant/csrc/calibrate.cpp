@@ -116,12 +116,11 @@ inline void invert(const Nesting& n, const Lanes* scale, Lanes* inverse) {
 }  // namespace
 
 MOERT_CLONES
-void fit_scales(const Nesting& n, const float* targets, const float* column_weights, float* scales, int64_t first,
-                int64_t last) {
+void fit_scales(const Nesting& n, const float* targets, const float* column_weights, float* scales) {
   const int widths = n.num_widths, top = n.widths[widths - 1];
   Lanes target[kMaxWidths][kMaxGroup], scale[kMaxWidths], best[kMaxWidths], inverse[kMaxWidths];
   Codes codes[kMaxGroup];
-  for (int64_t tile = first; tile < last; tile++) {
+  for (int64_t tile = 0; tile * kLanes < n.rows; tile++) {
     for (int b = 0; b < widths; b++) gather(n, targets + b * n.rows * n.stride, tile, target[b]);
     Lanes least, cost, peak;
     for (int r = 0; r < kLanes; r++) least.v[r] = INFINITY, peak.v[r] = 1e-30f;
@@ -156,11 +155,10 @@ void fit_scales(const Nesting& n, const float* targets, const float* column_weig
 
 MOERT_CLONES
 void choose_codes(const Nesting& n, const float* targets, const float* before, const float* coupling,
-                  int64_t coupling_stride, const float* scales, uint8_t* codes, int64_t code_stride, float* moved,
-                  int64_t first, int64_t last) {
+                  const float* scales, uint8_t* codes, int64_t code_stride, float* moved) {
   const int widths = n.num_widths, top = n.widths[widths - 1], columns = n.group_size;
   Lanes target[kMaxWidths][kMaxGroup], now[kMaxWidths][kMaxGroup], scale[kMaxWidths], inverse[kMaxWidths];
-  for (int64_t tile = first; tile < last; tile++) {
+  for (int64_t tile = 0; tile * kLanes < n.rows; tile++) {
     const int rows = n.rows - tile * kLanes < kLanes ? int(n.rows - tile * kLanes) : kLanes;
     for (int b = 0; b < widths; b++) {
       gather(n, targets + b * n.rows * n.stride, tile, target[b]);
@@ -175,7 +173,7 @@ void choose_codes(const Nesting& n, const float* targets, const float* before, c
       for (int b = 0; b < widths; b++) column[b] = target[b][j];
       best_codes(n, column, scale, inverse, code);
       for (int r = 0; r < rows; r++) codes[(tile * kLanes + r) * code_stride + j] = uint8_t(code.v[r]);
-      const float* row = coupling + j * coupling_stride;
+      const float* row = coupling + j * columns;
       for (int b = 0; b < widths; b++) {
         const int drop = top - n.widths[b];
         const float middle = float((1 << n.widths[b]) - 1) / 2;

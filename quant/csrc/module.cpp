@@ -166,16 +166,16 @@ void fit_scales_at(const std::vector<int>& widths, const std::vector<float>& wei
                    int64_t stride, uintptr_t targets, uintptr_t column_weights, uintptr_t scales) {
   const Nesting n = nesting(widths, weights, group_size, rows, stride);
   nb::gil_scoped_release release;
-  fit_scales(n, at<const float>(targets), at<const float>(column_weights), at<float>(scales), 0, (rows + 15) / 16);
+  fit_scales(n, at<const float>(targets), at<const float>(column_weights), at<float>(scales));
 }
 
 void choose_codes_at(const std::vector<int>& widths, const std::vector<float>& weights, int group_size, int64_t rows,
-                     int64_t stride, uintptr_t targets, uintptr_t before, uintptr_t coupling, int64_t coupling_stride,
-                     uintptr_t scales, uintptr_t codes, int64_t code_stride, uintptr_t moved) {
-  const Nesting n = nesting(widths, weights, group_size, rows, stride);
+                     uintptr_t targets, uintptr_t before, uintptr_t coupling, uintptr_t scales, uintptr_t codes,
+                     int64_t code_stride, uintptr_t moved) {
+  const Nesting n = nesting(widths, weights, group_size, rows, group_size);
   nb::gil_scoped_release release;
-  choose_codes(n, at<const float>(targets), at<const float>(before), at<const float>(coupling), coupling_stride,
-               at<const float>(scales), at<uint8_t>(codes), code_stride, at<float>(moved), 0, (rows + 15) / 16);
+  choose_codes(n, at<const float>(targets), at<const float>(before), at<const float>(coupling),
+               at<const float>(scales), at<uint8_t>(codes), code_stride, at<float>(moved));
 }
 
 Buffer& attention_scratch() {
