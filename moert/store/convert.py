@@ -138,15 +138,17 @@ def convert(
     dense_bits: int = 8,
     resume: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
+    quantiser: Quantiser | None = None,
     calibration: CalibrationText | None = None,
     on_status: Callable[[str], None] | None = None,
     source_name: str | None = None,
 ) -> Store:
     """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
 
-    With a `calibration` text the codes are chosen by their effect on the outputs for it; `on_status` is told how many
-    experts saw too little of it. `source_name` is recorded as where the model came from (default: the folder's name). A
-    run that was cut off goes on with `resume`, which also begins where there is nothing to resume.
+    With a `calibration` text (in place of a `quantiser`) the codes are chosen by their effect on the outputs for it;
+    `on_status` is told how many experts saw too little of it. `source_name` is recorded as where the model came from
+    (default: the folder's name). A run that was cut off goes on with `resume`, which also begins where there is nothing
+    to resume.
 
     Raises UsageError for impossible settings, CheckpointError and UnsupportedModelError for the source, StoreError for
     the output: a full disk, an OUT that exists, settings or a source other than those of the run to be resumed.
@@ -167,8 +169,9 @@ def convert(
     if calibration is not None and checked == (RAW_WIDTH,):
         raise UsageError("Calibration has no effect on experts that are kept as they are: choose widths from 2 to 8.")
     model = SourceModel.open(source)
-    quantiser = RoundToNearest() if calibration is None else Calibrated(model, calibration)
-    plan = _Plan(model, checked, group_size, dense_bits, quantiser)
+    if calibration is not None:
+        quantiser = Calibrated(model, calibration)
+    plan = _Plan(model, checked, group_size, dense_bits, quantiser or RoundToNearest())
     fingerprint = plan.source.checkpoint.fingerprint()
     run = _Run(plan, out, progress)
     try:
