@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from moert import source
+from moert import calibration, source
 from moert.cli import common
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes
@@ -32,13 +32,13 @@ def main(args: argparse.Namespace) -> int:
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     if os.path.lexists(args.out):  # said before a download, not after it
         raise StoreError(f"{args.out} exists already: delete it or choose another name.")
+    content = calibration.read(args.calibrate) if args.calibrate is not None else None
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
     status.say(f"Converting {args.src} ({settings}) into {args.out}.")
     with status.spinner("Starting"):
-        from moert import calibration
         from moert.store.convert import convert  # loads torch
 
-        text = calibration.load(args.calibrate, folder) if args.calibrate is not None else None
+        text = calibration.tokens(args.calibrate, content, folder) if content is not None else None
     with conversion_progress(status) as progress:
         store = convert(
             folder,
