@@ -15,7 +15,7 @@ that take them up stay exact in their dtype.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,20 @@ class Calibrated:
         """The experts of the layer that was prepared are done."""
         assert self._routed is not None
         self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
+
+    def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
+        """What some experts of a layer see of the text: (expert, x [n, D], inner activations [n, F]), for measurements."""
+        self.begin(Path())
+        while self._layer < layer:
+            self._pass(self._layer, pool, lambda stage: None)
+        self._enter(layer, pool, lambda stage: None)
+        assert self._routed is not None
+        result = []
+        for expert in experts:
+            gate, up, _ = (w.float() for w in self._source.expert(layer, expert))
+            x = self._routed.x[self._tokens_of(expert)[0]]
+            result.append((expert, x, self._inner(x, gate, up)))
+        return result
 
     def summary(self) -> str:
         """How well the text covered the experts."""
