@@ -1,4 +1,4 @@
-// Choosing nested codes with regard to the outputs: the inner loops of quant/calibrate.py, which says what they are for.
+// Choosing nested codes by their effect on the outputs: the inner loops of quant/calibrate.py, which explains them.
 //
 // Contract: pointers are to memory that the caller owns; nothing is allocated. Targets are float32 [widths][rows], each
 // row `stride` floats after the one before; `group_size` columns of it are touched.
@@ -20,7 +20,7 @@ struct Nesting {
 void fit_scales(const Nesting& n, const float* targets, const float* column_weights, float* scales);
 
 // Chooses the codes of a group, column after column. Where `before` (what the columns are now, as targets) is 0, what
-// is left of a column's targets moves those of the later columns; else the change of a column moves those of all others:
+// is left of a column's targets moves those of the later columns; else a column's change moves those of all others:
 // target[k] -= moved[j] * coupling[j][k], with coupling[k][k] 0. Writes codes (rows `code_stride` bytes apart) and
 // `moved` [widths][rows][group_size].
 void choose_codes(const Nesting& n, const float* targets, const float* before, const float* coupling,
