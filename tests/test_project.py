@@ -21,6 +21,7 @@ ALLOWED = {
     "sampling": {"errors"},
     "tokenizer": {"errors"},
     "chat": {"errors"},
+    "calibration": {"errors", "store", "tokenizer"},
     "models": {"errors", "quant"},
     "store": {"errors", "quant", "models"},
     "runtime": {"errors", "quant", "scheduler", "store"},
