@@ -114,7 +114,7 @@ def encode(text: str, store: Store, against: Store | None) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Sums:
+class Sums:
     """Sums over the scored tokens of one precision; of the layers: squared norms of y' - y, y and h."""
 
     scored: int = 0
@@ -124,7 +124,7 @@ class _Sums:
     token_uses: Counter[int] = field(default_factory=Counter)
     layers: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, other: _Sums) -> None:
+    def add(self, other: Sums) -> None:
         self.scored += other.scored
         self.loss += other.loss
         self.kl += other.kl
@@ -178,8 +178,8 @@ class Evaluation:
         if against is not None:
             plain = replace(config, kv_bits=None)
             self._lossless = self._open(against, plain, None, self.budget.arena - arena)
-        self._sums = [_Sums() for _ in self._precisions]
-        self._lossless_sums = _Sums()
+        self._sums = [Sums() for _ in self._precisions]
+        self._lossless_sums = Sums()
 
     def _split(self, config: EngineConfig, slices: int) -> tuple[Budget, int]:
         """What both engines take together, and how much of the arena is the store's."""
@@ -217,9 +217,9 @@ class Evaluation:
         for number, ids in enumerate(windows, 1):
             so_far = [f"{p} {math.exp(s.loss / s.scored):.3f}" for p, s in self._results() if s.scored]
             on_progress(f"window {number} of {len(windows)}" + (f", perplexity {', '.join(so_far)}" if so_far else ""))
-            new = [_Sums() for _ in self._precisions]
+            new = [Sums() for _ in self._precisions]
             targets = torch.tensor(ids[1:])
-            true, lossless = None, _Sums()
+            true, lossless = None, Sums()
             if self._lossless is not None:
                 with self._layers(new) if measured < LAYER_TOKENS else _nothing():
                     true = self._logits(self._lossless, ids, lossless)
@@ -231,11 +231,11 @@ class Evaluation:
             for total, sums in zip([*self._sums, self._lossless_sums], [*new, lossless], strict=True):
                 total.add(sums)
 
-    def _results(self) -> Iterator[tuple[FixedPrecision, _Sums]]:
+    def _results(self) -> Iterator[tuple[FixedPrecision, Sums]]:
         yield from zip(self._precisions, self._sums, strict=True)
 
     @staticmethod
-    def _logits(engine: Engine, ids: Sequence[int], sums: _Sums) -> Tensor:
+    def _logits(engine: Engine, ids: Sequence[int], sums: Sums) -> Tensor:
         """Logits [T - 1, V] of all tokens but the last."""
         engine.rewind(0)
         before = engine.counters.copy()
@@ -244,7 +244,7 @@ class Evaluation:
         return logits
 
     @contextmanager
-    def _layers(self, sums: Sequence[_Sums]) -> Iterator[None]:
+    def _layers(self, sums: Sequence[Sums]) -> Iterator[None]:
         """While the lossless model computes, give what its MoE blocks see to those of the store."""
         assert self._lossless is not None
         differences: list[Tensor] = []
@@ -263,7 +263,7 @@ class Evaluation:
         def after(layer: int) -> Callable[[torch.nn.Module, tuple[object, ...], Tensor], None]:
             def hook(module: torch.nn.Module, inputs: tuple[object, ...], h: Tensor) -> None:
                 for part, squares in zip(sums, differences, strict=True):
-                    part.add(_Sums(layers={layer: torch.cat([squares, _square(h)[None]])}))
+                    part.add(Sums(layers={layer: torch.cat([squares, _square(h)[None]])}))
 
             return hook
 
@@ -289,9 +289,7 @@ class Evaluation:
                 result.append(self._row(self._store, self._engine, precision, sums, reference))
         return result
 
-    def _row(
-        self, store: Store, engine: Engine, precision: FixedPrecision, sums: _Sums, reference: _Sums | None
-    ) -> Row:
+    def _row(self, store: Store, engine: Engine, precision: FixedPrecision, sums: Sums, reference: Sums | None) -> Row:
         layout, n = store.layout, sums.scored
         # A token uses top-k experts in every layer, each with so many slices: their share among all uses.
         uses = sums.token_uses.total()
