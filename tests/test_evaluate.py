@@ -135,24 +135,27 @@ def test_errors_of_layers_are_those_of_transformers_with_rounded_experts(
     _, *rows = json.loads(result.out)["rows"]
     model = reference_model(tiny_checkpoint(family))
     opened = Store.open(path)
-    seen = {}
-    handles = []
-    for number, layer in enumerate(model.model.layers):
-        handles.append(layer.mlp.register_forward_hook(lambda m, x, y, n=number: seen.setdefault((n, "x"), (x[0], y))))
-        handles.append(layer.register_forward_hook(lambda m, x, y, n=number: seen.setdefault((n, "h"), y)))
+    seen, handles = {}, []
+
+    def record(key):
+        def hook(module, inputs, output):
+            seen[key] = inputs[0], output
+
+        return hook
+
+    for n, layer in enumerate(model.model.layers):
+        handles += [layer.mlp.register_forward_hook(record((n, "mlp"))), layer.register_forward_hook(record((n, "h")))]
     sums = torch.zeros(2, 2, 3, dtype=torch.float64)  # row, layer, squares of y' - y, y, h
     with torch.inference_mode():
         for ids in windows_of(path):
-            seen.clear()
             model(torch.tensor([ids]))
+            lossless = dict(seen)
             for n, layer in enumerate(model.model.layers):
-                (x, y), h = seen[n, "x"], seen[n, "h"]
+                (x, y), (_, h) = lossless[n, "mlp"], lossless[n, "h"]
                 kept = {name: p.data.clone() for name, p in layer.mlp.experts.named_parameters()}
                 for r, slices in enumerate((3, 1)):
                     round_experts(layer.mlp.experts, opened, n, slices)
-                    other = torch.nn.Module.__call__(layer.mlp, x)
-                    seen.clear()
-                    sums[r, n] += torch.stack([t.double().square().sum() for t in (other - y, y, h)])
+                    sums[r, n] += torch.stack([t.double().square().sum() for t in (layer.mlp(x) - y, y, h)])
                 for name, p in layer.mlp.experts.named_parameters():
                     p.data.copy_(kept[name])
     for handle in handles:
