@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from moert.budget import Budget, available_bytes, library_bytes, split_budget
 from moert.config import EngineConfig
 from moert.engine import Engine, needs_of, read_precision
 from moert.errors import UsageError
+from moert.models.decoder import DecoderLayer
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
 from moert.scheduler.precision import FixedPrecision
 from moert.store.reader import Store
@@ -255,7 +257,7 @@ class Evaluation:
                 differences.clear()
                 for precision in self._precisions:
                     self._engine.use(precision)
-                    other = self._engine.decoder.layers[layer].mlp(inputs[0])
+                    other = _layer(self._engine, layer).mlp(inputs[0])
                     differences.append(torch.stack([_square(other - y), _square(y)]))
 
             return hook
@@ -269,7 +271,7 @@ class Evaluation:
 
         try:
             for layer in self._store.moe_layers:
-                module = self._lossless.decoder.layers[layer]
+                module = _layer(self._lossless, layer)
                 handles.append(module.mlp.register_forward_hook(block(layer)))
                 handles.append(module.register_forward_hook(after(layer)))
             yield
@@ -328,6 +330,10 @@ class Evaluation:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def _layer(engine: Engine, number: int) -> DecoderLayer:
+    return cast(DecoderLayer, engine.decoder.layers[number])
 
 
 def _square(x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def draw(path: Path, points: Sequence[Point], lossless: float | None, title: str
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, marker in zip(dict.fromkeys(p.series for p in points), "osD^vP*Xh<>" * len(points), strict=False):
         some = sorted((p for p in points if p.series == name), key=lambda p: p.bytes_per_token)
@@ -61,4 +62,4 @@ def draw(path: Path, points: Sequence[Point], lossless: float | None, title: str
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path, format="png")

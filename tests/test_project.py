@@ -39,6 +39,7 @@ ALLOWED = {
         "store",
         "runtime",
         "engine",
+        "models",
         "tokenizer",
     },
     "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
