@@ -28,6 +28,21 @@ ALLOWED = {
     "budget": {"errors", "config", "quant"},
     "engine": {"errors", "config", "budget", "quant", "scheduler", "store", "runtime", "models"},
     "bench_kernels": {"errors", "budget", "quant"},
+    "plot": {"errors"},
+    "evaluate": {
+        "errors",
+        "config",
+        "budget",
+        "bench",
+        "bench_kernels",
+        "quant",
+        "scheduler",
+        "store",
+        "runtime",
+        "engine",
+        "models",
+        "tokenizer",
+    },
     "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
 }
 LINE_LIMIT, FAMILY_LIMIT = 400, 220

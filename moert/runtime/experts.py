@@ -58,6 +58,11 @@ class ExpertRunner:
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self.counters = Counters()
 
+    def use(self, precision: FixedPrecision) -> None:
+        """Compute at another precision from the next call on; its slices must have slots."""
+        self._precision = precision
+        self._slices = precision.slices(self._layout.widths)
+
     def close(self) -> None:
         self._reader.close()
 
@@ -74,7 +79,7 @@ class ExpertRunner:
         loading: set[SliceKey] = set()
         try:
             plan = plan_layer(layer, routed, self._cache)
-            self._count(plan)
+            self._count(plan, routed)
             step = _Step(plan, x, places, x.new_empty(T * K, x.shape[1]))
             for wave in plan.waves:
                 self._run_wave(step, wave, loading)
@@ -177,11 +182,13 @@ class ExpertRunner:
         for expert, count in prefixes.items():
             self._cache.insert(expert, count, ())
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: Plan, routed: Sequence[RoutedExpert]) -> None:
         resident = plan.waves[0].resident
         self.counters.expert_uses += len(plan.slices)
         self.counters.expert_hits += len(resident)
         self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
+        for expert in routed:
+            self.counters.token_uses[plan.slices[expert.expert]] += expert.tokens
 
 
 def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
