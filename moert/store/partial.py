@@ -1,8 +1,8 @@
 """The folder OUT.partial of an unfinished conversion: what is finished, and who works in it.
 
-    progress.json   settings, fingerprint of the source, and the finished weight files with their checksums
-    store/          becomes OUT
-    ...             what the quantiser keeps for a later run
+progress.json   settings, fingerprint of the source, and the finished weight files with their checksums
+store/          becomes OUT
+...             what the quantiser keeps for a later run
 """
 
 from __future__ import annotations
