@@ -28,7 +28,7 @@ class Arena:
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
         self._tensor = allocate(self.total_bytes)
-        self._bytes = memoryview(self._tensor.numpy())
+        self._bytes = self._tensor.numpy().data
         self._starts: list[int] = []
         at = 0
         for n, size in zip(slots, sizes, strict=True):

@@ -119,7 +119,7 @@ class Store:
     def load_dense(self) -> dict[str, Tensor | PackedMatrix]:
         """All tensors but the experts', by canonical name, in memory of their own. StoreError names a damaged one."""
         result: dict[str, Tensor | PackedMatrix] = {}
-        places = allocate(self.dense_bytes).split([t.nbytes for t in self.meta.dense])
+        places = torch.split(allocate(self.dense_bytes), [t.nbytes for t in self.meta.dense])
         offset = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc, place in zip(self.meta.dense, self.meta.dense_checksums, places, strict=True):
