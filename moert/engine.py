@@ -165,8 +165,16 @@ class Engine:
     def forward(self, ids: Sequence[int], all_logits: bool = False) -> Tensor:
         """Run tokens behind those already there, in chunks: float32 logits [V] of the last, or [T, V] of all.
 
-        Raises UsageError where they do not fit the context; an error or Ctrl-C leaves the tokens of whole chunks.
+        Raises UsageError where they do not fit the context, or for one outside the vocabulary; an error or Ctrl-C
+        leaves the tokens of whole chunks.
         """
+        vocab_size = self._decoder.arch.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise UsageError(
+                    f"Token id {token} is outside the vocabulary: this model has {vocab_size}, from 0 on; "
+                    "encode the text with the model's own tokenizer."
+                )
         self._cache.check_room(len(ids))
         self._cache.truncate(len(self.tokens))
         logits: list[Tensor] = []
