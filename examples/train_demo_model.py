@@ -1,6 +1,7 @@
 """Train the small Mixture-of-Experts chat model that ships as a demo, on a CPU, in about an hour.
 
-    python examples/train_demo_model.py OUT [--minutes 60] [--family qwen3_moe|olmoe] [--seed 0] [--device cpu|cuda]
+    python examples/train_demo_model.py OUT [--minutes 60] [--family qwen3_moe|olmoe] [--layers 6] [--seed 0]
+        [--device cpu|cuda]
 
 The text is Python's own standard library and documentation (see demo_corpus.py), so nothing is downloaded. OUT becomes
 a Hugging Face checkpoint folder: one tensor per expert in bfloat16, tokenizer with chat template, the held-out text
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=60.0, help="time for training alone; the rest takes about 3")
     parser.add_argument("--family", choices=["qwen3_moe", "olmoe"], default="qwen3_moe")
+    parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -247,7 +249,7 @@ def main() -> None:
     # Two row lengths, training or not, queries or keys: each is compiled by itself, and the default limit is 8.
     torch._dynamo.config.recompile_limit = 64
 
-    shape = Shape(family=args.family)
+    shape = Shape(family=args.family, layers=args.layers)
     corpus = build_corpus(shape.vocab, args.seed)
     sizes = {kind: len(tokens) for kind, tokens in corpus.text.items()} | {"dialogues": len(corpus.dialogues)}
     print(f"training tokens {sizes}, held out {len(corpus.heldout)}", flush=True)
@@ -260,7 +262,8 @@ def main() -> None:
     perplexities |= ngram_perplexities(np.concatenate(list(corpus.text.values())), tokens, shape.vocab)
     table = {name: {"perplexity": p, "bits_per_byte": math.log(p) * bits_per_byte} for name, p in perplexities.items()}
     report = {
-        "command": f"train_demo_model.py OUT --minutes {args.minutes:g} --family {args.family} --seed {args.seed}",
+        "command": f"train_demo_model.py OUT --minutes {args.minutes:g} --family {args.family} --layers {args.layers} "
+        f"--seed {args.seed}",
         "python": sys.version.split()[0],
         "shape": asdict(shape),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -273,4 +273,3 @@ def _join(pieces: Iterator[Piece]) -> Completion:
         ids += piece.token_ids
     assert piece.finish_reason is not None
     return Completion(text, ids, piece.finish_reason, piece.stats)
-

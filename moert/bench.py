@@ -140,16 +140,24 @@ def positions_read(arch: Architecture, steps: Iterable[tuple[int, int]]) -> int:
 def bytes_touched(store: Store, engine: Engine, case: Case, expert_uses: int) -> float:
     """Bytes of weights and KV cache that the passes of a case must read from memory, divided by its tokens.
 
+    Besides those of `bytes_without_experts` the experts that were in fact routed to, `expert_uses` of them over all
+    layers and passes, each once a pass at the width in use.
+    """
+    one_expert = expert_bytes(store.layout, engine.precision.slices(store.layout.widths))
+    return bytes_without_experts(store, engine, case) + expert_uses * one_expert / case.n_tokens
+
+
+def bytes_without_experts(store: Store, engine: Engine, case: Case) -> float:
+    """Bytes of dense weights and KV cache that the passes of a case must read from memory, divided by its tokens.
+
     Counted for each pass (decode: a token; prefill: a chunk): all dense weights with head, norms and routers but of the
-    embedding only the rows, the KV cache up to where the pass ends (in a window: the window), and the experts that were
-    in fact routed to, `expert_uses` of them over all layers and passes, each once a pass at the width in use. What is
-    written, and activations, are not counted.
+    embedding only the rows, and the KV cache up to where the pass ends (in a window: the window). What is written, and
+    activations, are not counted.
     """
     arch, steps = store.architecture, case.steps()
     every_pass, row = dense_bytes(store.meta.dense)
     per_position = engine.budget.kv_cache / (engine.ctx_size * arch.num_layers)
-    one_expert = expert_bytes(store.layout, engine.precision.slices(store.layout.widths))
-    total = len(steps) * every_pass + case.n_tokens * row + expert_uses * one_expert
+    total = len(steps) * every_pass + case.n_tokens * row
     return (total + positions_read(arch, steps) * per_position) / case.n_tokens
 
 

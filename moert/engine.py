@@ -50,6 +50,27 @@ def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
     return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
+def read_precision(text: str | None, store: Store) -> FixedPrecision:
+    """The precision that `text` names, None the widest stored. UsageError where the store does not have it."""
+    try:
+        return parse_precision(text, store.layout.widths)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
+def needs_of(store: Store, kv_bits: int | None, ctx_size: int, slices: int, libraries: int) -> Needs:
+    """What an engine with this context needs whose experts have up to `slices` slices."""
+    one = sum(store.layout.slice_sizes[:slices])
+    return Needs(
+        libraries=libraries,
+        dense=store.dense_bytes,
+        kv_cache=KVCache.bytes_for(store.architecture, ctx_size, _kv_dtype(store, kv_bits)),
+        workspace=workspace_bytes(store.architecture, ctx_size),
+        one_expert=one,
+        all_experts=one * len(store.moe_layers) * store.num_experts,
+    )
+
+
 class Engine:
     """A loaded model with its KV cache: a single sequence, computed in chunks.
 
@@ -61,10 +82,7 @@ class Engine:
         arch = store.architecture
         if dispatch.wrong_request is not None:
             raise UsageError(f"{dispatch.wrong_request}.")
-        try:
-            self.precision: FixedPrecision = parse_precision(config.precision, store.layout.widths)
-        except ValueError as error:
-            raise UsageError(f"{error}.") from None
+        self.precision = read_precision(config.precision, store)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
@@ -74,24 +92,17 @@ class Engine:
         num_experts = len(store.moe_layers) * store.num_experts
         slots = slots_for(self.budget.arena, slices, store.layout, num_experts)
         self._describe(store, config, slots[0], num_experts, on_status)
+        self._widths, self._most_slices = store.layout.widths, slices
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
-        self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config))
+        self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config.kv_bits))
         self.tokens: list[int] = []
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
         libraries, available = library_bytes(), available_bytes()
 
         def split(ctx_size: int, slices: int) -> Budget:
-            one = sum(store.layout.slice_sizes[:slices])
-            needs = Needs(
-                libraries=libraries,
-                dense=store.dense_bytes,
-                kv_cache=KVCache.bytes_for(store.architecture, ctx_size, _kv_dtype(store, config)),
-                workspace=workspace_bytes(store.architecture, ctx_size),
-                one_expert=one,
-                all_experts=one * len(store.moe_layers) * store.num_experts,
-            )
+            needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries)
             return split_budget(needs, config.memory_budget, config.expert_budget, available)
 
         try:
@@ -136,6 +147,18 @@ class Engine:
     def counters(self) -> Counters:
         return self._runner.counters
 
+    @property
+    def decoder(self) -> Decoder:
+        """The model, for hooks that look into it."""
+        return self._decoder
+
+    def use(self, precision: FixedPrecision) -> None:
+        """Compute at another precision from now on: UsageError for a wider one than the engine was opened with."""
+        if precision.slices(self._widths) > self._most_slices:
+            raise UsageError(f"The memory was split for {self.precision}: {precision} needs more.")
+        self._runner.use(precision)
+        self.precision = precision
+
     def rewind(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
         del self.tokens[length:]
@@ -144,8 +167,16 @@ class Engine:
     def forward(self, ids: Sequence[int], all_logits: bool = False) -> Tensor:
         """Run tokens behind those already there, in chunks: float32 logits [V] of the last, or [T, V] of all.
 
-        Raises UsageError where they do not fit the context; an error or Ctrl-C leaves the tokens of whole chunks.
+        Raises UsageError where they do not fit the context, or for one outside the vocabulary; an error or Ctrl-C
+        leaves the tokens of whole chunks.
         """
+        vocab_size = self._decoder.arch.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise UsageError(
+                    f"Token id {token} is outside the vocabulary: this model has {vocab_size}, from 0 on; "
+                    "encode the text with the model's own tokenizer."
+                )
         self._cache.check_room(len(ids))
         self._cache.truncate(len(self.tokens))
         logits: list[Tensor] = []
@@ -161,9 +192,9 @@ class Engine:
         self._runner.close()
 
 
-def _kv_dtype(store: Store, config: EngineConfig) -> torch.dtype:
-    if config.kv_bits is not None:
-        return torch.int8 if config.kv_bits == 8 else torch.float16
+def _kv_dtype(store: Store, kv_bits: int | None) -> torch.dtype:
+    if kv_bits is not None:
+        return torch.int8 if kv_bits == 8 else torch.float16
     # A lossless store is the reference that others are compared with: its cache rounds nothing either.
     return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
@@ -174,5 +205,3 @@ def _fits(split: Callable[[int, int], Budget], ctx_size: int, slices: int) -> bo
     except BudgetError:
         return False
     return True
-
-

@@ -54,6 +54,11 @@ class Tokenizer:
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added ones included."""
+        return dict(self._inner.get_vocab(with_added_tokens=True))
+
+    @cached_property
     def bos(self) -> str | None:
         """The token that begins a text, as a string, for templates."""
         return self._special("bos_token")

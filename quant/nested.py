@@ -105,6 +105,11 @@ def pack_expert(gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout) ->
             raise ValueError(f"dtype {w.dtype} is not {layout.raw_dtype}")
         raw = w.contiguous().view(-1).view(torch.uint8)
         parts.append([torch.nn.functional.pad(raw, (0, align(raw.numel(), PART_ALIGN) - raw.numel()))])
+    return join_parts(parts, layout)
+
+
+def join_parts(parts: Sequence[Sequence[Tensor]], layout: ExpertLayout) -> list[Tensor]:
+    """Slices of one expert, padded with zeros, from those of gate, up and down."""
     slices = []
     for index, size in enumerate(layout.slice_sizes):
         assert size % SLICE_ALIGN == 0

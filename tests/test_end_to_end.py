@@ -200,6 +200,17 @@ def test_a_full_context_ends_an_answer(store):
             llm.logits(prompt_ids(21))
 
 
+@pytest.mark.parametrize("token", [-1, 320])
+def test_a_token_outside_the_vocabulary_is_named(store, token):
+    with LLM(store("qwen3_moe")) as llm:
+        want = llm.logits([1, 2, 3])
+        llm._engine.rewind(2)
+        with pytest.raises(UsageError, match=f"Token id {token} is outside the vocabulary: this model has 320"):
+            llm._engine.forward([3, token])
+        assert llm._engine.tokens == [1, 2]
+        assert torch.allclose(llm._engine.forward([3]), want[-1], atol=1e-3)
+
+
 def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
     with LLM(store("qwen3_moe"), expert_budget=10**6) as llm:
         want = llm.generate("Hello", GREEDY)[0].token_ids

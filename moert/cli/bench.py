@@ -4,17 +4,16 @@ cache hits, bytes read, peak memory. With --kernels: the kernels alone. Rows go 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.progress import line_progress
 from moert.config import DEFAULT_CTX_SIZE, format_bytes, parse_bytes
 from moert.errors import UsageError
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from moert.api import LLM
     from moert.bench import Case
 
-INTERRUPTED = 130
-PLAIN_SECONDS = 5.0  # between lines of progress where there is no terminal
 Columns = dict[str, Callable[[dict[str, Any]], str]]
 MODEL_COLUMNS: Columns = {
     "model": lambda r: f"{r['model']} {r['precision']}",
@@ -99,9 +96,9 @@ class _Table:
         self._rows.append(row)
         if self._form == "md":
             if first:
-                _print_cells(list(self._columns))
-                _print_cells(["---" if i < self._left else "---:" for i in range(len(self._columns))])
-            _print_cells([cell(row) for cell in self._columns.values()])
+                common.print_cells(list(self._columns))
+                common.print_cells(["---" if i < self._left else "---:" for i in range(len(self._columns))])
+            common.print_cells([cell(row) for cell in self._columns.values()])
         elif self._form == "csv":
             if self._csv is None:
                 self._csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
@@ -119,28 +116,6 @@ class _Table:
             kernel = f"kernel {row['kernel']}, " if "test" in row else ""
             bandwidth = f"memory bandwidth {row['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
             print(f"\n{kernel}{row['threads']} threads, {bandwidth}{load}, {row['timestamp']}")
-
-
-def _print_cells(cells: Sequence[str]) -> None:
-    print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-
-
-@contextlib.contextmanager
-def _progress(status: common.Status) -> Iterator[Callable[[str], None]]:
-    """A callback that shows what is being done: a spinner on a terminal, a line every few seconds elsewhere."""
-    if status.live:
-        with status.console.status("") as spinner:
-            yield spinner.update
-        return
-    last = float("-inf")
-
-    def say(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PLAIN_SECONDS:
-            last = time.monotonic()
-            status.say(text)
-
-    yield say
 
 
 def _bandwidth(args: argparse.Namespace, status: common.Status, threads: int) -> float:
@@ -174,7 +149,7 @@ def _model(args: argparse.Namespace, status: common.Status) -> int:
     from moert import bench  # loads torch
 
     cases = bench.make_cases(args.n_prompt, args.n_gen, args.n_depth)
-    text = _read(args.prompt_file) if args.prompt_file else None
+    text = common.read_text(args.prompt_file, "The prompt") if args.prompt_file else None
     table = _Table(args.output, MODEL_COLUMNS, left=4)
     with _open(args, status, cases) as llm:
         ids = None if text is None else llm.tokenizer.encode(text)
@@ -182,7 +157,7 @@ def _model(args: argparse.Namespace, status: common.Status) -> int:
         tokens.check(max(case.needed for case in cases))
         bandwidth = _bandwidth(args, status, llm.engine.threads)
         try:
-            with _progress(status) as progress:
+            with line_progress(status) as progress:
                 for case in cases:
                     measurement = bench.Measurement(llm.store, llm.engine, case, tokens, bandwidth)
                     try:
@@ -200,7 +175,7 @@ def _model(args: argparse.Namespace, status: common.Status) -> int:
 
 def _interrupted(status: common.Status) -> int:
     status.show("Interrupted: these are the repetitions that had ended.")
-    return INTERRUPTED
+    return common.INTERRUPTED
 
 
 def _kernels(args: argparse.Namespace, status: common.Status) -> int:
@@ -222,7 +197,7 @@ def _kernels(args: argparse.Namespace, status: common.Status) -> int:
     dispatch.set_num_threads(threads)
     buffer = bench_kernels.random_buffer(size)
     try:
-        with _progress(status) as progress:
+        with line_progress(status) as progress:
             for case in cases:
                 measurement = bench_kernels.KernelMeasurement(buffer, case, threads, bandwidth)
                 try:
@@ -235,10 +210,3 @@ def _kernels(args: argparse.Namespace, status: common.Status) -> int:
     finally:
         table.close()
     return 0
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"The prompt in {path} is not UTF-8 text.") from None

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from rich.console import Console
 from moert import source
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes
+from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
     from moert.sampling import SamplingParams
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 # option, name of the field of SamplingParams, type, help
 SAMPLING = (
     ("--temp", "temperature", float, "0 always takes the likeliest token"),
@@ -119,10 +122,10 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
 
 
-def open_llm(args: argparse.Namespace, status: Status) -> LLM:
-    """Load the model that the options name, converting it first if it must be."""
+def resolve_model(args: argparse.Namespace, status: Status) -> Path:
+    """The store of the model that the options name, converting it first if it must be."""
     with conversion_progress(status) as progress:
-        path = source.resolve(
+        return source.resolve(
             args.model,
             offline=args.offline,
             widths=args.widths,
@@ -131,6 +134,11 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             on_status=status.say,
             progress=progress,
         )
+
+
+def open_llm(args: argparse.Namespace, status: Status) -> LLM:
+    """Load the model that the options name, converting it first if it must be."""
+    path = resolve_model(args, status)
     with status.spinner(f"Loading {model_name(args)}"):
         from moert.api import LLM  # loads torch
 
@@ -149,6 +157,19 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
 
 def model_name(args: argparse.Namespace) -> str:
     return Path(args.model).name if args.model else "the shipped model"
+
+
+def read_text(path: Path, what: str) -> str:
+    """A file of text; UsageError, beginning with `what`, where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{what} in {path} is not UTF-8 text.") from None
+
+
+def print_cells(cells: Sequence[str]) -> None:
+    """One line of a Markdown table on stdout."""
+    print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
 
 def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:

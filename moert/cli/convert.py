@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from moert import source
+from moert import calibration, source
 from moert.cli import common
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes
@@ -20,6 +20,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="never use the network")
     common.add_quiet_option(parser)
     common.add_conversion_options(parser)
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="choose the codes by their effect on the outputs for a text file; `default`: for one that comes along",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -27,10 +32,13 @@ def main(args: argparse.Namespace) -> int:
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     if os.path.lexists(args.out):  # said before a download, not after it
         raise StoreError(f"{args.out} exists already: delete it or choose another name.")
+    content = calibration.read(args.calibrate) if args.calibrate is not None else None
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
     status.say(f"Converting {args.src} ({settings}) into {args.out}.")
     with status.spinner("Starting"):
         from moert.store.convert import convert  # loads torch
+
+        text = calibration.tokens(args.calibrate, content, folder) if content is not None else None
     with conversion_progress(status) as progress:
         store = convert(
             folder,
@@ -40,6 +48,8 @@ def main(args: argparse.Namespace) -> int:
             dense_bits=settings.dense_bits,
             resume=args.resume,
             progress=progress,
+            calibration=text,
+            on_status=status.say,
             source_name=args.src,
         )
     size = sum(f.stat().st_size for f in store.path.iterdir())

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "turn a Hugging Face checkpoint into a store",
     "info": "what is in a store",
     "bench": "measure speed, bytes and memory",
+    "eval": "measure what a width costs in quality",
     "doctor": "check this machine and installation",
 }
 

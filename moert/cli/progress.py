@@ -1,4 +1,4 @@
-"""Progress of a conversion on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress on stderr: a bar or a spinner on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moert.cli.common import Status
     from moert.store.convert import ConvertProgress
 
-PLAIN_SECONDS = 5.0
+PLAIN_SECONDS = 5.0  # between lines of progress where there is no terminal
 
 
 class _Plain:
@@ -64,3 +64,21 @@ def conversion_progress(status: Status) -> Iterator[Callable[[ConvertProgress], 
             yield _Bar(bar)
         finally:
             bar.stop()
+
+
+@contextlib.contextmanager
+def line_progress(status: Status) -> Iterator[Callable[[str], None]]:
+    """A callback that shows what is being done: a spinner on a terminal, a line every few seconds elsewhere."""
+    if status.live:
+        with status.console.status("") as spinner:
+            yield spinner.update
+        return
+    last = float("-inf")
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            status.say(text)
+
+    yield say

@@ -60,6 +60,11 @@ class ExpertRunner:
         self._parts = torch.empty(0)
         self.counters = Counters()
 
+    def use(self, precision: FixedPrecision) -> None:
+        """Compute at another precision from the next call on; its slices must have slots."""
+        self._precision = precision
+        self._slices = precision.slices(self._layout.widths)
+
     def close(self) -> None:
         self._reader.close()
 
@@ -82,7 +87,7 @@ class ExpertRunner:
         loading: set[SliceKey] = set()
         try:
             plan = plan_layer(layer, routed, self._cache)
-            self._count(plan)
+            self._count(plan, routed)
             step = _Step(plan, x, places, self._room(T * K, x.shape[1]))
             for wave in plan.waves:
                 self._run_wave(step, wave, loading)
@@ -193,11 +198,13 @@ class ExpertRunner:
         for expert, count in prefixes.items():
             self._cache.insert(expert, count, ())
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: Plan, routed: Sequence[RoutedExpert]) -> None:
         resident = plan.waves[0].resident
         self.counters.expert_uses += len(plan.slices)
         self.counters.expert_hits += len(resident)
         self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
+        for expert in routed:
+            self.counters.token_uses[plan.slices[expert.expert]] += expert.tokens
 
 
 def _ranks(chosen: list[int], computed: list[int]) -> Tensor:

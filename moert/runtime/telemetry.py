@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 
 @dataclass(slots=True)
 class Counters:
-    """Sums since the start. expert_uses counts (layer, step, expert); a hit had all its slices in memory when asked."""
+    """Sums since the start. expert_uses counts (layer, step, expert); a hit had all its slices in memory when asked.
+
+    token_uses counts (layer, token, expert), by the number of slices that the expert was computed with: what the tokens
+    would take one at a time, however many of them a step had.
+    """
 
     expert_uses: int = 0
     expert_hits: int = 0
@@ -19,9 +24,10 @@ class Counters:
     bytes_read: int = 0
     waited_s: float = 0.0
     computed_s: float = 0.0
+    token_uses: Counter[int] = field(default_factory=Counter)
 
     def copy(self) -> Counters:
-        return Counters(**asdict(self))
+        return replace(self, token_uses=self.token_uses.copy())
 
     def since(self, earlier: Counters) -> Counters:
         """What was counted after `earlier`."""

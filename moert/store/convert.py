@@ -21,7 +21,8 @@ from torch import Tensor
 from moert import __version__
 from moert.errors import CheckpointError, StoreError, UsageError
 from moert.quant import nested
-from moert.quant.format import GROUP_SIZES, ExpertLayout, MatrixLayout, check_widths
+from moert.quant.format import GROUP_SIZES, RAW_WIDTH, ExpertLayout, MatrixLayout, check_widths
+from moert.store.calibration import Calibrated, CalibrationText
 from moert.store.fileio import atomic_file
 from moert.store.layout import (
     CONFIG_FILE,
@@ -70,10 +71,22 @@ class ConvertProgress:
 
 
 class Quantiser(Protocol):
-    """Chooses the codes of an expert; called from several threads at once. Results of one `name`, which is recorded in
-    the store, must always be the same."""
+    """Chooses the codes of experts. Results of one `name`, which is recorded in the store, must always be the same.
+
+    Called in this order: `begin`; for each layer that is not finished yet, ascending, `prepare`, the call for each of
+    its experts from several threads at once, `finish`; at last `dense`. What it keeps between runs is in `files`.
+    """
 
     name: str
+    files: Sequence[str]
+
+    def begin(self, folder: Path) -> None:
+        """Start, or go on from what an earlier run left in `folder`, the folder of the conversion."""
+        ...
+
+    def prepare(self, layer: int, pool: Workers, report: Callable[[str], None]) -> None:
+        """Before the experts of a layer; `report` is told a stage now and then where this takes long."""
+        ...
 
     def __call__(
         self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout
@@ -84,16 +97,37 @@ class Quantiser(Protocol):
         """
         ...
 
+    def finish(self, layer: int) -> None:
+        """After the experts of the layer that was prepared."""
+        ...
+
+    def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
+        """What is stored instead of rows `start` ... of a dense tensor: of the same shape and dtype."""
+        ...
+
 
 class RoundToNearest:
     """Codes from the weights alone, with a search of the clipping range."""
 
     name = "round-to-nearest"
+    files: Sequence[str] = ()
+
+    def begin(self, folder: Path) -> None:
+        pass
+
+    def prepare(self, layer: int, pool: Workers, report: Callable[[str], None]) -> None:
+        pass
 
     def __call__(
         self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout
     ) -> Sequence[Tensor]:
         return nested.pack_expert(gate, up, down, layout)
+
+    def finish(self, layer: int) -> None:
+        pass
+
+    def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
+        return weights
 
 
 def convert(
@@ -106,14 +140,19 @@ def convert(
     resume: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
     quantiser: Quantiser | None = None,
+    calibration: CalibrationText | None = None,
+    on_status: Callable[[str], None] | None = None,
     source_name: str | None = None,
 ) -> Store:
     """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
 
-    `source_name` is recorded as where the model came from (default: the folder's name). A run that was cut off goes on
-    with `resume`, which also begins where there is nothing to resume. Raises UsageError for impossible settings,
-    CheckpointError and UnsupportedModelError for the source, StoreError for the output: a full disk, an OUT that
-    exists, settings or a source other than those of the run to be resumed.
+    With a `calibration` text (in place of a `quantiser`) the codes are chosen by their effect on the outputs for it;
+    `on_status` is told how many experts saw too little of it. `source_name` is recorded as where the model came from
+    (default: the folder's name). A run that was cut off goes on with `resume`, which also begins where there is nothing
+    to resume.
+
+    Raises UsageError for impossible settings, CheckpointError and UnsupportedModelError for the source, StoreError for
+    the output: a full disk, an OUT that exists, settings or a source other than those of the run to be resumed.
     """
     source, out = Path(source), Path(out)
     try:
@@ -129,15 +168,22 @@ def convert(
         raise StoreError(f"{out} exists already: delete it or choose another name.")
     if out.resolve().is_relative_to(source.resolve()):
         raise StoreError(f"{out} lies inside the checkpoint, which is never written to: choose another folder.")
-    plan = _Plan(SourceModel.open(source), checked, group_size, dense_bits, quantiser or RoundToNearest())
+    if calibration is not None and checked == (RAW_WIDTH,):
+        raise UsageError("Calibration has no effect on experts that are kept as they are: choose widths from 2 to 8.")
+    model = SourceModel.open(source)
+    if calibration is not None:
+        quantiser = Calibrated(model, calibration)
+    plan = _Plan(model, checked, group_size, dense_bits, quantiser or RoundToNearest())
     fingerprint = plan.source.checkpoint.fingerprint()
     run = _Run(plan, out, progress)
     try:
-        with Partial.begin(out, plan.settings(), fingerprint, resume) as partial:
+        with Partial.begin(out, plan.settings(), fingerprint, resume, plan.quantiser.files) as partial:
             run.write(partial)
             partial.publish(plan.meta(partial, source_name or source.resolve().name))
     except OSError as error:
         raise run.explain(error) from error
+    if on_status is not None and isinstance(quantiser, Calibrated):
+        on_status(quantiser.summary())
     return Store.open(out)
 
 
@@ -236,13 +282,18 @@ class _Run:
             )
         self._copy(partial)
         weights = sum(n * k for n, k in self.plan.layout.shapes)
+        quantiser = self.plan.quantiser
+        quantiser.begin(partial.folder)
         with workers(4 * weights) as pool:
-            if DENSE_FILE not in partial.finished:
-                self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))
             for index, file in enumerate(self.plan.experts):
                 if file.name not in partial.finished:
+                    quantiser.prepare(file.layer, pool, lambda stage: self._advance(stage, 0))
                     stage = f"experts of layer {index + 1} of {len(self.plan.experts)}"
                     self._finish(partial, file.name, self._write_experts(partial.store / file.name, file, stage, pool))
+                    quantiser.finish(file.layer)
+            # After the experts: some of it may depend on how these were quantised.
+            if DENSE_FILE not in partial.finished:
+                self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))
 
     def _finish(self, partial: Partial, name: str, file: Finished) -> None:
         partial.finish(name, file)
@@ -286,7 +337,7 @@ class _Run:
 
     def _dense_rows(self, tensor: DenseTensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Codes and scales of some rows of a packed tensor; of another the rows as they are, and nothing."""
-        weights = self.plan.source.dense(tensor.name, *rows)
+        weights = self.plan.quantiser.dense(tensor.name, rows[0], self.plan.source.dense(tensor.name, *rows))
         if tensor.packed is None:
             return weights, weights.new_empty(0, dtype=torch.uint8)
         layout = replace(tensor.packed, rows=len(weights))

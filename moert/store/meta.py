@@ -1,18 +1,18 @@
 """moert.json: everything about a store that its other files do not say, read with types and no silent default.
 
-    format            "moert-store"
-    format_version    1
-    created_by        program and version
-    source            {name, model_type} of the checkpoint
-    quantiser         name of the method that chose the codes
-    widths            ascending bits per weight, or [16]: experts as they are in the source
-    group_size        weights that share a scale
-    dense_bits        4, 6, 8 or 16
-    experts           {layers: [MoE layers], count, hidden, inner, dtype of the source}
-    dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order
-    weights           file -> {size, data_start: where tensor data begin}, in bytes
-    copies            config.json and tokenizer.json -> {size, crc32}
-    checksums         layer -> expert -> slice: CRC-32 of the padded slice
+format            "moert-store"
+format_version    1
+created_by        program and version
+source            {name, model_type} of the checkpoint
+quantiser         name of the method that chose the codes
+widths            ascending bits per weight, or [16]: experts as they are in the source
+group_size        weights that share a scale
+dense_bits        4, 6, 8 or 16
+experts           {layers: [MoE layers], count, hidden, inner, dtype of the source}
+dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order
+weights           file -> {size, data_start: where tensor data begin}, in bytes
+copies            config.json and tokenizer.json -> {size, crc32}
+checksums         layer -> expert -> slice: CRC-32 of the padded slice
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The folder OUT.partial of an unfinished conversion: what is finished, and who works in it.
 
-    progress.json   settings, fingerprint of the source, and the finished weight files with their checksums
-    store/          becomes OUT
+progress.json   settings, fingerprint of the source, and the finished weight files with their checksums
+store/          becomes OUT
+...             what the quantiser keeps for a later run
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Partial:
     settings: dict[str, Any]
     fingerprint: dict[str, Any]
     began_here: bool
+    others: Sequence[str] = ()  # files of the quantiser, removed with the rest
     finished: dict[str, Finished] = field(default_factory=dict)
 
     @property
@@ -51,7 +53,12 @@ class Partial:
     @classmethod
     @contextmanager
     def begin(
-        cls, out: Path, settings: dict[str, Any], fingerprint: dict[str, Any], resume: bool
+        cls,
+        out: Path,
+        settings: dict[str, Any],
+        fingerprint: dict[str, Any],
+        resume: bool,
+        others: Sequence[str] = (),
     ) -> Iterator[Partial]:
         """Make or take over OUT.partial. StoreError where it is there and may not be taken over."""
         folder = out.with_name(out.name + ".partial")
@@ -65,7 +72,7 @@ class Partial:
                 raise StoreError(
                     f"{folder} is left from an unfinished conversion: go on with --resume or delete it."
                 ) from None
-        partial = cls(out, folder, settings, fingerprint, began_here)
+        partial = cls(out, folder, settings, fingerprint, began_here, others)
         lock = os.open(folder, os.O_RDONLY)
         try:
             try:
@@ -132,8 +139,9 @@ class Partial:
         # Never recursively: what is not ours stays.
         if self.store.is_dir():
             self.store.rmdir()
-        for name in (PROGRESS_FILE, PROGRESS_FILE + ".tmp"):
-            (self.folder / name).unlink(missing_ok=True)
+        for name in (PROGRESS_FILE, *self.others):
+            for file in (name, name + ".tmp"):
+                (self.folder / file).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
         except OSError:

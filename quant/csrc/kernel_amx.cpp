@@ -75,8 +75,10 @@ inline void add_panel(const NestedMatrix& w, const Activations& x, int64_t tile,
 #pragma GCC unroll 16
     for (int t = 0; t < kBlock; t++) {
       __m512i dot = _mm512_load_si512(dots[now][t]);
-      if (!Signed)
-        dot = _mm512_sub_epi32(_mm512_slli_epi32(dot, 1), _mm512_set1_epi32(w.levels * x.sums[at + t]));
+      if (!Signed) {  // unsigned: the sums beyond the last token are anything, and their product may overflow
+        const int middle = int(unsigned(w.levels) * unsigned(x.sums[at + t]));
+        dot = _mm512_sub_epi32(_mm512_slli_epi32(dot, 1), _mm512_set1_epi32(middle));
+      }
       const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[at + t]));
       total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, total[t]);
     }

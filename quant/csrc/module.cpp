@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "calibrate.h"
 #include "decode.h"
 #include "kernel.h"
 #include "products.h"
@@ -165,6 +166,30 @@ void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::ve
   });
 }
 
+Nesting nesting(const std::vector<int>& widths, const std::vector<float>& weights, int group_size, int64_t rows,
+                int64_t stride) {
+  if (widths.empty() || widths.size() > 8 || weights.size() != widths.size() || group_size > 128)
+    throw std::invalid_argument("bad widths or group size");
+  return Nesting{widths.data(), weights.data(), int(widths.size()), group_size, rows, stride};
+}
+
+// On the calling thread: conversion gives every core an expert of its own.
+void fit_scales_at(const std::vector<int>& widths, const std::vector<float>& weights, int group_size, int64_t rows,
+                   int64_t stride, uintptr_t targets, uintptr_t column_weights, uintptr_t scales) {
+  const Nesting n = nesting(widths, weights, group_size, rows, stride);
+  nb::gil_scoped_release release;
+  fit_scales(n, at<const float>(targets), at<const float>(column_weights), at<float>(scales));
+}
+
+void choose_codes_at(const std::vector<int>& widths, const std::vector<float>& weights, int group_size, int64_t rows,
+                     uintptr_t targets, uintptr_t before, uintptr_t coupling, uintptr_t scales, uintptr_t codes,
+                     int64_t code_stride, uintptr_t moved) {
+  const Nesting n = nesting(widths, weights, group_size, rows, group_size);
+  nb::gil_scoped_release release;
+  choose_codes(n, at<const float>(targets), at<const float>(before), at<const float>(coupling),
+               at<const float>(scales), at<uint8_t>(codes), code_stride, at<float>(moved));
+}
+
 DecodeStep& decode_step() {
   static DecodeStep* instance = new DecodeStep(pool(), products());
   return *instance;
@@ -289,6 +314,8 @@ NB_MODULE(_native, m) {
   });
   m.def("dequantise", &dequantise);
   m.def("search_codes", &search_codes);
+  m.def("fit_scales", &fit_scales_at);
+  m.def("choose_codes", &choose_codes_at);
   m.def("set_num_threads", [](int n) {
     if (n < 1) throw std::invalid_argument("at least one thread is needed");
     nb::gil_scoped_release release;
