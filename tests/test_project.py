@@ -27,7 +27,7 @@ ALLOWED = {
     "store": {"errors", "memory", "quant", "models"},
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
-    "engine": {"errors", "config", "budget", "quant", "scheduler", "store", "runtime", "models"},
+    "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models"},
     "bench_kernels": {"errors", "budget", "quant"},
     "plot": {"errors"},
     "evaluate": {
