@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -118,19 +117,6 @@ class LayerStep:
             x.data_ptr(), normed.data_ptr(), indices.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         return normed, indices, weights
-
-    def attention(
-        self, qkv: Sequence[Tensor], rotation: tuple[Tensor, Tensor], cache: LayerCache, position: int, start: int
-    ) -> Tensor:
-        """The attention of this step alone: qkv float32 contiguous [1, H * d], [1, J * d], [1, J * d], all overwritten.
-
-        Returns float32 [1, H * d], before the output projection.
-        """
-        cos, sin = rotation
-        out = torch.empty_like(qkv[0])
-        pointers = [t.data_ptr() for t in (*qkv, out)]
-        loaded().attention(self.native, cache.pointers, cos.data_ptr(), sin.data_ptr(), position, start, *pointers)
-        return out
 
 
 def _address(tensor: Tensor | None) -> int:

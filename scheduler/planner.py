@@ -21,8 +21,11 @@ def plan_layer(layer: int, routed: Sequence[RoutedExpert], cache: SliceCache) ->
     """Plan one layer of one step; `cache` is advanced to the state in which the plan leaves it.
 
     Experts that are resident compute first. What is missing is loaded in waves, as many experts at a time as fit, each
-    read once. Deterministic. Raises ValueError where the slots cannot hold a single one of the experts.
+    read once. Deterministic. Raises ValueError for an expert without tokens or slices, and where the
+    slots cannot hold a single one of the experts.
     """
+    if any(r.tokens < 1 or r.slices < 1 for r in routed):
+        raise ValueError(f"layer {layer}: an expert with no tokens or no slices among {list(routed)}")
     cache.policy.used(layer, routed)
     resident: list[RoutedExpert] = []
     missing: list[RoutedExpert] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -187,3 +187,21 @@ def checkpoint_copy(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Cal
         return Path(shutil.copytree(tiny_checkpoint(family, **options), tmp_path / f"{family}-copy"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def store(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """store(family, widths, dense_bits, **checkpoint options) -> folder of a converted tiny checkpoint, made once."""
+    from moert.store.convert import convert
+
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen3_moe", widths: Sequence[int] = (2, 3, 4), dense_bits: int = 8, **options: Any) -> Path:
+        key = repr((family, widths, dense_bits, options))
+        if key not in made:
+            out = tmp_path_factory.mktemp("stores") / f"{family}-{widths[-1]}"
+            convert(tiny_checkpoint(family, **options), out, widths=widths, dense_bits=dense_bits, group_size=32)
+            made[key] = out
+        return made[key]
+
+    return make

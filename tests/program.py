@@ -115,3 +115,13 @@ class Program:
         out, err = self._capsys.readouterr()
         assert "Traceback" not in err
         return Result(int(caught.value.code or 0), out, err)
+
+
+def evaluator(program: Program, folder: Path, text: str, window: int) -> Callable[..., Result]:
+    """`moert eval` on `text`, or on the file `text=` of a call, in windows of `window` tokens."""
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+
+    def run(*argv: object, text: Path = folder / "text.txt") -> Result:
+        return program("eval", "--text", str(text), "--window", str(window), *map(str, argv))
+
+    return run

@@ -13,7 +13,6 @@ from moert.errors import UsageError
 from moert.models import registry
 from moert.quant import dispatch
 from moert.quant.format import MatrixLayout
-from moert.store.convert import convert
 
 from .program import Program
 
@@ -49,21 +48,6 @@ KEYS = {
 BANDWIDTH = 1e10
 
 
-@pytest.fixture(scope="module")
-def store(tiny_checkpoint, tmp_path_factory):
-    """store(family, widths, dense_bits, **checkpoint options) -> folder of a converted tiny checkpoint."""
-    made = {}
-
-    def make(family="qwen3_moe", widths=(2, 3, 4), dense_bits=8, **options):
-        key = repr((family, widths, dense_bits, options))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("stores") / family
-            convert(tiny_checkpoint(family, **options), made[key], widths=widths, dense_bits=dense_bits, group_size=32)
-        return made[key]
-
-    return make
-
-
 @pytest.fixture
 def moert(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_kernels, "memory_bandwidth", lambda threads: BANDWIDTH)
@@ -90,7 +74,7 @@ def test_json_has_every_key_and_plausible_values(moert, store):
     assert [r["test"] for r in rows] == ["pp8", "tg4", "pp8 @ d20", "tg4 @ d20"]
     for row in rows:
         assert set(row) == KEYS
-        assert (row["model"], row["model_type"], row["precision"]) == ("qwen3_moe", "qwen3_moe", "fixed:4")
+        assert (row["model"], row["model_type"], row["precision"]) == ("qwen3_moe-4", "qwen3_moe", "fixed:4")
         assert (row["threads"], row["tokens"], row["repetitions"]) == (1, "random", 2)
         assert row["kernel"] == dispatch.kernel_name()
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)
@@ -126,7 +110,7 @@ def test_the_table_is_markdown(moert, store):
     assert set("".join(lines[1])) == {"-", ":"}
     assert {len(line) for line in lines} == {len(names)}
     assert [line[2:4] for line in lines[2:]] == [["pp8", "random"], ["tg4", "random"]]
-    assert lines[2][0] == "qwen3_moe fixed:4"
+    assert lines[2][0] == "qwen3_moe-4 fixed:4"
     assert "threads, memory bandwidth 10.0 GB/s" in about
 
 

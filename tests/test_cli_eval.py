@@ -8,7 +8,7 @@ import pytest
 from moert import evaluate
 from moert.store.convert import convert
 
-from .program import Program
+from .program import Program, evaluator
 
 TEXT = "The router scores the experts, and the token visits the best ones.\n" * 6
 WINDOW = 50
@@ -19,30 +19,9 @@ ROW_KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def store(tiny_checkpoint, tmp_path_factory):
-    """store(family, widths, dense_bits) -> folder of a converted tiny checkpoint."""
-    made = {}
-
-    def make(family="qwen3_moe", widths=(2, 3, 4), dense_bits=8):
-        key = (family, widths, dense_bits)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("stores") / f"{family}-{widths[-1]}"
-            convert(tiny_checkpoint(family), made[key], widths=widths, dense_bits=dense_bits, group_size=32)
-        return made[key]
-
-    return make
-
-
 @pytest.fixture
 def moert(capsys, monkeypatch, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    program = Program(capsys, monkeypatch, tmp_path)
-
-    def run(*argv, text=tmp_path / "text.txt"):
-        return program("eval", "--text", str(text), "--window", str(WINDOW), *(str(part) for part in argv))
-
-    return run
+    return evaluator(Program(capsys, monkeypatch, tmp_path), tmp_path, TEXT, WINDOW)
 
 
 # What is shown
@@ -103,7 +82,6 @@ def test_an_interruption_before_the_first_window_shows_no_row(moert, store, monk
 
 
 def test_a_plot_is_a_png(moert, store, tmp_path):
-    pytest.importorskip("matplotlib")
     result = moert("-m", store(), "--against", store(widths=(16,), dense_bits=16), "--plot", tmp_path / "out.png")
     assert result.code == 0
     assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -134,8 +112,6 @@ def test_a_checkpoint_is_converted_to_be_compared_with(moert, store, tiny_checkp
     ],
 )
 def test_bad_options_are_one_sentence_and_exit_code_2(moert, store, options, message):
-    if "--plot" in options:
-        pytest.importorskip("matplotlib")
     result = moert("-m", store(), "-q", *options)
     assert (result.code, result.out) == (2, "")
     assert message in result.err

@@ -8,7 +8,6 @@ import torch
 
 from moert import LLM, MoertError, SamplingParams
 from moert.errors import BudgetError, UsageError
-from moert.store.convert import convert
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -18,22 +17,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 def prompt_ids(length, vocab_size=320):
     return torch.randint(3, vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-@pytest.fixture(scope="module")
-def store(tiny_checkpoint, tmp_path_factory):
-    """store(family, widths, dense_bits, **checkpoint options) -> folder of a converted tiny checkpoint."""
-    made = {}
-
-    def make(family, widths=(2, 3, 4), dense_bits=8, **options):
-        key = repr((family, widths, dense_bits, options))
-        if key not in made:
-            out = tmp_path_factory.mktemp("stores") / "store"
-            convert(tiny_checkpoint(family, **options), out, widths=widths, dense_bits=dense_bits, group_size=32)
-            made[key] = out
-        return made[key]
-
-    return make
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -12,41 +12,19 @@ from moert.config import EngineConfig
 from moert.errors import BudgetError, UsageError
 from moert.quant import reference
 from moert.scheduler.precision import FixedPrecision
-from moert.store.convert import convert
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
 
 from .child import ENVIRONMENT, PYTHON
-from .program import Program
+from .program import Program, evaluator
 
 TEXT = "The router scores the experts, and the token visits the best ones: über 3 of 8 ☃.\n" * 6
 WINDOW = 50
 
 
-@pytest.fixture(scope="module")
-def store(tiny_checkpoint, tmp_path_factory):
-    """store(family, widths, dense_bits) -> folder of a converted tiny checkpoint."""
-    made = {}
-
-    def make(family="qwen3_moe", widths=(2, 3, 4), dense_bits=8):
-        key = (family, widths, dense_bits)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("stores") / f"{family}-{widths[-1]}"
-            convert(tiny_checkpoint(family), made[key], widths=widths, dense_bits=dense_bits, group_size=32)
-        return made[key]
-
-    return make
-
-
 @pytest.fixture
 def moert(capsys, monkeypatch, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    program = Program(capsys, monkeypatch, tmp_path)
-
-    def run(*argv, text=tmp_path / "text.txt"):
-        return program("eval", "--text", str(text), "--window", str(WINDOW), *(str(part) for part in argv))
-
-    return run
+    return evaluator(Program(capsys, monkeypatch, tmp_path), tmp_path, TEXT, WINDOW)
 
 
 def windows_of(path):

@@ -28,7 +28,8 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_transformers(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.AutoConfig.for_model(name)
     arch = architecture({"model_type": name})
     assert arch == architecture({"model_type": name, **config.to_dict()})
@@ -89,7 +90,7 @@ ROPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("values", ROPES, ids=lambda values: "-".join(map(str, values.values())))
 @pytest.mark.parametrize("top", [{}, {"original_max_position_embeddings": 96}], ids=["inside", "beside"])
 def test_rope_equals_transformers_in_both_spellings(values: dict[str, Any], top: dict[str, Any]) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     base = {"num_attention_heads": 4, "hidden_size": 256, "head_dim": 64, "max_position_embeddings": 256, **top}

@@ -91,6 +91,12 @@ def test_no_slot_at_all_is_an_error():
         plan_layer(3, [RoutedExpert(0, 1, 1.0, 2)], SliceCache([1, 0]))
 
 
+@pytest.mark.parametrize(("tokens", "slices"), [(0, 1), (1, 0)])
+def test_an_expert_without_tokens_or_slices_is_refused(tokens, slices):
+    with pytest.raises(ValueError, match="no tokens or no slices"):
+        plan_layer(3, [RoutedExpert(0, tokens, 1.0, slices)], SliceCache([1]))
+
+
 def test_partial_eviction_keeps_the_base():
     cache = SliceCache([2, 1])
     cache.insert(ExpertKey(0, 0), 2, ())

@@ -23,8 +23,6 @@ from moert.scheduler.precision import FixedPrecision
 from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
 from moert.store.reader import Store
 
-_RANKS = torch.arange(1024)
-
 
 @dataclass(slots=True)
 class _Step:
@@ -97,8 +95,7 @@ class ExpertRunner:
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
         if places is None:
-            same = step.computed == chosen
-            return combine(step.parts, _RANKS[:K] if same else _ranks(chosen, step.computed), weights)
+            return combine(step.parts, torch.tensor([step.computed.index(e) for e in chosen]), weights)
         order = torch.cat([places[e] for e in step.computed])
         return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(T * K)), weights)
 
@@ -205,11 +202,6 @@ class ExpertRunner:
         self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
         for expert in routed:
             self.counters.token_uses[plan.slices[expert.expert]] += expert.tokens
-
-
-def _ranks(chosen: list[int], computed: list[int]) -> Tensor:
-    """Where each chosen expert stands among the computed ones."""
-    return torch.tensor([computed.index(e) for e in chosen])
 
 
 def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:

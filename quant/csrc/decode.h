@@ -48,11 +48,11 @@ class DecodeStep {
   void run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* x,
            float* normed, int64_t* indices, float* weights);
 
+ private:
   // Norms, clips and rotates q [heads][head_dim] and k [kv_heads][head_dim] in place, writes k and v, and attends.
   void attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* q,
                  float* k, float* v, float* out);
 
- private:
   ThreadPool& pool_;
   Products& products_;
   Buffer q_, k_, v_, scores_, attended_, logits_;

@@ -259,20 +259,6 @@ void layer_step(const Layer& layer, const CacheTuple& cache, uintptr_t cos, uint
                     at<float>(weights));
 }
 
-void attention(const Layer& layer, const CacheTuple& cache, uintptr_t cos, uintptr_t sin, int64_t position,
-               int64_t start, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out) {
-  const LayerCache keys = cache_of(cache);
-  const Position place = position_of(cos, sin, position, start, keys);
-  nb::gil_scoped_release release;
-  std::lock_guard<std::mutex> lock(products_lock());
-  decode_step().attention(*active, layer, keys, place, at<float>(q), at<float>(k), at<float>(v), at<float>(out));
-}
-
-void route_at(uintptr_t logits, int64_t count, int64_t top_k, bool normalise, uintptr_t indices, uintptr_t weights) {
-  if (top_k < 1 || top_k > count) throw std::invalid_argument("bad top_k");
-  route(at<const float>(logits), count, top_k, normalise, at<int64_t>(indices), at<float>(weights));
-}
-
 }  // namespace
 }  // namespace moert
 
@@ -295,8 +281,6 @@ NB_MODULE(_native, m) {
            nb::arg("qkvo"), nb::arg("qk_norm"), nb::arg("qk_norms"), nb::arg("clip"), nb::arg("router").none(),
            nb::arg("top_k"), nb::arg("normalise"));
   m.def("layer_step", &layer_step);
-  m.def("attention", &attention);
-  m.def("route", &route_at);
   m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t size, float eps, uintptr_t out) {
     nb::gil_scoped_release release;
     rms_norm_rows(*active, pool(), at<const float>(x), at<const float>(weight), rows, size, eps, at<float>(out));
