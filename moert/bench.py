@@ -19,7 +19,7 @@ from moert.config import PREFILL_CHUNK
 from moert.engine import Engine
 from moert.errors import UsageError
 from moert.models.architecture import Architecture
-from moert.quant.dispatch import kernel_name
+from moert.quant.dispatch import Kernel, kernel_name, kernel_seconds
 from moert.quant.format import TILE_ROWS, align
 from moert.runtime.telemetry import Counters, peak_rss_bytes
 from moert.store.layout import EMBEDDING, HEAD, DenseTensor
@@ -174,8 +174,9 @@ class Row:
 
     size_bytes: the model at the width in use. kv_bytes_per_position: of the KV cache, over all layers. tokens: `random`
     or `prompt`. avg_ts and stddev_ts: mean and sample standard deviation of samples_ts. bytes_touched_per_token: see
-    `bytes_touched`. bandwidth_share: of the measured memory bandwidth, that these bytes take at this speed. hit_ratio
-    and bytes_read_per_token (from disk): over the timed repetitions. peak_rss_bytes: of the process so far.
+    `bytes_touched`. bandwidth_share: of the measured memory bandwidth, that these bytes take at this speed.
+    overhead_share: of the time of a decode step, what is spent neither in compiled kernels nor waiting for the disk.
+    hit_ratio and bytes_read_per_token (from disk): over the timed repetitions. peak_rss_bytes: of the process so far.
     load_average: of the last minute, before the row.
     """
 
@@ -199,6 +200,7 @@ class Row:
     bytes_touched_per_token: float
     bandwidth_share: float
     memory_bandwidth_bytes_per_s: float
+    overhead_share: float | None
     hit_ratio: float | None
     bytes_read_per_token: float
     peak_rss_bytes: int
@@ -215,6 +217,7 @@ class Measurement:
         self._bandwidth = bandwidth
         self._load, self._time = load_average(), timestamp()
         self._seconds: list[float] = []
+        self._outside: list[float] = []  # of these seconds, neither in the kernels nor waiting for the disk
         self._counts: list[Counters] = []
 
     def run(self, repetitions: int, warmup: bool, on_progress: Callable[[str], None]) -> None:
@@ -229,13 +232,18 @@ class Measurement:
             engine.forward(depth[there:])
         if warmup:
             on_progress(f"{case.name}: warming up")
+            engine.preload()
             self._once(self._tokens.timed(case, repetitions))
         for i in range(repetitions):
             so_far = f", {case.n_tokens / self._seconds[-1]:.1f} tokens/s" if self._seconds else ""
             on_progress(f"{case.name}: repetition {i + 1} of {repetitions}{so_far}")
-            before = engine.counters.copy()
-            self._seconds.append(self._once(self._tokens.timed(case, i)))
-            self._counts.append(engine.counters.since(before))
+            before, kernels = engine.counters.copy(), kernel_seconds()
+            seconds = self._once(self._tokens.timed(case, i))
+            kernels = kernel_seconds() - kernels
+            counts = engine.counters.since(before)
+            self._seconds.append(seconds)
+            self._outside.append(seconds - kernels - counts.waited_s)
+            self._counts.append(counts)
 
     def _once(self, ids: list[int]) -> float:
         engine = self._engine
@@ -245,6 +253,11 @@ class Measurement:
         for part in passes:
             engine.forward(part)
         return time.perf_counter() - start
+
+    def _overhead(self) -> float | None:
+        if self._case.n_prompt or kernel_name() == Kernel.REFERENCE:  # torch computes: there is nothing to tell apart
+            return None
+        return sum(self._outside) / sum(self._seconds[: len(self._outside)])
 
     def row(self) -> Row | None:
         """What was measured; None before the first repetition has ended."""
@@ -277,6 +290,7 @@ class Measurement:
             bytes_touched_per_token=touched,
             bandwidth_share=touched * average / self._bandwidth,
             memory_bandwidth_bytes_per_s=self._bandwidth,
+            overhead_share=self._overhead(),
             hit_ratio=sum(c.expert_hits for c in counts) / uses if uses else None,
             bytes_read_per_token=sum(c.bytes_read for c in counts) / (len(counts) * case.n_tokens),
             peak_rss_bytes=peak_rss_bytes(),

@@ -159,6 +159,10 @@ class Engine:
         self._runner.use(precision)
         self.precision = precision
 
+    def preload(self) -> None:
+        """Read all experts, if the arena holds all of them: what follows waits for no disk."""
+        self._runner.preload()
+
     def rewind(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
         del self.tokens[length:]

@@ -30,13 +30,29 @@ class LayerCache:
         return compiled() is not None and known and d % 16 == 0 and d <= 256
 
     @cached_property
-    def pointers(self) -> tuple[int, ...]:
-        """Where keys, values and their scales begin (0: none), and C."""
-        _, J, C, d = self.numbers.shape
-        keys = self.numbers.data_ptr()
-        scales = 0 if self.scales is None else self.scales.data_ptr()
-        value_scales = 0 if self.scales is None else scales + 4 * J * C
-        return keys, keys + self.numbers.itemsize * J * C * d, scales, value_scales, C
+    def native(self) -> Any:
+        """What the compiled module takes; points into the cache."""
+        keys, values = self.numbers
+        scales = (0, 0) if self.scales is None else tuple(s.data_ptr() for s in self.scales)
+        return loaded().LayerCache(keys.data_ptr(), values.data_ptr(), *scales, keys.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a token stands: at `position`, from where it sees start ... position.
+
+    rotation: cos and sin, float32 contiguous [1, d / 2].
+    """
+
+    rotation: tuple[Tensor, Tensor]
+    position: int
+    start: int
+
+    @cached_property
+    def native(self) -> Any:
+        """What the compiled module takes; points into the rotation."""
+        cos, sin = self.rotation
+        return loaded().Place(cos.data_ptr(), sin.data_ptr(), self.position, self.start)
 
 
 @dataclass(frozen=True)
@@ -99,24 +115,20 @@ class LayerStep:
             normalise=router is not None and router.normalise,
         )
 
-    def __call__(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: LayerCache, position: int, start: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    @cached_property
+    def _normed(self) -> Tensor:
+        return torch.empty(1, self.norms[0].numel())
+
+    def __call__(self, x: Tensor, cache: LayerCache, place: Place) -> tuple[Tensor, list[int], list[float]]:
         """Add attention to x, float32 contiguous [1, D], in place, and write the token's key and value to the cache.
 
-        rotation: cos and sin, float32 [1, d / 2]. The token stands at `position` and sees start ... position. Returns
-        what the experts see, float32 [1, D], and the router's choice, largest first: indices int64 [1, K] and weights
-        float32 [1, K], the softmax over all experts (divided by their sum over the chosen ones if it normalises).
+        Returns what the experts see, float32 [1, D], valid until the next call, and the router's choice, largest first:
+        K experts and their weights, the softmax over all experts (divided by their sum over the chosen ones if it
+        normalises).
         """
-        module = loaded()
-        K = self.router.top_k if self.router else 0
-        normed, indices, weights = torch.empty_like(x), torch.empty(1, K, dtype=torch.int64), torch.empty(1, K)
-        cos, sin = rotation
-        module.layer_step(
-            self.native, cache.pointers, cos.data_ptr(), sin.data_ptr(), position, start,
-            x.data_ptr(), normed.data_ptr(), indices.data_ptr(), weights.data_ptr(),
-        )  # fmt: skip
-        return normed, indices, weights
+        normed = self._normed
+        experts, weights = loaded().layer_step(self.native, cache.native, place.native, x.data_ptr(), normed.data_ptr())
+        return normed, experts, weights
 
 
 def _address(tensor: Tensor | None) -> int:

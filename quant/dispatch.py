@@ -62,6 +62,11 @@ def kernel_name() -> str:
     return str(_active)
 
 
+def kernel_seconds() -> float:
+    """Time spent in the compiled kernels so far, all callers together."""
+    return 0.0 if _native is None else _native.busy_seconds()
+
+
 def compiled() -> ModuleType | None:
     """The compiled module; None where the reference is in use."""
     return None if _active is Kernel.REFERENCE else _native

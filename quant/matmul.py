@@ -25,6 +25,7 @@ from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout
 
 __all__ = [
     "ACTIVATIONS",
+    "ExpertTable",
     "Kernel",
     "PackedExpert",
     "PackedMatrix",
@@ -227,29 +228,57 @@ def expert_ffn(x: Tensor, expert: PackedExpert, activation: str = "silu") -> Ten
 def experts_ffn(
     x: Tensor,
     experts: Sequence[PackedExpert],
-    tokens_of: Sequence[Tensor] | None,
+    tokens_of: Sequence[Tensor],
     out: Tensor,
     activation: str = "silu",
 ) -> None:
     """`expert_ffn` of several experts in one call.
 
-    x: float32 [T, D]. tokens_of[i]: int64 [n_i], the tokens of expert i; None where x is a single token, of all. out:
-    float32 [sum of n_i, D], contiguous, gets the results, one expert after the other.
+    x: float32 [T, D]. tokens_of[i]: int64 [n_i], the tokens of expert i. out: float32 [sum of n_i, D], contiguous, gets
+    the results, one expert after the other.
     """
     module = compiled()
     natives = [e.native for e in experts] if module is not None and activation == "silu" else [None]
     if module is None or None in natives:
         start = 0
-        for expert, tokens in zip(
-            experts, tokens_of or [torch.zeros(1, dtype=torch.int64)] * len(experts), strict=True
-        ):
+        for expert, tokens in zip(experts, tokens_of, strict=True):
             out[start : start + len(tokens)] = expert_ffn(x[tokens], expert, activation)
             start += len(tokens)
         return
     x = x.contiguous()
-    if tokens_of is None:
-        counts, order = [1] * len(experts), x  # the order is not looked at
-    else:
-        counts, order = [tokens.shape[0] for tokens in tokens_of], torch.cat(list(tokens_of))
+    counts, order = [tokens.shape[0] for tokens in tokens_of], torch.cat(list(tokens_of))
     inner = experts[0].gate.shape[0]
     module.experts(natives, counts, order.data_ptr(), x.data_ptr(), x.shape[0], x.shape[1], inner, out.data_ptr())
+
+
+class ExpertTable:
+    """Experts that can be used at once, where the compiled module knows them by layer, expert and number of slices.
+
+    Decoding asks it for all experts of a token in one call, without a Python object for each.
+    """
+
+    def __init__(self, activation: str) -> None:
+        module = compiled() if activation == "silu" else None
+        self._native: Any = None if module is None else module.ExpertTable()
+
+    def put(self, layer: int, expert: int, slices: int, packed: PackedExpert) -> None:
+        """Enter an expert used with its first `slices` slices, which must stay where they are until it is dropped."""
+        if self._native is not None and packed.native is not None:
+            self._native.put(layer, expert, slices, packed.native)
+
+    def drop(self, layer: int, expert: int, slices: int) -> None:
+        """Forget an expert, if it is there."""
+        if self._native is not None:
+            self._native.drop(layer, expert, slices)
+
+    def add(
+        self, layer: int, experts: Sequence[int], slices: int, weights: Sequence[float], x: Tensor, out: Tensor
+    ) -> bool:
+        """Add sum over k of weights[k] * `expert_ffn`(x, experts[k]) to out; x and out: float32 contiguous [1, D].
+
+        Returns False, having done nothing, unless all these experts are there.
+        """
+        if self._native is None:
+            return False
+        found: bool = self._native.add(layer, experts, slices, weights, x.data_ptr(), out.data_ptr())
+        return found

@@ -39,6 +39,7 @@ KEYS = {
     "bandwidth_share",
     "memory_bandwidth_bytes_per_s",
     "hit_ratio",
+    "overhead_share",
     "bytes_read_per_token",
     "peak_rss_bytes",
     "budget_bytes",
@@ -84,6 +85,8 @@ def test_json_has_every_key_and_plausible_values(moert, store):
         assert row["bandwidth_share"] == pytest.approx(row["bytes_touched_per_token"] * row["avg_ts"] / BANDWIDTH)
         assert row["memory_bandwidth_bytes_per_s"] == BANDWIDTH
         assert row["peak_rss_bytes"] > 10**6
+        assert (row["overhead_share"] is None) == (row["n_prompt"] > 0 or row["kernel"] == "reference")
+        assert row["n_prompt"] or row["kernel"] == "reference" or 0 < row["overhead_share"] < 1
         assert 0 < row["size_bytes"] < row["budget_bytes"]
         assert row["timestamp"].endswith("+00:00")
     assert (rows[0]["n_prompt"], rows[0]["n_gen"], rows[0]["n_depth"]) == (8, 0, 0)

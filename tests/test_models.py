@@ -20,7 +20,7 @@ from moert.models.architecture import Architecture
 from moert.models.attention import span
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
-from moert.models.moe import route
+from moert.models.moe import Experts, route
 from moert.models.registry import architecture, family
 from moert.quant import matmul
 from moert.quant.format import MatrixLayout
@@ -89,7 +89,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class ReferenceExperts:
+class ReferenceExperts(Experts):
     """Plain float32 experts from canonically named weights, per expert or fused."""
 
     def __init__(self, weights: dict[str, Tensor], activation: str) -> None:

@@ -39,6 +39,8 @@ def store(tmp_path):
     size = sum(LAYOUT.slice_sizes)
     return SimpleNamespace(
         layout=LAYOUT,
+        moe_layers=[0],
+        num_experts=EXPERTS,
         file=file,
         experts=experts,
         location=lambda layer, expert: SimpleNamespace(file=file, offset=expert * size),
@@ -100,6 +102,34 @@ def test_experts_match_float64_at_every_arena_size(store, make_runner, width, to
     assert runner.counters.bytes_read == size * (runner.counters.expert_uses - runner.counters.expert_hits)
     if capacity == EXPERTS:
         assert runner.counters.reads <= EXPERTS, "what is resident is not read again"
+
+
+def test_a_token_decoded_is_a_chunk_of_one(store, make_runner):
+    for capacity in (3, EXPERTS):
+        runner, other = make_runner(capacity), make_runner(capacity)
+        for seed in range(6):
+            x, indices, weights = routing(1, 3, seed)
+            out = torch.ones(1, HIDDEN)
+            runner.add_one(0, x, indices[0].tolist(), weights[0].tolist(), out)
+            assert torch.equal(out, 1 + other(0, x, indices, weights))
+            assert_close(out - 1, expected(store, 3, x, indices, weights))
+        mine, its = runner.counters, other.counters
+        assert (mine.expert_uses, mine.expert_hits, mine.bytes_read) == (18, its.expert_hits, its.bytes_read)
+        assert mine.token_uses == its.token_uses == {3: 18}
+        assert runner._cache.resident_experts() == other._cache.resident_experts()
+
+
+def test_preloading_reads_everything_once_or_nothing(make_runner):
+    x, indices, weights = routing(20, 4)
+    runner = make_runner(EXPERTS)
+    runner.preload()
+    assert runner.counters.reads == EXPERTS
+    runner(0, x, indices, weights)
+    runner.preload()
+    assert (runner.counters.reads, runner.counters.hit_ratio) == (EXPERTS, 1.0)
+    small = make_runner(EXPERTS - 1)
+    small.preload()
+    assert small.counters.reads == 0
 
 
 def test_results_do_not_depend_on_what_is_in_memory(make_runner):

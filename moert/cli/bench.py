@@ -30,6 +30,7 @@ MODEL_COLUMNS: Columns = {
     "t/s ± sd": lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
     "MB/token": lambda r: f"{r['bytes_touched_per_token'] / 1e6:.3g}",
     "of bandwidth": lambda r: f"{r['bandwidth_share']:.1%}",
+    "overhead": lambda r: "-" if r["overhead_share"] is None else f"{r['overhead_share']:.1%}",
     "hits": lambda r: "-" if r["hit_ratio"] is None else f"{r['hit_ratio']:.1%}",
     "read/token": lambda r: format_bytes(r["bytes_read_per_token"]),
     "peak": lambda r: format_bytes(r["peak_rss_bytes"]),

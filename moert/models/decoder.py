@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,7 @@ from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
-from moert.quant.decode import LayerStep, Projection, Router
+from moert.quant.decode import LayerCache, LayerStep, Place, Projection, Router
 from moert.quant.matmul import gather_rows
 
 
@@ -27,11 +30,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(dense, f"{name}.input_layernorm", arch.rms_norm_eps)
         self.self_attn = Attention(arch, dense, layer)
         self.post_attention_layernorm = RMSNorm(dense, f"{name}.post_attention_layernorm", arch.rms_norm_eps)
-        self.mlp: nn.Module
+        # Methods are kept, because a module looks its parts up slowly and decoding would wait for it.
+        self._add_one: Callable[[Tensor, Sequence[int], Sequence[float], Tensor], None]
         if arch.is_moe_layer[layer]:
-            self.mlp = MoEBlock(arch, dense, layer, experts)
+            self.mlp: nn.Module = (block := MoEBlock(arch, dense, layer, experts))
+            self._add_one = block.add_one
         else:
             self.mlp = GatedMLP(dense, f"{name}.mlp", arch.hidden_act)
+            self._add_one = self._add_mlp
         self.step = self._step(arch)
 
     def _step(self, arch: Architecture) -> LayerStep:
@@ -43,12 +49,15 @@ class DecoderLayer(nn.Module):
             router = Router(self.mlp.gate.weight, arch.top_k, arch.norm_topk_prob)
         return LayerStep(norms, arch.rms_norm_eps, arch.head_dim, (q, k, v, o), qk_norm, arch.clip_qkv, router)
 
+    def decode(self, x: Tensor, cache: LayerCache, place: Place) -> None:
+        """What the layer does with one token x [1, D], in place, where `step` is supported."""
+        normed, experts, weights = self.step(x, cache, place)
+        self._add_one(normed, experts, weights, x)
+
+    def _add_mlp(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+        out += self.mlp(x)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
-        kept = cache.layers[self.self_attn.layer]
-        if len(x) == 1 and kept.steppable() and self.step.supported:
-            normed, indices, weights = self.step(x, (cos, sin), kept, cache.length, seen.start)
-            moe = self.mlp
-            return x.add_(moe.compute(normed, indices, weights) if isinstance(moe, MoEBlock) else moe(normed))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, cache)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
@@ -68,6 +77,8 @@ class Decoder(nn.Module):
         self.rotation = Rotation(arch.rope, arch.head_dim)
         self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
         self.layers = nn.ModuleList(DecoderLayer(arch, dense, layer, experts) for layer in range(arch.num_layers))
+        layers = [cast(DecoderLayer, layer) for layer in self.layers]
+        self._steps = [layer.decode for layer in layers] if all(layer.step.supported for layer in layers) else []
         self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
         self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
 
@@ -85,8 +96,13 @@ class Decoder(nn.Module):
         cos, sin = self.rotation.cos_sin(past, count)
         spans = {window: span(past, count, window) for window in set(self.arch.sliding_windows)}
         x = gather_rows(self.embed_tokens.weight, tokens)
-        for layer, window in zip(self.layers, self.arch.sliding_windows, strict=True):
-            x = layer(x, cos, sin, spans[window], cache)
+        if count == 1 and self._steps and all(kept.steppable() for kept in cache.layers):
+            places = {window: Place((cos, sin), past, spans[window].start) for window in spans}
+            for step, kept, window in zip(self._steps, cache.layers, self.arch.sliding_windows, strict=True):
+                step(x, kept, places[window])
+        else:
+            for layer, window in zip(self.layers, self.arch.sliding_windows, strict=True):
+                x = layer(x, cos, sin, spans[window], cache)
         cache.advance(count)
         logits: Tensor = self.lm_head(self.norm(x if all_logits else x[-1:]))
         return logits if all_logits else logits[0]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ class Experts(Protocol):
         x float32 [T, D], indices int64 [T, K] (distinct in each row), weights float32 [T, K] -> float32 [T, D].
         """
         ...
+
+    def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+        """The same for a single token, added to `out`: x and out float32 contiguous [1, D]. What decoding calls."""
+        out += self(layer, x, torch.tensor([experts]), torch.tensor([weights]))
 
 
 def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -50,11 +55,14 @@ class MoEBlock(nn.Module):
             self.shared_expert_gate = Linear(dense, f"{name}.shared_expert_gate")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, *route(self.gate(x), self.top_k, self.norm_topk_prob))
+        y = self.experts(self.layer, x, *route(self.gate(x), self.top_k, self.norm_topk_prob))
+        return y if self.shared_expert is None else y + self._shared(self.shared_expert, x)
 
-    def compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """What the block makes of x [T, D] once its router has chosen indices and weights [T, K]."""
-        y = self.experts(self.layer, x, indices, weights)
+    def add_one(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+        """Add what the block makes of one token x [1, D], for which its router has chosen, to `out` [1, D]."""
+        self.experts.add_one(self.layer, x, experts, weights, out)
         if self.shared_expert is not None:
-            y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return y
+            out += self._shared(self.shared_expert, x)
+
+    def _shared(self, expert: GatedMLP, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.shared_expert_gate(x)) * expert(x)

@@ -55,19 +55,31 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
     return ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
+_AHEAD = 64
+
+
 class Rotation:
     """cos and sin for the positions of a forward pass.
 
-    Computed anew for each pass: a table for the whole context would be as large as a layer's keys, and the few hundred
-    cosines of a decoded token take microseconds, once for all layers.
+    Computed anew for each pass, since a table for the whole context would be as large as a layer's keys; for a decoded
+    token, of which that is a hundredth of the time, some positions at once.
     """
 
     def __init__(self, rope: Rope, head_dim: int) -> None:
         self._rope, self._head_dim = rope, head_dim
         self._frequencies = inverse_frequencies(rope, head_dim)
+        self._ahead: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cos_sin(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """float32 [T, d/2] each, for positions start .. start + count of a sequence that ends there."""
+        if count > 1 or self._rope.type == "dynamic":  # which depends on where the sequence ends
+            return self._compute(start, count)
+        if start not in self._ahead:
+            cos, sin = self._compute(start, _AHEAD)
+            self._ahead = {start + i: (cos[i : i + 1], sin[i : i + 1]) for i in range(_AHEAD)}
+        return self._ahead[start]
+
+    def _compute(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         frequencies = self._frequencies
         if self._rope.type == "dynamic" and start + count > self._rope.original_max_positions:
             frequencies = inverse_frequencies(self._rope, self._head_dim, start + count)

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moert.quant.format import ExpertLayout
-from moert.quant.matmul import PackedExpert, experts_ffn
+from moert.quant.matmul import ExpertTable, PackedExpert, experts_ffn
 from moert.quant.rows import combine
 from moert.runtime.residency import Arena
 from moert.runtime.telemetry import Counters
@@ -28,14 +30,13 @@ from moert.store.reader import Store
 class _Step:
     """One layer of one step on its way.
 
-    places: for each expert, where it stands in the flattened [T, K] indices; None for a single token, of which decoding
-    would make eight tensors a layer. parts: float32 [T * K, D], filled from the front, `filled` rows so far. computed:
-    the experts that they come from.
+    places: for each expert, where it stands in the flattened [T, K] indices. parts: float32 [T * K, D], filled from the
+    front, `filled` rows so far. computed: the experts that they come from.
     """
 
     plan: Plan
     x: Tensor
-    places: dict[int, Tensor] | None
+    places: dict[int, Tensor]
     parts: Tensor
     filled: int = 0
     computed: list[int] = field(default_factory=list)
@@ -56,12 +57,36 @@ class ExpertRunner:
         self._ready: dict[tuple[int, int, int], PackedExpert] = {}  # by layer, expert and number of slices
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._parts = torch.empty(0)
-        self.counters = Counters()
+        self._table = ExpertTable(activation)
+        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float]]] = deque()  # layer, experts, weights
+        self._counters = Counters()
+
+    @property
+    def counters(self) -> Counters:
+        """Up to date when it is asked for."""
+        self._catch_up()
+        return self._counters
 
     def use(self, precision: FixedPrecision) -> None:
         """Compute at another precision from the next call on; its slices must have slots."""
+        self._catch_up()
         self._precision = precision
         self._slices = precision.slices(self._layout.widths)
+
+    def preload(self) -> None:
+        """Read all experts, if the arena holds all of them at the width in use; else nothing happens."""
+        layers, experts = self._store.moe_layers, self._store.num_experts
+        if self._cache.slots[self._slices - 1] < len(layers) * experts:
+            return
+        loading: set[SliceKey] = set()
+        try:
+            for layer in layers:
+                plan = plan_layer(layer, [RoutedExpert(e, 1, 0.0, self._slices) for e in range(experts)], self._cache)
+                for wave in plan.waves:
+                    self._run_wave(layer, wave, loading, functools.partial(self._prepare, layer, plan.slices))
+        except BaseException:
+            self._recover(loading)
+            raise
 
     def close(self) -> None:
         self._reader.close()
@@ -72,32 +97,61 @@ class ExpertRunner:
         x: float32 [T, D]. indices: int64 [T, K], no expert twice in a row. weights: float32 [T, K].
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
-        T, K = indices.shape
-        places: dict[int, Tensor] | None = None
-        if T == 1:
-            chosen = indices.view(-1).tolist()
-            routed = [
-                RoutedExpert(e, 1, w, self._slices) for e, w in zip(chosen, weights.view(-1).tolist(), strict=True)
-            ]
-        else:
-            places, sums = _places_by_expert(indices), _weight_by_expert(indices, weights)
-            routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
+        self._catch_up()
+        places, sums = _places_by_expert(indices), _weight_by_expert(indices, weights)
+        routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
         loading: set[SliceKey] = set()
         try:
-            plan = plan_layer(layer, routed, self._cache)
-            self._count(plan, routed)
-            step = _Step(plan, x, places, self._room(T * K, x.shape[1]))
-            for wave in plan.waves:
-                self._run_wave(step, wave, loading)
+            return self._run(self._plan(layer, routed), x, places, weights, loading)
         except BaseException:  # Ctrl-C too, wherever it strikes
             self._recover(loading)
             raise
+
+    def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+        """The same for a single token, added to `out`: x and out float32 contiguous [1, D].
+
+        What decoding calls. Where all experts are in memory, their plan is to compute them, so they are computed at
+        once; it is made later, for several layers at a time, while Python's own data are in the processor's caches.
+        """
+        before = time.perf_counter()
+        if self._table.add(layer, experts, self._slices, weights, x, out):
+            self._counters.computed_s += time.perf_counter() - before
+            self._unplanned.append((layer, experts, weights))
+            return
+        self._catch_up()
+        loading: set[SliceKey] = set()
+        try:
+            plan = self._plan(layer, self._routed(experts, weights))
+            places = {e: torch.tensor([k]) for k, e in enumerate(experts)}
+            out += self._run(plan, x, places, torch.tensor([weights]), loading)
+        except BaseException:
+            self._recover(loading)
+            raise
+
+    def _catch_up(self) -> None:
+        """Plan the layers that were computed without a plan: nothing is loaded, but the cache learns of the use."""
+        while self._unplanned:
+            layer, experts, weights = self._unplanned.popleft()
+            self._plan(layer, self._routed(experts, weights))
+
+    def _routed(self, experts: Sequence[int], weights: Sequence[float]) -> list[RoutedExpert]:
+        """What the router asks for a single token."""
+        return [RoutedExpert(e, 1, w, self._slices) for e, w in zip(experts, weights, strict=True)]
+
+    def _plan(self, layer: int, routed: Sequence[RoutedExpert]) -> Plan:
+        plan = plan_layer(layer, routed, self._cache)
+        self._count(plan, routed)
+        return plan
+
+    def _run(self, plan: Plan, x: Tensor, places: dict[int, Tensor], weights: Tensor, loading: set[SliceKey]) -> Tensor:
+        """Wave by wave. `loading` has the slices whose slots are not filled yet, at every moment."""
+        step = _Step(plan, x, places, self._room(weights.numel(), x.shape[1]))
+        for wave in plan.waves:
+            self._run_wave(plan.layer, wave, loading, functools.partial(self._compute, step))
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
-        if places is None:
-            return combine(step.parts, torch.tensor([step.computed.index(e) for e in chosen]), weights)
         order = torch.cat([places[e] for e in step.computed])
-        return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(T * K)), weights)
+        return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))), weights)
 
     def _room(self, rows: int, size: int) -> Tensor:
         """Float32 [rows, size], valid until the next call: kept, because new pages cost more than what is written."""
@@ -105,9 +159,8 @@ class ExpertRunner:
             self._parts = torch.empty(rows * size)
         return self._parts[: rows * size].view(rows, size)
 
-    def _run_wave(self, step: _Step, wave: Wave, loading: set[SliceKey]) -> None:
-        """`loading` has the slices whose slots are not filled yet, at every moment."""
-        layer = step.plan.layer
+    def _run_wave(self, layer: int, wave: Wave, loading: set[SliceKey], use: Callable[[Sequence[int]], object]) -> None:
+        """Load what the wave says; `use` gets the experts that are there, at first those that were."""
         for key in wave.evictions:
             self._release(key)
         reads: dict[Load, Read] = {}
@@ -116,12 +169,12 @@ class ExpertRunner:
             loading.update(keys)
             reads[load] = self._start(load, keys)
         if wave.resident:
-            self._compute(step, wave.resident)
+            use(wave.resident)
         waiting = list(wave.loads)
         while waiting:
             before = time.perf_counter()
             reads[waiting[0]].wait()
-            self.counters.waited_s += time.perf_counter() - before
+            self._counters.waited_s += time.perf_counter() - before
             ready = [load for load in waiting if reads[load].done]
             for load in ready:
                 reads[load].wait()
@@ -129,7 +182,7 @@ class ExpertRunner:
                 self._checked.update(keys)
                 loading.difference_update(keys)
             waiting = [load for load in waiting if load not in ready]
-            self._compute(step, [load.expert for load in ready])
+            use([load.expert for load in ready])
 
     def _start(self, load: Load, keys: Sequence[SliceKey]) -> Read:
         for key in keys:
@@ -143,8 +196,8 @@ class ExpertRunner:
             f"expert {load.expert} of layer {keys[0].layer}",
         )
         self._reader.submit(read)
-        self.counters.reads += 1
-        self.counters.bytes_read += sum(len(b) for b in read.buffers)
+        self._counters.reads += 1
+        self._counters.bytes_read += sum(len(b) for b in read.buffers)
         return read
 
     def _packed(self, layer: int, expert: int, slices: int) -> PackedExpert:
@@ -153,26 +206,28 @@ class ExpertRunner:
         if found is None:
             views = [self._arena.view(SliceKey(layer, expert, index)) for index in range(slices)]
             found = self._ready[layer, expert, slices] = PackedExpert.from_slices(views, self._layout)
+            self._table.put(layer, expert, slices, found)
         return found
+
+    def _prepare(self, layer: int, slices: Mapping[int, int], experts: Sequence[int]) -> list[PackedExpert]:
+        return [self._packed(layer, e, slices[e]) for e in experts]
 
     def _compute(self, step: _Step, experts: Sequence[int]) -> None:
         before = time.perf_counter()
-        layer, slices = step.plan.layer, step.plan.slices
-        packed = [self._packed(layer, e, slices[e]) for e in experts]
-        tokens_of, rows = None, len(experts)
-        if step.places is not None:
-            K = step.parts.shape[0] // step.x.shape[0]
-            tokens_of = [step.places[e] // K for e in experts]
-            rows = sum(tokens.shape[0] for tokens in tokens_of)
+        packed = self._prepare(step.plan.layer, step.plan.slices, experts)
+        K = step.parts.shape[0] // step.x.shape[0]
+        tokens_of = [step.places[e] // K for e in experts]
+        rows = sum(tokens.shape[0] for tokens in tokens_of)
         experts_ffn(step.x, packed, tokens_of, step.parts[step.filled : step.filled + rows], self._activation)
         step.computed += experts
         step.filled += rows
-        self.counters.computed_s += time.perf_counter() - before
+        self._counters.computed_s += time.perf_counter() - before
 
     def _release(self, key: SliceKey) -> None:
         self._arena.release(key)
         for slices in range(key.slice + 1, self._layout.num_slices + 1):
-            self._ready.pop((key.layer, key.expert, slices), None)
+            if self._ready.pop((key.layer, key.expert, slices), None) is not None:
+                self._table.drop(key.layer, key.expert, slices)
 
     def _recover(self, loading: set[SliceKey]) -> None:
         """Begin afresh with what is surely in the arena, after a step that broke off somewhere.
@@ -191,17 +246,18 @@ class ExpertRunner:
             if key in loading or key.slice >= prefixes.get(ExpertKey(key.layer, key.expert), 0):
                 self._arena.release(key)
         self._ready.clear()
+        self._table, self._unplanned = ExpertTable(self._activation), deque()
         self._cache = SliceCache(self._cache.slots, type(self._cache.policy)())
         for expert, count in prefixes.items():
             self._cache.insert(expert, count, ())
 
     def _count(self, plan: Plan, routed: Sequence[RoutedExpert]) -> None:
-        resident = plan.waves[0].resident
-        self.counters.expert_uses += len(plan.slices)
-        self.counters.expert_hits += len(resident)
-        self.counters.width_sum += sum(self._layout.widths[count - 1] for count in plan.slices.values())
-        for expert in routed:
-            self.counters.token_uses[plan.slices[expert.expert]] += expert.tokens
+        counters, widths = self._counters, self._layout.widths
+        counters.expert_uses += len(routed)
+        counters.expert_hits += len(plan.waves[0].resident)
+        for r in routed:
+            counters.width_sum += widths[r.slices - 1]
+            counters.token_uses[r.slices] += r.tokens
 
 
 def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:

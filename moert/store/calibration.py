@@ -28,6 +28,7 @@ from moert.errors import CheckpointError, StoreError
 from moert.models.attention import span
 from moert.models.decoder import DecoderLayer
 from moert.models.kv_cache import KVCache
+from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate
 from moert.quant.format import ExpertLayout
@@ -253,7 +254,7 @@ class Calibrated:
         return shift
 
 
-class _Routes:
+class _Routes(Experts):
     """Stands in for the experts: notes what the router says, in the thread that asks, and adds nothing."""
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ void store(const float* x, int d, int64_t at, void* cache, float* scales) {
 
 }  // namespace
 
-void DecodeStep::attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at,
+void DecodeStep::attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at,
                            float* q, float* k, float* v, float* out) {
   const int d = layer.head_dim, heads = layer.heads, kv_heads = layer.kv_heads;
   const bool full = layer.qk_norm == QkNorm::kFull;
@@ -95,7 +95,7 @@ void DecodeStep::attention(const Kernel& kernel, const Layer& layer, const Layer
   });
 }
 
-void DecodeStep::run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* x,
+void DecodeStep::run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
                      float* normed, int64_t* indices, float* weights) {
   const int64_t D = layer.hidden;
   float *q = q_.get<float>(layer.q.rows()), *k = k_.get<float>(layer.k.rows()), *v = v_.get<float>(layer.v.rows());

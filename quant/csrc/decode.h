@@ -34,7 +34,7 @@ struct LayerCache {
 };
 
 // Where the token stands: it sees the positions start ... position.
-struct Position {
+struct Place {
   const float *cos, *sin;  // [head_dim / 2]
   int64_t position, start;
 };
@@ -45,12 +45,12 @@ class DecodeStep {
 
   // x [hidden] gets attention added to it; normed [hidden] is what the experts see; indices and weights [top_k] are what
   // the router makes of it. The token's key and value are written to the cache.
-  void run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* x,
+  void run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
            float* normed, int64_t* indices, float* weights);
 
  private:
   // Norms, clips and rotates q [heads][head_dim] and k [kv_heads][head_dim] in place, writes k and v, and attends.
-  void attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Position& at, float* q,
+  void attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* q,
                  float* k, float* v, float* out);
 
   ThreadPool& pool_;

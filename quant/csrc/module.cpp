@@ -1,14 +1,17 @@
 // The Python module moert.quant._native. Pointers come as integers (Tensor.data_ptr()): shapes are checked in
 // quant/matmul.py. The interpreter's lock is released while computing.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "calibrate.h"
@@ -62,6 +65,16 @@ std::mutex& products_lock() {
   static std::mutex* instance = new std::mutex;
   return *instance;
 }
+
+// Adds the time from here to the end of the block to what the kernels have taken so far.
+class Busy {
+ public:
+  ~Busy() { total += std::chrono::steady_clock::now() - begun_; }
+  inline static std::chrono::steady_clock::duration total{};  // changed under the interpreter's lock
+
+ private:
+  std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
+};
 
 // (address, stride, bits, shift) from the most significant.
 using PlaneTuple = std::tuple<uintptr_t, size_t, int, int>;
@@ -123,6 +136,7 @@ void linear(const std::vector<const Matrix*>& matrices, uintptr_t x, int64_t tok
   check_alike(matrices);
   std::vector<float*> places;
   for (uintptr_t out : outs) places.push_back(at<float>(out));
+  const Busy busy;
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
   products().linear(*active, matrices.data(), int(matrices.size()), at<const float>(x), tokens, x_stride, cols,
@@ -134,17 +148,53 @@ void experts(const std::vector<const ExpertMatrices*>& list, const std::vector<i
   if (list.empty() || counts.size() != list.size()) throw std::invalid_argument("one count for each expert is needed");
   std::vector<ExpertMatrices> copies;
   for (const ExpertMatrices* expert : list) copies.push_back(*expert);
+  const Busy busy;
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
   products().experts(*active, copies, counts, at<const int64_t>(tokens_of), at<const float>(x), tokens, hidden, inner,
                      at<float>(out));
 }
 
+// Experts by layer, expert and number of slices; they do not own the memory.
+class ExpertTable {
+ public:
+  void put(int layer, int expert, int slices, const ExpertMatrices& matrices) {
+    experts_[key(layer, expert, slices)] = matrices;
+  }
+  void drop(int layer, int expert, int slices) { experts_.erase(key(layer, expert, slices)); }
+
+  // See Products::add_experts; false where one is not in the table.
+  bool add(int layer, const std::vector<int>& experts, int slices, const std::vector<float>& weights, uintptr_t x,
+           uintptr_t out) {
+    if (experts.empty() || weights.size() != experts.size())
+      throw std::invalid_argument("one weight for each expert is needed");
+    found_.clear();
+    for (int expert : experts) {
+      const auto place = experts_.find(key(layer, expert, slices));
+      if (place == experts_.end()) return false;
+      found_.push_back(place->second);
+    }
+    const Busy busy;
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(products_lock());
+    products().add_experts(*active, found_, weights.data(), at<const float>(x), at<float>(out));
+    return true;
+  }
+
+ private:
+  static uint64_t key(int layer, int expert, int slices) {
+    return uint64_t(layer) << 40 | uint64_t(expert) << 8 | uint64_t(slices);
+  }
+  std::unordered_map<uint64_t, ExpertMatrices> experts_;
+  std::vector<ExpertMatrices> found_;
+};
+
 void dequantise(const Matrix& matrix, int64_t cols, uintptr_t out, int64_t out_stride, int64_t first_row,
                 int64_t last_row) {
   const NestedMatrix& m = matrix.nested;
   if (matrix.raw != nullptr || first_row % kTileRows != 0 || first_row < 0 || last_row > m.rows || first_row >= last_row)
     throw std::invalid_argument("bad range of rows");
+  const Busy busy;
   nb::gil_scoped_release release;
   const int64_t tile = first_row / kTileRows, tiles = (last_row - first_row + kTileRows - 1) / kTileRows;
   NestedMatrix part = m;
@@ -160,6 +210,7 @@ void search_codes(uintptr_t w, int64_t num_groups, int group_size, const std::ve
   if (widths.empty() || widths.size() > 8 || group_size % 16 != 0 || group_size > 128)
     throw std::invalid_argument("bad widths or group size");
   const Search search{widths.data(), int(widths.size()), clips.data(), int(clips.size()), group_size, num_groups};
+  const Busy busy;
   nb::gil_scoped_release release;
   pool().parallel_for(num_groups, 256, [&](int64_t first, int64_t last) {
     active->search_codes(search, at<const float>(w), at<uint8_t>(codes), at<uint16_t>(scales), first, last);
@@ -177,6 +228,7 @@ Nesting nesting(const std::vector<int>& widths, const std::vector<float>& weight
 void fit_scales_at(const std::vector<int>& widths, const std::vector<float>& weights, int group_size, int64_t rows,
                    int64_t stride, uintptr_t targets, uintptr_t column_weights, uintptr_t scales) {
   const Nesting n = nesting(widths, weights, group_size, rows, stride);
+  const Busy busy;
   nb::gil_scoped_release release;
   fit_scales(n, at<const float>(targets), at<const float>(column_weights), at<float>(scales));
 }
@@ -185,6 +237,7 @@ void choose_codes_at(const std::vector<int>& widths, const std::vector<float>& w
                      uintptr_t targets, uintptr_t before, uintptr_t coupling, uintptr_t scales, uintptr_t codes,
                      int64_t code_stride, uintptr_t moved) {
   const Nesting n = nesting(widths, weights, group_size, rows, group_size);
+  const Busy busy;
   nb::gil_scoped_release release;
   choose_codes(n, at<const float>(targets), at<const float>(before), at<const float>(coupling),
                at<const float>(scales), at<uint8_t>(codes), code_stride, at<float>(moved));
@@ -236,27 +289,19 @@ void set_layer(Layer* self, int64_t hidden, int head_dim, std::tuple<uintptr_t, 
                    normalise};
 }
 
-// (keys, values, key scales, value scales, capacity)
-using CacheTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;
+using Choice = std::pair<std::vector<int64_t>, std::vector<float>>;
 
-LayerCache cache_of(const CacheTuple& cache) {
-  auto [keys, values, key_scales, value_scales, capacity] = cache;
-  return {at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales), capacity};
-}
-
-Position position_of(uintptr_t cos, uintptr_t sin, int64_t position, int64_t start, const LayerCache& cache) {
-  if (start < 0 || start > position || position >= cache.capacity) throw std::invalid_argument("bad position");
-  return {at<const float>(cos), at<const float>(sin), position, start};
-}
-
-void layer_step(const Layer& layer, const CacheTuple& cache, uintptr_t cos, uintptr_t sin, int64_t position,
-                int64_t start, uintptr_t x, uintptr_t normed, uintptr_t indices, uintptr_t weights) {
-  const LayerCache keys = cache_of(cache);
-  const Position place = position_of(cos, sin, position, start, keys);
+Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed) {
+  if (place.start < 0 || place.start > place.position || place.position >= cache.capacity)
+    throw std::invalid_argument("bad position");
+  const Busy busy;
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
-  decode_step().run(*active, layer, keys, place, at<float>(x), at<float>(normed), at<int64_t>(indices),
-                    at<float>(weights));
+  const size_t chosen = layer.router.rows() != 0 ? layer.top_k : 0;
+  Choice choice{std::vector<int64_t>(chosen), std::vector<float>(chosen)};
+  decode_step().run(*active, layer, cache, place, at<float>(x), at<float>(normed), choice.first.data(),
+                    choice.second.data());
+  return choice;
 }
 
 }  // namespace
@@ -276,22 +321,39 @@ NB_MODULE(_native, m) {
            });
   m.def("linear", &linear);
   m.def("experts", &experts);
+  nb::class_<ExpertTable>(m, "ExpertTable", "Experts by layer, expert and number of slices.")
+      .def(nb::init<>())
+      .def("put", &ExpertTable::put)
+      .def("drop", &ExpertTable::drop)
+      .def("add", &ExpertTable::add);
   nb::class_<Layer>(m, "Layer", "A layer but its experts; it does not own the memory.")
       .def("__init__", &set_layer, nb::arg("hidden"), nb::arg("head_dim"), nb::arg("norms"), nb::arg("eps"),
            nb::arg("qkvo"), nb::arg("qk_norm"), nb::arg("qk_norms"), nb::arg("clip"), nb::arg("router").none(),
            nb::arg("top_k"), nb::arg("normalise"));
+  nb::class_<LayerCache>(m, "LayerCache", "Keys and values of a layer; it does not own the memory.")
+      .def("__init__", [](LayerCache* self, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+                          uintptr_t value_scales, int64_t capacity) {
+        new (self) LayerCache{at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales), capacity};
+      });
+  nb::class_<Place>(m, "Place", "Where a token stands; it does not own the memory.")
+      .def("__init__", [](Place* self, uintptr_t cos, uintptr_t sin, int64_t position, int64_t start) {
+        new (self) Place{at<const float>(cos), at<const float>(sin), position, start};
+      });
   m.def("layer_step", &layer_step);
   m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t size, float eps, uintptr_t out) {
+    const Busy busy;
     nb::gil_scoped_release release;
     rms_norm_rows(*active, pool(), at<const float>(x), at<const float>(weight), rows, size, eps, at<float>(out));
   });
   m.def("rotate", [](uintptr_t x, int64_t tokens, int64_t heads, int64_t d, uintptr_t cos, uintptr_t sin, uintptr_t out) {
+    const Busy busy;
     nb::gil_scoped_release release;
     rotate_heads(pool(), at<const float>(x), tokens, heads, d, at<const float>(cos), at<const float>(sin),
                  at<float>(out));
   });
   m.def("combine", [](uintptr_t parts, uintptr_t rows, uintptr_t weights, int64_t tokens, int64_t top_k, int64_t size,
                       uintptr_t out) {
+    const Busy busy;
     nb::gil_scoped_release release;
     combine(pool(), at<const float>(parts), at<const int64_t>(rows), at<const float>(weights), tokens, top_k, size,
             at<float>(out));
@@ -300,6 +362,7 @@ NB_MODULE(_native, m) {
   m.def("search_codes", &search_codes);
   m.def("fit_scales", &fit_scales_at);
   m.def("choose_codes", &choose_codes_at);
+  m.def("busy_seconds", [] { return std::chrono::duration<double>(Busy::total).count(); });
   m.def("set_num_threads", [](int n) {
     if (n < 1) throw std::invalid_argument("at least one thread is needed");
     nb::gil_scoped_release release;

@@ -185,4 +185,16 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
   });
 }
 
+void Products::add_experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const float* weights,
+                           const float* x, float* out) {
+  const int64_t num = int64_t(experts.size()), inner = experts[0].gate.rows, hidden = experts[0].down.rows;
+  float* parts = parts_.get<float>(num * hidden);
+  this->experts(kernel, experts, std::vector<int64_t>(num, 1), nullptr, x, 1, hidden, inner, parts);
+  for (int64_t i = 0; i < hidden; i++) {
+    float sum = weights[0] * parts[i];
+    for (int64_t e = 1; e < num; e++) sum += weights[e] * parts[e * hidden + i];
+    out[i] += sum;
+  }
+}
+
 }  // namespace moert

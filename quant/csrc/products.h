@@ -72,13 +72,17 @@ class Products {
   void experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const std::vector<int64_t>& counts,
                const int64_t* tokens_of, const float* x, int64_t tokens, int64_t hidden, int64_t inner, float* out);
 
+  // out [hidden] += sum over e of weights[e] * expert e of a single token x [hidden], in their order.
+  void add_experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const float* weights,
+                   const float* x, float* out);
+
  private:
   void round(const Kernel& kernel, const NestedMatrix& like, const float* x, int64_t tokens, int64_t x_stride,
              int64_t cols);
 
   ThreadPool& pool_;
   Inputs inputs_, gathered_, hidden_;
-  Buffer gate_, up_;
+  Buffer gate_, up_, parts_;
 };
 
 }  // namespace moert
