@@ -200,14 +200,15 @@ def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
         stream = llm.stream("Hello there", GREEDY)
         for _ in range(3):
             next(stream)
-        real, calls = llm._engine._runner._compute, iter(range(1000))
+        real, calls = llm._engine._runner.add_one, iter(range(1000))
 
         def interrupted(*args):
             if next(calls) == 1:
                 raise KeyboardInterrupt
             real(*args)
 
-        monkeypatch.setattr(llm._engine._runner, "_compute", interrupted)
+        for layer in llm.engine.decoder.layers:
+            monkeypatch.setattr(layer.mlp.experts, "add_one", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
         monkeypatch.undo()
