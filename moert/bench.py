@@ -156,7 +156,7 @@ def bytes_without_experts(store: Store, engine: Engine, case: Case) -> float:
     """
     arch, steps = store.architecture, case.steps()
     every_pass, row = dense_bytes(store.meta.dense)
-    per_position = engine.budget.kv_cache / (engine.ctx_size * arch.num_layers)
+    per_position = engine.kv_bytes_per_position / arch.num_layers
     total = len(steps) * every_pass + case.n_tokens * row
     return (total + positions_read(arch, steps) * per_position) / case.n_tokens
 
@@ -192,7 +192,7 @@ class Row:
     kernel: str
     precision: str
     ctx_size: int
-    kv_bytes_per_position: float
+    kv_bytes_per_position: int
     repetitions: int
     avg_ts: float
     stddev_ts: float
@@ -282,7 +282,7 @@ class Measurement:
             kernel=kernel_name(),
             precision=str(engine.precision),
             ctx_size=engine.ctx_size,
-            kv_bytes_per_position=engine.budget.kv_cache / engine.ctx_size,
+            kv_bytes_per_position=engine.kv_bytes_per_position,
             repetitions=len(counts),
             avg_ts=average,
             stddev_ts=statistics.stdev(samples) if len(samples) > 1 else 0.0,

@@ -159,6 +159,11 @@ class Engine:
         self._runner.use(precision)
         self.precision = precision
 
+    @property
+    def kv_bytes_per_position(self) -> int:
+        """Of the KV cache, over all layers."""
+        return KVCache.bytes_per_position(self._decoder.arch, self._cache.layers[0].values.dtype)
+
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
         self._runner.preload()

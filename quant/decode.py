@@ -1,6 +1,6 @@
-"""A decode step of one layer up to its experts, for one token, where the compiled module is in use."""
+"""What a layer does with its tokens up to the experts, in one call, where the compiled module is in use."""
 
-# D hidden, H query heads, J key/value heads, d head size, C context size, E experts, K experts per token
+# T tokens, D hidden, H query heads, J key/value heads, d head size, C context size, E experts, K experts per token
 
 from __future__ import annotations
 
@@ -13,46 +13,57 @@ import torch
 from torch import Tensor
 
 from moert.quant.dispatch import compiled, loaded
-from moert.quant.matmul import PackedMatrix, native_matrix, streamable
+from moert.quant.matmul import FEW_TOKENS, PackedMatrix, native_matrix, streamable
+
+KEY_BLOCK = 16  # positions whose keys lie side by side, so that a register holds a number of each
+_EVERYTHING = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """Keys and values of one layer: numbers [2, J, C, d], float16, or int8 with scales float32 [2, J, C]."""
+    """Keys [J, C / 16, d, 16] and values [J, C, d] of one layer.
 
-    numbers: Tensor
+    Float16, float32, or int8 with scales float32 [2, J, C], of keys and of values. C is a multiple of 16.
+    """
+
+    keys: Tensor
+    values: Tensor
     scales: Tensor | None
 
     def steppable(self) -> bool:
         """Whether a `LayerStep` can run over this cache."""
-        d = self.numbers.shape[-1]
-        known = self.numbers.dtype == (torch.float16 if self.scales is None else torch.int8)
+        d = self.values.shape[-1]
+        known = self.values.dtype == torch.int8 if self.scales is not None else self.values.dtype in _FLOATS
         return compiled() is not None and known and d % 16 == 0 and d <= 256
 
     @cached_property
     def native(self) -> Any:
         """What the compiled module takes; points into the cache."""
-        keys, values = self.numbers
         scales = (0, 0) if self.scales is None else tuple(s.data_ptr() for s in self.scales)
-        return loaded().LayerCache(keys.data_ptr(), values.data_ptr(), *scales, keys.shape[1])
+        bits = 8 * self.values.itemsize
+        return loaded().LayerCache(self.keys.data_ptr(), self.values.data_ptr(), bits, *scales, self.values.shape[1])
+
+
+_FLOATS = (torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a token stands: at `position`, from where it sees start ... position.
+    """Where T tokens stand: the first at `position`; each sees `window` positions up to its own, or all.
 
-    rotation: cos and sin, float32 contiguous [1, d / 2].
+    rotation: cos and sin, float32 contiguous [T, d / 2].
     """
 
     rotation: tuple[Tensor, Tensor]
     position: int
-    start: int
+    window: int | None
 
     @cached_property
     def native(self) -> Any:
         """What the compiled module takes; points into the rotation."""
         cos, sin = self.rotation
-        return loaded().Place(cos.data_ptr(), sin.data_ptr(), self.position, self.start)
+        window = _EVERYTHING if self.window is None else self.window
+        return loaded().Place(cos.data_ptr(), sin.data_ptr(), len(cos), self.position, window)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Router:
 
 @dataclass(frozen=True, eq=False)
 class LayerStep:
-    """What a layer does with one token before its experts: norm, attention, residual, norm, router.
+    """What a layer does with some tokens before its experts: norm, attention, residual, norm, router.
 
     norms: float32 [D], before attention and behind it. qkvo: the four projections of attention. qk_norm: None, or
     whether q and k are normed per head ([d] each) or as a whole ([H * d] and [J * d]). clip: largest magnitude of q, k
@@ -90,11 +101,16 @@ class LayerStep:
     router: Router | None
 
     @cached_property
-    def supported(self) -> bool:
-        """Whether the compiled module can do this: a packed or contiguous floating weight everywhere."""
+    def most_tokens(self) -> float:
+        """For how many tokens the compiled module can do this: none, few, or any number.
+
+        It needs packed or contiguous floating weights, and many tokens are faster through torch where these are raw.
+        """
         weights = [p.weight for p in self.qkvo] + ([self.router.weight] if self.router else [])
         groups = {p.weight.layout.group_size for p in self.qkvo[:3] if isinstance(p.weight, PackedMatrix)}
-        return all(map(streamable, weights)) and len(groups) < 2
+        if not all(map(streamable, weights)) or len(groups) > 1:
+            return 0
+        return math.inf if all(isinstance(p.weight, PackedMatrix) for p in self.qkvo) else FEW_TOKENS - 1
 
     @cached_property
     def native(self) -> Any:
@@ -129,6 +145,16 @@ class LayerStep:
         normed = self._normed
         experts, weights = loaded().layer_step(self.native, cache.native, place.native, x.data_ptr(), normed.data_ptr())
         return normed, experts, weights
+
+    def many(self, x: Tensor, cache: LayerCache, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for tokens x [T, D], in place: what the experts see [T, D], indices int64 and weights [T, K]."""
+        T, K = len(x), self.router.top_k if self.router else 0
+        normed, indices, weights = torch.empty_like(x), torch.empty(T, K, dtype=torch.int64), torch.empty(T, K)
+        loaded().layer_steps(
+            self.native, cache.native, place.native,
+            x.data_ptr(), normed.data_ptr(), indices.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        return normed, indices, weights
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -163,7 +163,8 @@ def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
     groups = padded.view(x.shape[0], layout.groups, layout.group_size)
     peak = groups.abs().amax(-1, keepdim=True)
     # Groups without a usable scale (zeros, subnormals) become 0; what is not finite stays so through the scale.
-    rounded = (groups * (127 / peak)).round().nan_to_num(0).clamp(-127, 127) * (peak / 127)
+    # A tensor over a tensor: torch multiplies a number by the reciprocal, which rounds twice.
+    rounded = (groups * (torch.full_like(peak, 127) / peak)).round().nan_to_num(0).clamp(-127, 127) * (peak / 127)
     return rounded.view(x.shape[0], -1)[:, : layout.cols]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moert.quant import decode, matmul
+from moert.quant.matmul import FEW_TOKENS
 
 COMPILED = [k for k in matmul.available_kernels() if k != "reference"]
 EPS = 1e-6
@@ -80,15 +81,18 @@ def make_step(g, hidden, heads, kv_heads, d, kind=None, bias=False, clip=None, e
     )
 
 
-def make_cache(g, bits, kv_heads, d, capacity=80):
-    """A cache of random numbers, and its keys and values in float64."""
-    numbers = torch.zeros(2, kv_heads, capacity, d, dtype=torch.int8 if bits == 8 else torch.float16)
-    if bits == 16:
+def make_cache(g, bits, kv_heads, d, capacity=160):
+    """A cache of random numbers, and its keys and values in float64: [2, J, C, d]."""
+    dtype = {8: torch.int8, 16: torch.float16, 32: torch.float32}[bits]
+    numbers, scales = torch.zeros(2, kv_heads, capacity, d, dtype=dtype), None
+    if bits == 8:
+        numbers.random_(-127, 128, generator=g)
+        scales = torch.empty(2, kv_heads, capacity).uniform_(0.005, 0.02, generator=g)
+    else:
         numbers.copy_(torch.randn(numbers.shape, generator=g))
-        return decode.LayerCache(numbers, None), numbers.double()
-    numbers.random_(-127, 128, generator=g)
-    scales = torch.empty(2, kv_heads, capacity).uniform_(0.005, 0.02, generator=g)
-    return decode.LayerCache(numbers, scales), numbers.double() * scales[..., None].double()
+    keys = numbers[0].view(kv_heads, capacity // 16, 16, d).transpose(-1, -2).contiguous()
+    values = numbers[1].contiguous()
+    return decode.LayerCache(keys, values, scales), numbers.double() * (1 if scales is None else scales[..., None])
 
 
 def turn(g, d):
@@ -98,23 +102,24 @@ def turn(g, d):
 
 
 @pytest.mark.parametrize("kernel", COMPILED)
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (8, 1, 128), (3, 3, 256)])
 def test_attention_of_one_token_matches_float64(kernel, bits, heads, kv_heads, d):
     matmul.set_kernel(kernel)
     g = torch.Generator().manual_seed(2)
-    for position, start in ((0, 0), (1, 0), (70, 0), (70, 33)):
+    for position, start in ((0, 0), (1, 0), (70, 0), (140, 0), (140, 33), (128, 127)):
         kind = None if position == 1 else "head"
         step = make_step(g, 32, heads, kv_heads, d, kind=kind, experts=0, top_k=0)
         cache, before = make_cache(g, bits, kv_heads, d)
         cos, sin = turn(g, d)
         x = torch.randn(1, 32, generator=g)
+        window = position + 1 - start if start else None
         want, _, _ = exact_step(step, x, (cos, sin), *before[:, :, start:position])
         added = want - x
         got = x.clone()
-        step(got, cache, decode.Place((cos[None], sin[None]), position, start))
+        step(got, cache, decode.Place((cos[None], sin[None]), position, window))
         # The token's own key and value are rounded to the cache's numbers, the rest is float32.
-        bound = (2e-3 if bits == 16 else 2e-2) * added.abs().max()
+        bound = {32: 1e-5, 16: 2e-3, 8: 2e-2}[bits] * added.abs().max()
         assert (got - want).abs().max() <= bound
 
 
@@ -141,8 +146,8 @@ def test_the_step_of_a_layer_matches_float64(kernel, variant, hidden):
     cos, sin = turn(g, 32)
     x = torch.randn(1, hidden, generator=g)
     want_x, want_h, logits = exact_step(step, x, (cos, sin), *before[:, :, 2:position])
-    assert step.supported
-    h, experts, weights = step(x, cache, decode.Place((cos[None], sin[None]), position, 2))
+    assert step.most_tokens == FEW_TOKENS - 1
+    h, experts, weights = step(x, cache, decode.Place((cos[None], sin[None]), position, 10))
     torch.testing.assert_close(x.double(), want_x, rtol=1e-3, atol=1e-3)  # the cache holds halves
     torch.testing.assert_close(h.double(), want_h, rtol=2e-3, atol=2e-3)
     if logits is None:
@@ -168,12 +173,54 @@ def test_weights_of_any_dtype_are_read_exactly(kernel, dtype):
             assert (got - want).abs().max() <= 4e-6 * (x.double().abs() @ w.double().abs().T).max()
 
 
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 4, 32), (6, 2, 64), (80, 2, 16)])
+@pytest.mark.parametrize("window", [None, 1, 30, 100])
+def test_many_tokens_are_the_same_bytes_as_one_at_a_time(kernel, bits, heads, kv_heads, d, window):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(window or 0)
+    step = make_step(g, 48, heads, kv_heads, d, kind="head", bias=True)
+    cache, _ = make_cache(g, bits, kv_heads, d)
+    other, _ = make_cache(torch.Generator().manual_seed(1), bits, kv_heads, d)
+    past, T = 50, 75
+    for name in ("keys", "values", "scales"):  # the same past
+        if getattr(cache, name) is not None:
+            getattr(other, name).copy_(getattr(cache, name))
+    angles = torch.rand(T, d // 2, generator=g) * 6
+    cos, sin = angles.cos(), angles.sin()
+    x = torch.randn(T, 48, generator=g)
+    together, experts, weights, seen = x.clone(), [], [], []
+    for first, last in ((0, 9), (9, 70), (70, T)):
+        place = decode.Place((cos[first:last], sin[first:last]), past + first, window)
+        part = together[first:last]
+        for kept, found in zip((seen, experts, weights), step.many(part, cache, place), strict=True):
+            kept.append(found)
+    experts, weights, seen = torch.cat(experts), torch.cat(weights), torch.cat(seen)
+    for t in range(T):
+        single = x[t : t + 1].clone()
+        place = decode.Place((cos[t : t + 1], sin[t : t + 1]), past + t, window)
+        h, its, their = step(single, other, place)
+        assert torch.equal(single[0], together[t])
+        assert torch.equal(h[0], seen[t])
+        assert (its, their) == (experts[t].tolist(), weights[t].tolist())
+    assert torch.equal(cache.keys, other.keys)
+    assert torch.equal(cache.values, other.values)
+
+
 def test_what_the_compiled_step_cannot_do_is_left_to_torch():
     g = torch.Generator().manual_seed(1)
     step = make_step(g, 32, 2, 1, 16)
     halved = decode.Projection(torch.randn(64, 32)[::2].double())
-    assert not decode.LayerStep(step.norms, EPS, 16, (halved, *step.qkvo[1:]), None, None, None).supported
-    for numbers in (torch.zeros(2, 1, 8, 24), torch.zeros(2, 1, 8, 24, dtype=torch.float16)):
-        assert not decode.LayerCache(numbers, None).steppable()
+    assert decode.LayerStep(step.norms, EPS, 16, (halved, *step.qkvo[1:]), None, None, None).most_tokens == 0
+
+    def steppable(d, dtype):
+        return decode.LayerCache(
+            torch.zeros(1, 1, d, 16, dtype=dtype), torch.zeros(1, 16, d, dtype=dtype), None
+        ).steppable()
+
+    assert not steppable(24, torch.float16)
+    assert not steppable(32, torch.bfloat16)
+    assert steppable(32, torch.float16)
     matmul.set_kernel("reference")
-    assert not decode.LayerCache(torch.zeros(2, 1, 8, 16, dtype=torch.float16), None).steppable()
+    assert not steppable(32, torch.float16)

@@ -50,15 +50,19 @@ class DecoderLayer(nn.Module):
         return LayerStep(norms, arch.rms_norm_eps, arch.head_dim, (q, k, v, o), qk_norm, arch.clip_qkv, router)
 
     def decode(self, x: Tensor, cache: LayerCache, place: Place) -> None:
-        """What the layer does with one token x [1, D], in place, where `step` is supported."""
+        """What the layer does with one token x [1, D], in place, where `step` can do it."""
         normed, experts, weights = self.step(x, cache, place)
         self._add_one(normed, experts, weights, x)
 
     def _add_mlp(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         out += self.mlp(x)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, cache)
+    def forward(self, x: Tensor, place: Place, seen: Span | None, cache: KVCache) -> Tensor:
+        """Tokens x [T, D] at their place; where `seen` is None, `step` does what it can, and x is overwritten."""
+        if seen is None:
+            normed, indices, weights = self.step.many(x, cache.layers[self.self_attn.layer], place)
+            return x.add_(self.mlp(normed, (indices, weights)) if self.step.router else self.mlp(normed))
+        x = x + self.self_attn(self.input_layernorm(x), *place.rotation, seen, cache)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
 
@@ -78,7 +82,8 @@ class Decoder(nn.Module):
         self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
         self.layers = nn.ModuleList(DecoderLayer(arch, dense, layer, experts) for layer in range(arch.num_layers))
         layers = [cast(DecoderLayer, layer) for layer in self.layers]
-        self._steps = [layer.decode for layer in layers] if all(layer.step.supported for layer in layers) else []
+        self._steps = [layer.decode for layer in layers]
+        self._most_tokens = min(layer.step.most_tokens for layer in layers)
         self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
         self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
 
@@ -93,16 +98,17 @@ class Decoder(nn.Module):
         if count == 0:
             raise ValueError("a forward pass needs at least one token")
         cache.check_room(count)
-        cos, sin = self.rotation.cos_sin(past, count)
-        spans = {window: span(past, count, window) for window in set(self.arch.sliding_windows)}
+        rotation, windows = self.rotation.cos_sin(past, count), self.arch.sliding_windows
+        places = {window: Place(rotation, past, window) for window in set(windows)}
+        compiled = cache.steppable and count <= self._most_tokens
         x = gather_rows(self.embed_tokens.weight, tokens)
-        if count == 1 and self._steps and all(kept.steppable() for kept in cache.layers):
-            places = {window: Place((cos, sin), past, spans[window].start) for window in spans}
-            for step, kept, window in zip(self._steps, cache.layers, self.arch.sliding_windows, strict=True):
+        if compiled and count == 1:
+            for step, kept, window in zip(self._steps, cache.layers, windows, strict=True):
                 step(x, kept, places[window])
         else:
-            for layer, window in zip(self.layers, self.arch.sliding_windows, strict=True):
-                x = layer(x, cos, sin, spans[window], cache)
+            spans = {window: None if compiled else span(past, count, window) for window in places}
+            for layer, window in zip(self.layers, windows, strict=True):
+                x = layer(x, places[window], spans[window], cache)
         cache.advance(count)
         logits: Tensor = self.lm_head(self.norm(x if all_logits else x[-1:]))
         return logits if all_logits else logits[0]

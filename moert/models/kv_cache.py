@@ -4,7 +4,7 @@ A forward pass appends its keys and values to every layer and advances the lengt
 interrupted leaves the cache as it was.
 """
 
-# L layers, J key/value heads, C context size, T tokens, S positions read, d head size
+# J key/value heads, C context size rounded up to a block, T tokens, S positions read, d head size
 
 from __future__ import annotations
 
@@ -13,27 +13,42 @@ from torch import Tensor
 
 from moert.errors import UsageError
 from moert.models.architecture import Architecture
-from moert.quant.decode import LayerCache
+from moert.quant.decode import KEY_BLOCK, LayerCache
+from moert.quant.format import align
 
 
 class KVCache:
-    """Per layer [2, J, C, d] in `dtype`; pages are touched only as the sequence grows.
+    """Per layer a `LayerCache` in `dtype`; pages are touched only as the sequence grows.
 
     float16, float32, or int8: then each key and each value has a float32 scale of its own.
     """
 
     def __init__(self, arch: Architecture, ctx_size: int, dtype: torch.dtype = torch.float16) -> None:
         self.ctx_size, self.length = ctx_size, 0
-        shape = (arch.num_layers, 2, arch.num_kv_heads, ctx_size)
-        numbers = torch.empty(*shape, arch.head_dim, dtype=dtype)
-        scales = torch.empty(shape) if dtype == torch.int8 else None
-        self.layers = [LayerCache(n, None if scales is None else scales[i]) for i, n in enumerate(numbers)]
+        J, C, d = arch.num_kv_heads, align(ctx_size, KEY_BLOCK), arch.head_dim
+
+        def layer() -> LayerCache:
+            scales = torch.empty(2, J, C) if dtype == torch.int8 else None
+            keys = torch.empty(J, C // KEY_BLOCK, d, KEY_BLOCK, dtype=dtype)
+            return LayerCache(keys, torch.empty(J, C, d, dtype=dtype), scales)
+
+        self.layers = [layer() for _ in range(arch.num_layers)]
+
+    @property
+    def steppable(self) -> bool:
+        """Whether a `LayerStep` can run over this cache."""
+        return self.layers[0].steppable()
+
+    @staticmethod
+    def bytes_per_position(arch: Architecture, dtype: torch.dtype = torch.float16) -> int:
+        """Bytes of the keys and values of a position, over all layers."""
+        per_vector = arch.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return arch.num_layers * 2 * arch.num_kv_heads * per_vector
 
     @staticmethod
     def bytes_for(arch: Architecture, ctx_size: int, dtype: torch.dtype = torch.float16) -> int:
         """Bytes of a cache for `ctx_size` positions."""
-        per_vector = arch.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
-        return arch.num_layers * 2 * arch.num_kv_heads * ctx_size * per_vector
+        return align(ctx_size, KEY_BLOCK) * KVCache.bytes_per_position(arch, dtype)
 
     def check_room(self, count: int) -> None:
         """Raise UsageError unless `count` more positions fit."""
@@ -45,21 +60,26 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write [J, T, d] each behind the current length, which `advance` moves."""
-        cache, end = self.layers[layer], self.length + keys.shape[1]
-        for which, x in enumerate((keys, values)):
-            if cache.scales is not None:
-                scale = x.abs().amax(-1, keepdim=True) / 127
-                cache.scales[which, :, self.length : end] = scale[..., 0]
-                x = torch.where(scale > 0, x / scale, 0.0).round_()
-            cache.numbers[which, :, self.length : end] = x
+        cache, at = self.layers[layer], torch.arange(self.length, self.length + keys.shape[1])
+        if cache.scales is not None:
+            scales = [x.abs().amax(-1, keepdim=True) / 127 for x in (keys, values)]
+            cache.scales[:, :, at] = torch.stack(scales)[..., 0]
+            keys, values = (
+                torch.where(scale > 0, x / scale, 0.0).round_() for x, scale in zip((keys, values), scales, strict=True)
+            )
+        dtype = cache.values.dtype
+        cache.keys[:, at // KEY_BLOCK, :, at % KEY_BLOCK] = keys.transpose(0, 1).to(dtype)
+        cache.values[:, at] = values.to(dtype)
 
     def read(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions start .. end: float32 [J, S, d] each."""
-        cache = self.layers[layer]
-        both = cache.numbers[:, :, start:end].float()
+        cache, first = self.layers[layer], start // KEY_BLOCK
+        blocks = cache.keys[:, first : align(end, KEY_BLOCK) // KEY_BLOCK].float()
+        keys = blocks.transpose(-1, -2).flatten(1, 2)[:, start - first * KEY_BLOCK : end - first * KEY_BLOCK]
+        values = cache.values[:, start:end].float()
         if cache.scales is not None:
-            both *= cache.scales[:, :, start:end, None]
-        return both[0], both[1]
+            keys, values = keys * cache.scales[0, :, start:end, None], values * cache.scales[1, :, start:end, None]
+        return keys, values
 
     def advance(self, count: int) -> None:
         self.length += count

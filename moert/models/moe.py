@@ -54,8 +54,10 @@ class MoEBlock(nn.Module):
             self.shared_expert = GatedMLP(dense, f"{name}.shared_expert", arch.hidden_act)
             self.shared_expert_gate = Linear(dense, f"{name}.shared_expert_gate")
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.experts(self.layer, x, *route(self.gate(x), self.top_k, self.norm_topk_prob))
+    def forward(self, x: Tensor, chosen: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`chosen`: what `route` says, where it is known already."""
+        chosen = chosen or route(self.gate(x), self.top_k, self.norm_topk_prob)
+        y = self.experts(self.layer, x, *chosen)
         return y if self.shared_expert is None else y + self._shared(self.shared_expert, x)
 
     def add_one(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:

@@ -31,6 +31,7 @@ from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate
+from moert.quant.decode import Place
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import ACTIVATIONS
 from moert.store.fileio import atomic_file
@@ -196,8 +197,8 @@ class Calibrated:
 
         def run(x: Tensor) -> tuple[Tensor, ...]:
             cache = KVCache(self._arch, len(x), torch.float32)
-            cos, sin = rotation.cos_sin(0, len(x))
-            return block(x, cos, sin, span(0, len(x), window), cache), *routes.take()
+            place = Place(rotation.cos_sin(0, len(x)), 0, window)
+            return block(x, place, span(0, len(x), window), cache), *routes.take()
 
         found = []
         for part in pool.map(run, torch.split(self._hidden, min(WINDOW, self._arch.max_position_embeddings))):

@@ -8,24 +8,14 @@ namespace moert {
 
 namespace {
 
-// Round to nearest even; beyond the largest half: infinity, which attention turns into NaN rather than a wrong number.
-uint16_t to_half(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
-  const float size = std::fabs(v);
-  if (!(size < 65520.0f)) return sign | (size == size ? 0x7c00u : 0x7e00u);
-  const float scaled = size * 0x1p-112f;  // subnormal halves become subnormal floats
-  std::memcpy(&bits, &scaled, 4);
-  return sign | uint16_t((bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
-}
+constexpr int64_t kGrain = 1 << 14;  // numbers that are worth another thread
 
 void add(float* x, const float* y, int64_t count) {
   for (int64_t i = 0; i < count; i++) x[i] += y[i];
 }
 
-void prepare(float* x, int64_t count, const float* bias, const float* full_norm, float eps, float clip,
-             const Kernel& kernel) {
+void finish(float* x, int64_t count, const float* bias, const float* full_norm, float eps, float clip,
+            const Kernel& kernel) {
   if (bias != nullptr) add(x, bias, count);
   if (full_norm != nullptr) kernel.rms_norm(x, full_norm, count, eps, x);
   if (clip < INFINITY)
@@ -41,80 +31,110 @@ void rotate(float* x, int heads, int d, const float* cos, const float* sin, floa
     }
 }
 
-// One vector of d floats to position `at` of a cache.
-void store(const float* x, int d, int64_t at, void* cache, float* scales) {
-  if (scales == nullptr) {
-    uint16_t* place = static_cast<uint16_t*>(cache) + at * d;
-    for (int i = 0; i < d; i++) place[i] = to_half(x[i]);
-    return;
+// Writes a vector of d numbers, rounded to those of a cache, `stride` apart from `place` on.
+template <class Number>
+void spread(const Number* x, int d, int64_t place, int64_t stride, void* cache) {
+  Number* to = static_cast<Number*>(cache) + place;
+  for (int i = 0; i < d; i++) to[i * stride] = x[i];
+}
+
+void store(const Kernel& kernel, const float* x, int d, const LayerCache& cache, int64_t place, int64_t stride,
+           void* numbers, float* scales, int64_t row) {
+  union {
+    uint16_t halves[256];
+    int8_t bytes[256];
+  } rounded;
+  switch (cache.type) {
+    case CacheType::kFloat: return spread(x, d, place, stride, numbers);
+    case CacheType::kHalf: kernel.to_halves(x, d, rounded.halves); return spread(rounded.halves, d, place, stride, numbers);
+    case CacheType::kByte: scales[row] = kernel.to_bytes(x, d, rounded.bytes); spread(rounded.bytes, d, place, stride, numbers);
   }
-  float peak = 0, poison = 0;
-  for (int i = 0; i < d; i++) peak = std::max(peak, std::fabs(x[i])), poison += x[i] * 0;
-  const float inverse = peak > 0 ? 127 / peak : 0;
-  int8_t* place = static_cast<int8_t*>(cache) + at * d;
-  for (int i = 0; i < d; i++) place[i] = poison == 0 ? int8_t(std::nearbyint(x[i] * inverse)) : 0;
-  scales[at] = peak / 127 + poison;  // NaN where a number is not finite
 }
 
 }  // namespace
 
-void DecodeStep::attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at,
-                           float* q, float* k, float* v, float* out) {
+template <class Body>
+void LayerStep::for_tokens(int64_t tokens, int64_t size, const Body& body) {
+  pool_.parallel_for(tokens, std::max<int64_t>(1, kGrain / size), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) body(t);
+  });
+}
+
+void LayerStep::prepare(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at,
+                        int64_t token, float* q, float* k, float* v) {
   const int d = layer.head_dim, heads = layer.heads, kv_heads = layer.kv_heads;
   const bool full = layer.qk_norm == QkNorm::kFull;
-  prepare(q, int64_t(heads) * d, layer.q_bias, full ? layer.q_norm : nullptr, layer.eps, layer.clip, kernel);
-  prepare(k, int64_t(kv_heads) * d, layer.k_bias, full ? layer.k_norm : nullptr, layer.eps, layer.clip, kernel);
-  prepare(v, int64_t(kv_heads) * d, layer.v_bias, nullptr, layer.eps, layer.clip, kernel);
+  finish(q, int64_t(heads) * d, layer.q_bias, full ? layer.q_norm : nullptr, layer.eps, layer.clip, kernel);
+  finish(k, int64_t(kv_heads) * d, layer.k_bias, full ? layer.k_norm : nullptr, layer.eps, layer.clip, kernel);
+  finish(v, int64_t(kv_heads) * d, layer.v_bias, nullptr, layer.eps, layer.clip, kernel);
   if (layer.qk_norm == QkNorm::kHead) {
     for (int h = 0; h < heads; h++) kernel.rms_norm(q + h * d, layer.q_norm, d, layer.eps, q + h * d);
     for (int h = 0; h < kv_heads; h++) kernel.rms_norm(k + h * d, layer.k_norm, d, layer.eps, k + h * d);
   }
-  rotate(q, heads, d, at.cos, at.sin, 1 / std::sqrt(float(d)));
-  rotate(k, kv_heads, d, at.cos, at.sin, 1);
+  const float *cos = at.cos + token * d / 2, *sin = at.sin + token * d / 2;
+  rotate(q, heads, d, cos, sin, 1 / std::sqrt(float(d)));
+  rotate(k, kv_heads, d, cos, sin, 1);
+  const int64_t position = at.position + token;
   for (int h = 0; h < kv_heads; h++) {
-    store(k + h * d, d, h * cache.capacity + at.position, cache.keys, cache.key_scales);
-    store(v + h * d, d, h * cache.capacity + at.position, cache.values, cache.value_scales);
+    const int64_t row = h * cache.capacity + position, block = h * cache.capacity + position / 16 * 16;
+    store(kernel, k + h * d, d, cache, block * d + position % 16, 16, cache.keys, cache.key_scales, row);
+    store(kernel, v + h * d, d, cache, row * d, 1, cache.values, cache.value_scales, row);
   }
-  const int64_t count = at.position + 1 - at.start;
+}
+
+void LayerStep::attend(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at,
+                       const float* q, float* out) {
+  const bool scaled = cache.type == CacheType::kByte;
   const Attention attention{q,
                             cache.keys,
                             cache.values,
-                            cache.key_scales,
-                            cache.value_scales,
+                            cache.type,
+                            scaled ? cache.key_scales : nullptr,
+                            scaled ? cache.value_scales : nullptr,
                             cache.capacity,
-                            at.start,
-                            at.position + 1,
-                            heads / kv_heads,
-                            d,
-                            scores_.get<float>(heads * count),
+                            at.position,
+                            at.window,
+                            layer.heads,
+                            layer.kv_heads,
+                            layer.head_dim,
                             out};
-  // A short context is done before another thread wakes.
-  const int64_t grain = count * d < 4096 ? kv_heads : 1;
-  pool_.parallel_for(kv_heads, grain, [&](int64_t first, int64_t last) {
-    for (int64_t h = first; h < last; h++) kernel.attend(attention, h);
+  // 32 rows of a key/value head at a time. A short context is done before another thread wakes.
+  const int64_t heads = layer.kv_heads, step = std::max<int64_t>(1, 32 / (layer.heads / heads));
+  const int64_t parts = (at.tokens + step - 1) / step, seen = std::min(at.position + at.tokens, at.window);
+  const int64_t grain = seen * layer.head_dim * at.tokens < 4096 ? parts * heads : 1;
+  pool_.parallel_for(parts * heads, grain, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; unit++) {
+      const int64_t token = unit / heads * step;
+      kernel.attend(attention, unit % heads, token, std::min(token + step, at.tokens));
+    }
   });
 }
 
-void DecodeStep::run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
-                     float* normed, int64_t* indices, float* weights) {
-  const int64_t D = layer.hidden;
-  float *q = q_.get<float>(layer.q.rows()), *k = k_.get<float>(layer.k.rows()), *v = v_.get<float>(layer.v.rows());
-  float* attended = attended_.get<float>(layer.q.rows());
-  kernel.rms_norm(x, layer.input_norm, D, layer.eps, normed);
+void LayerStep::run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
+                    float* normed, int64_t* indices, float* weights) {
+  const int64_t D = layer.hidden, T = at.tokens, Q = layer.q.rows(), K = layer.k.rows(), E = layer.router.rows();
+  float *q = q_.get<float>(T * Q), *k = k_.get<float>(T * K), *v = v_.get<float>(T * K);
+  float* attended = attended_.get<float>(T * Q);
+  for_tokens(T, D, [&](int64_t t) { kernel.rms_norm(x + t * D, layer.input_norm, D, layer.eps, normed + t * D); });
   const Matrix* qkv[] = {&layer.q, &layer.k, &layer.v};
   float* const outs[] = {q, k, v};
-  products_.linear(kernel, qkv, 3, normed, 1, D, D, outs);
-  attention(kernel, layer, cache, at, q, k, v, attended);
+  products_.linear(kernel, qkv, 3, normed, T, D, D, outs);
+  for_tokens(T, Q, [&](int64_t t) { prepare(kernel, layer, cache, at, t, q + t * Q, k + t * K, v + t * K); });
+  attend(kernel, layer, cache, at, q, attended);
   const Matrix* o[] = {&layer.o};
-  products_.linear(kernel, o, 1, attended, 1, layer.q.rows(), layer.q.rows(), &normed);
-  add(x, normed, D);
-  if (layer.o_bias != nullptr) add(x, layer.o_bias, D);
-  kernel.rms_norm(x, layer.output_norm, D, layer.eps, normed);
-  if (layer.router.rows() == 0) return;
-  float* logits = logits_.get<float>(layer.router.rows());
+  products_.linear(kernel, o, 1, attended, T, Q, Q, &normed);
+  for_tokens(T, D, [&](int64_t t) {
+    add(x + t * D, normed + t * D, D);
+    if (layer.o_bias != nullptr) add(x + t * D, layer.o_bias, D);
+    kernel.rms_norm(x + t * D, layer.output_norm, D, layer.eps, normed + t * D);
+  });
+  if (E == 0) return;
+  float* logits = logits_.get<float>(T * E);
   const Matrix* router[] = {&layer.router};
-  products_.linear(kernel, router, 1, normed, 1, D, D, &logits);
-  route(logits, layer.router.rows(), layer.top_k, layer.normalise, indices, weights);
+  products_.linear(kernel, router, 1, normed, T, D, D, &logits);
+  for_tokens(T, 64 * E, [&](int64_t t) {
+    route(logits + t * E, E, layer.top_k, layer.normalise, indices + t * layer.top_k, weights + t * layer.top_k);
+  });
 }
 
 void route(const float* logits, int64_t count, int64_t top_k, bool normalise, int64_t* indices, float* weights) {

@@ -1,4 +1,4 @@
-// A decode step of one layer up to its experts, for one token.
+// What a layer does with some tokens before its experts.
 #pragma once
 
 #include <cstdint>
@@ -29,33 +29,39 @@ struct Layer {
 // Keys and values of the layer, as Attention has them.
 struct LayerCache {
   void *keys, *values;
+  CacheType type;
   float *key_scales, *value_scales;
   int64_t capacity;
 };
 
-// Where the token stands: it sees the positions start ... position.
+// Where the tokens stand: the first at `position`; each sees `window` positions, its own the last of them.
 struct Place {
-  const float *cos, *sin;  // [head_dim / 2]
-  int64_t position, start;
+  const float *cos, *sin;  // [tokens][head_dim / 2]
+  int64_t tokens, position, window;
 };
 
-class DecodeStep {
+class LayerStep {
  public:
-  DecodeStep(ThreadPool& pool, Products& products) : pool_(pool), products_(products) {}
+  LayerStep(ThreadPool& pool, Products& products) : pool_(pool), products_(products) {}
 
-  // x [hidden] gets attention added to it; normed [hidden] is what the experts see; indices and weights [top_k] are what
-  // the router makes of it. The token's key and value are written to the cache.
+  // x [tokens][hidden] gets attention added to it; normed [tokens][hidden] is what the experts see; indices and weights
+  // [tokens][top_k] are what the router makes of it. Keys and values are written to the cache.
   void run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
            float* normed, int64_t* indices, float* weights);
 
  private:
-  // Norms, clips and rotates q [heads][head_dim] and k [kv_heads][head_dim] in place, writes k and v, and attends.
-  void attention(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* q,
-                 float* k, float* v, float* out);
+  // Norms, clips and rotates q and k of a token in place, and writes its key and value.
+  void prepare(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, int64_t token,
+               float* q, float* k, float* v);
+  void attend(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, const float* q,
+              float* out);
+  // Calls body(token) for all, spread over the threads where there is work of `size` numbers for each.
+  template <class Body>
+  void for_tokens(int64_t tokens, int64_t size, const Body& body);
 
   ThreadPool& pool_;
   Products& products_;
-  Buffer q_, k_, v_, scores_, attended_, logits_;
+  Buffer q_, k_, v_, attended_, logits_;
 };
 
 // The top_k largest of logits [count]: indices, largest first (of equals the one that comes first), and their softmax

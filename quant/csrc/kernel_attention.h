@@ -1,75 +1,176 @@
-// Attention of one token. Part of kernel_body.h.
+// Attention of one token or many, with the softmax kept up over spans of keys as in FlashAttention (arXiv 2205.14135,
+// section 3.1). Part of kernel_body.h.
+//
+// A row is a query head of a token. Spans begin at multiples of their length wherever a row begins, so that a row's
+// sums do not depend on the rows beside it.
 namespace moert {
 namespace MOERT_ISA {
 
-// Cached numbers as floats: halves, or bytes to be scaled by the caller.
-inline f32x16 cached(const uint16_t* p) { return load_half(p); }
+constexpr int kSpan = 64;  // positions
+constexpr int kSlab = 32;  // rows that go through a span together, while its keys are in the first cache
+// Rows and vectors of a block of sums, which should fill the registers but for one or two operands.
+constexpr int kRowBlock = kRegister == 64 ? 8 : 4;
+constexpr int kVectorBlock = kRegister == 64 ? 2 : 1;
+
+// Cached numbers as floats: bytes are to be scaled by the caller.
+inline f32x16 cached(const float* p) { return load<f32x16>(p); }
+inline f32x16 cached(const Half* p) { return load_half(p); }
 inline f32x16 cached(const int8_t* p) {
   typedef int8_t i8x16 __attribute__((vector_size(16)));
   return __builtin_convertvector(load<i8x16>(p), f32x16);
 }
 
-template <class Number>
-void attend_to(const Attention& a, int64_t kv_head) {
-  const int64_t count = a.end - a.start, before = kv_head * a.capacity + a.start;
-  const int parts = a.head_dim / 16;
-  const Number* keys = static_cast<const Number*>(a.keys) + before * a.head_dim;
-  const Number* values = static_cast<const Number*>(a.values) + before * a.head_dim;
-  const int64_t first = kv_head * a.heads_per_kv, last = first + a.heads_per_kv;
-  for (int64_t s = 0; s < count; s++) {  // each key is converted once for all its query heads
-    f32x16 key[16];
-    const float scale = a.key_scales ? a.key_scales[before + s] : 1;
-    for (int i = 0; i < parts; i++) key[i] = cached(keys + s * a.head_dim + 16 * i) * scale;
-    for (int64_t h = first; h < last; h++) {
-      f32x16 sum = {};
-      for (int i = 0; i < parts; i++) sum += key[i] * load<f32x16>(a.q + h * a.head_dim + 16 * i);
-      a.scores[h * count + s] = sum_lanes(sum);
-    }
+// Some rows on their way: their queries and sums, which positions first ... last - 1 they see, and what a softmax keeps.
+struct Slab {
+  int rows;
+  const float* q[kSlab];
+  float* out[kSlab];
+  int64_t first[kSlab], last[kSlab];
+  float peak[kSlab], total[kSlab], shrink[kSlab];
+  alignas(64) float scores[kSlab][kSpan];
+};
+
+// Scores of R rows with V blocks of 16 keys.
+template <int R, int V, class Number>
+inline void score(Slab& slab, int row, const Number* keys, int d, int column) {
+  f32x16 sum[R][V] = {};
+  const float* q[R];
+  for (int r = 0; r < R; r++) q[r] = slab.q[row + r];
+  for (int i = 0; i < d; i++) {
+    f32x16 key[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) key[v] = cached(keys + (int64_t(v) * d + i) * 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] += q[r][i] * key[v];
   }
-  for (int64_t h = first; h < last; h++) {
-    float* scores = a.scores + h * count;
-    float peak = scores[0], total = 0;
-    for (int64_t s = 1; s < count; s++) peak = scores[s] > peak ? scores[s] : peak;
-    for (int64_t s = 0; s < count; s += 16) {
-      const size_t bytes = (count - s < 16 ? count - s : 16) * sizeof(float);
-      f32x16 part = {};
-      part = part - 1e30f;
-      std::memcpy(&part, scores + s, bytes);
-      part = exponential(part - peak);
-      std::memcpy(scores + s, &part, bytes);
-      for (size_t lane = 0; lane < bytes / sizeof(float); lane++) total += part[lane];
-    }
-    for (int64_t s = 0; s < count; s++) scores[s] /= total;
-  }
-  for (int64_t h = first; h < last; h++) std::memset(a.out + h * a.head_dim, 0, a.head_dim * sizeof(float));
-  constexpr int64_t kSpan = 32;  // positions whose values are converted once and stay in the first cache
-  alignas(64) float block[kSpan * 256];
-  for (int64_t begin = 0; begin < count; begin += kSpan) {
-    const int64_t end = begin + kSpan < count ? begin + kSpan : count;
-    for (int64_t s = begin; s < end; s++) {
-      const float scale = a.value_scales ? a.value_scales[before + s] : 1;
-      for (int i = 0; i < a.head_dim; i += 16) {
-        const f32x16 part = cached(values + s * a.head_dim + i) * scale;
-        std::memcpy(block + (s - begin) * a.head_dim + i, &part, sizeof(part));
-      }
-    }
-    for (int64_t h = first; h < last; h++) {
-      float* out = a.out + h * a.head_dim;
-      for (int i = 0; i < parts; i++) {
-        f32x16 sum = load<f32x16>(out + 16 * i);
-        for (int64_t s = begin; s < end; s++)
-          sum += a.scores[h * count + s] * load<f32x16>(block + (s - begin) * a.head_dim + 16 * i);
-        std::memcpy(out + 16 * i, &sum, sizeof(sum));
-      }
-    }
-  }
+  for (int r = 0; r < R; r++) std::memcpy(slab.scores[row + r] + column, sum[r], sizeof(sum[r]));
 }
 
-void attend(const Attention& a, int64_t kv_head) {
-  if (a.key_scales)
-    attend_to<int8_t>(a, kv_head);
-  else
-    attend_to<uint16_t>(a, kv_head);
+// Adds values of positions [begin, end) of a span, times what the softmax says, to V vectors of R rows.
+template <int R, int V, class Number>
+inline void add_values(Slab& slab, int row, const Number* values, int d, int column, int begin, int end) {
+  f32x16 sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++)
+      sum[r][v] = load<f32x16>(slab.out[row + r] + column + 16 * v) * slab.shrink[row + r];
+  for (int s = begin; s < end; s++) {
+    f32x16 value[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) value[v] = cached(values + int64_t(s) * d + column + 16 * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] += slab.scores[row + r][s] * value[v];
+  }
+  for (int r = 0; r < R; r++) std::memcpy(slab.out[row + r] + column, sum[r], sizeof(sum[r]));
+}
+
+// Calls use(rows in a block known at compile time, first row) until all rows are done.
+template <int R = kRowBlock, class Use>
+inline void row_blocks(int rows, const Use& use, int row = 0) {
+  for (; row + R <= rows; row += R) use(std::integral_constant<int, R>(), row);
+  if constexpr (R > 1) row_blocks<R / 2>(rows, use, row);
+}
+
+// The same for `count` vectors.
+template <class Use>
+inline void vector_blocks(int count, const Use& use) {
+  int v = 0;
+  for (; v + kVectorBlock <= count; v += kVectorBlock) use(std::integral_constant<int, kVectorBlock>(), v);
+  for (; v < count; v++) use(std::integral_constant<int, 1>(), v);
+}
+
+// Minus infinity where a row does not see the span's positions of block i.
+inline f32x16 masked(const Slab& slab, int row, int64_t start, int i, f32x16 score) {
+  const f32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, position = lanes + float(16 * i);
+  const f32x16 first = all(float(std::max<int64_t>(slab.first[row] - start, 0)));
+  const f32x16 last = all(float(std::min<int64_t>(slab.last[row] - start, kSpan)));
+  return where_less(position, first, all(-INFINITY), where_less(position, last, score, all(-INFINITY)));
+}
+
+// Turns the scores of a row for the span at `start`, blocks of 16, into weights: 0 outside of what the row sees. Scales
+// may be null.
+inline void weigh(Slab& slab, int row, int64_t start, int blocks, const float* key_scales, const float* value_scales) {
+  const bool whole = slab.first[row] <= start && start + 16 * blocks <= slab.last[row];
+  f32x16 score[kSpan / 16], peaks = all(slab.peak[row]);
+  for (int i = 0; i < blocks; i++) {
+    score[i] = load<f32x16>(slab.scores[row] + 16 * i);
+    if (key_scales != nullptr) score[i] *= load<f32x16>(key_scales + 16 * i);
+    if (!whole) score[i] = masked(slab, row, start, i, score[i]);
+    peaks = where_less(peaks, score[i], score[i], peaks);
+  }
+  const float peak = largest_lane(peaks);
+  f32x16 total = {};
+  for (int i = 0; i < blocks; i++) {
+    f32x16 weight = exponential_below(score[i] - peak);  // NaN stays NaN
+    if (!whole) weight = where_less(score[i], all(-3e38f), f32x16{}, weight);
+    total += weight;
+    if (value_scales != nullptr) weight *= load<f32x16>(value_scales + 16 * i);
+    std::memcpy(slab.scores[row] + 16 * i, &weight, sizeof(weight));
+  }
+  slab.shrink[row] = 1;
+  if (peak > slab.peak[row]) {
+    slab.shrink[row] = slab.total[row] == 0 ? 0 : exponential_below(all(slab.peak[row] - peak))[0];
+    slab.peak[row] = peak;
+  }
+  slab.total[row] = slab.total[row] * slab.shrink[row] + sum_lanes(total);
+}
+
+template <class Number>
+void attend_slab(const Attention& a, int64_t kv_head, Slab& slab) {
+  const int d = a.head_dim;
+  const Number* keys = static_cast<const Number*>(a.keys) + kv_head * a.capacity * d;
+  const Number* values = static_cast<const Number*>(a.values) + kv_head * a.capacity * d;
+  int64_t begin = slab.first[0], end = slab.last[0];
+  for (int r = 0; r < slab.rows; r++) {
+    begin = std::min(begin, slab.first[r]), end = std::max(end, slab.last[r]);
+    std::memset(slab.out[r], 0, d * sizeof(float));
+    slab.peak[r] = -INFINITY, slab.total[r] = 0;
+  }
+  for (int64_t start = begin / kSpan * kSpan; start < end; start += kSpan) {
+    const int count = int(std::min<int64_t>(end - start, kSpan)), blocks = (count + 15) / 16;
+    const int64_t scale = kv_head * a.capacity + start;
+    row_blocks(slab.rows, [&](auto R, int row) {
+      vector_blocks(blocks, [&](auto V, int block) {
+        score<R, V>(slab, row, keys + (start + 16 * block) * d, d, 16 * block);
+      });
+    });
+    for (int r = 0; r < slab.rows; r++)
+      weigh(slab, r, start, blocks, a.key_scales ? a.key_scales + scale : nullptr,
+            a.value_scales ? a.value_scales + scale : nullptr);
+    row_blocks(slab.rows, [&](auto R, int row) {
+      vector_blocks(d / 16, [&](auto V, int block) {
+        add_values<R, V>(slab, row, values + start * d, d, 16 * block, int(std::max<int64_t>(begin - start, 0)), count);
+      });
+    });
+  }
+  for (int r = 0; r < slab.rows; r++)
+    for (int i = 0; i < d; i += 16) {
+      const f32x16 mean = load<f32x16>(slab.out[r] + i) / slab.total[r];
+      std::memcpy(slab.out[r] + i, &mean, sizeof(mean));
+    }
+}
+
+void attend(const Attention& a, int64_t kv_head, int64_t first, int64_t last) {
+  const int64_t shared = a.heads / a.kv_heads, rows = (last - first) * shared;
+  Slab slab;
+  for (int64_t row = 0; row < rows; row += slab.rows) {
+    slab.rows = int(std::min<int64_t>(rows - row, kSlab));
+    for (int r = 0; r < slab.rows; r++) {
+      const int64_t token = first + (row + r) / shared, head = kv_head * shared + (row + r) % shared;
+      slab.q[r] = a.q + (token * a.heads + head) * a.head_dim;
+      slab.out[r] = a.out + (token * a.heads + head) * a.head_dim;
+      slab.last[r] = a.position + token + 1;
+      slab.first[r] = std::max<int64_t>(slab.last[r] - a.window, 0);
+    }
+    switch (a.type) {
+      case CacheType::kHalf: attend_slab<Half>(a, kv_head, slab); break;
+      case CacheType::kFloat: attend_slab<float>(a, kv_head, slab); break;
+      case CacheType::kByte: attend_slab<int8_t>(a, kv_head, slab); break;
+    }
+  }
 }
 
 }  // namespace MOERT_ISA

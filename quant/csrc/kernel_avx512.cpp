@@ -123,6 +123,8 @@ extern const Kernel kAvx512Kernel = {
     isa_avx512::silu_product,
     isa_avx512::rms_norm,
     isa_avx512::attend,
+    isa_avx512::to_halves,
+    isa_avx512::to_bytes,
     isa_avx512::search_codes,
 };
 

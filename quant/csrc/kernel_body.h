@@ -1,7 +1,9 @@
 // The kernels, written once with compiler vectors; each kernel_*.cpp compiles them for one instruction set.
 // No include guard on purpose: MOERT_ISA names the namespace.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -126,35 +128,75 @@ inline f32x16 all(float v) { return f32x16{} + v; }
 // Rounds to the nearest whole number, ties to even, for |v| < 2^22.
 inline f32x16 round_even(f32x16 v) { return (v + 12582912.0f) - 12582912.0f; }
 
-void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales, int32_t* sums) {
+// Rounds 16 * count numbers to bytes; adds up the bytes and, in `poison`, NaN where a number is not finite. Returns the
+// scale.
+inline float round_bytes(const f32x16* part, int count, int8_t* q, i32x16& sum, f32x16& poison) {
   typedef int8_t i8x16 __attribute__((vector_size(16)));
+  f32x16 peaks = {};
+  for (int i = 0; i < count; i++) {
+    poison += part[i] * 0.0f;
+    const f32x16 size = absolute(part[i]);
+    peaks = where_less(peaks, size, size, peaks);
+  }
+  const float peak = largest_lane(peaks);
+  const float inverse = peak > 1e-36f ? 127 / peak : 0;  // 127 / 1e-37 is infinite
+  for (int i = 0; i < count; i++) {
+    // NaN has no whole number; 0 keeps the sums within bounds.
+    f32x16 product = part[i] * inverse;
+    // Rounded to float32 here: fused with the addition in round_even, ties would fall differently where there is FMA.
+    asm volatile("" : "+m"(product));
+    const f32x16 nearest = round_even(product);
+    const i32x16 whole = __builtin_convertvector(where_less(nearest, all(128), nearest, all(0)), i32x16);
+    sum += whole;
+    const i8x16 narrow = __builtin_convertvector(whole, i8x16);
+    std::memcpy(q + 16 * i, &narrow, sizeof(narrow));
+  }
+  return peak / 127;
+}
+
+void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales, int32_t* sums) {
   for (int64_t group = 0; group < groups; group++) {
-    f32x16 part[8] = {}, poison = {}, peaks = {};
-    const int64_t start = group * group_size;
-    for (int i = 0; i < group_size / 16; i++) {
-      const int64_t left = cols - start - 16 * i;
-      if (left <= 0) break;
-      part[i] = load_some(x + start + 16 * i, left);
-      poison += part[i] * 0.0f;  // NaN where an input is not finite: it must reach the output
-      const f32x16 size = absolute(part[i]);
-      peaks = where_less(peaks, size, size, peaks);
-    }
-    const float peak = largest_lane(peaks);
-    const float scale = peak / 127, inverse = peak > 1e-36f ? 127 / peak : 0;  // 127 / 1e-37 is infinite
+    f32x16 part[8] = {}, poison = {};
     i32x16 sum = {};
-    for (int i = 0; i < group_size / 16; i++) {
-      // NaN has no whole number; 0 keeps the sums within bounds.
-      f32x16 product = part[i] * inverse;
-      // Rounded to float32 here: fused with the addition in round_even, ties would fall differently where there is FMA.
-      asm volatile("" : "+m"(product));
-      const f32x16 nearest = round_even(product);
-      const i32x16 whole = __builtin_convertvector(where_less(nearest, all(128), nearest, all(0)), i32x16);
-      sum += whole;
-      const i8x16 narrow = __builtin_convertvector(whole, i8x16);
-      std::memcpy(q + start + 16 * i, &narrow, sizeof(narrow));
-    }
+    const int64_t start = group * group_size;
+    for (int i = 0; i < group_size / 16 && start + 16 * i < cols; i++)
+      part[i] = load_some(x + start + 16 * i, cols - start - 16 * i);
+    const float scale = round_bytes(part, group_size / 16, q + start, sum, poison);
     scales[group] = scale / 2 + sum_lanes(poison);
     sums[group] = sum_lanes(sum);
+  }
+}
+
+float to_bytes(const float* x, int64_t count, int8_t* out) {
+  f32x16 part[16], poison = {};
+  i32x16 sum = {};
+  for (int i = 0; i < count / 16; i++) part[i] = load<f32x16>(x + 16 * i);
+  return round_bytes(part, int(count / 16), out, sum, poison) + sum_lanes(poison);
+}
+
+void to_halves(const float* x, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16) {
+    const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(out + i, &halves, sizeof(halves));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(out + i, &halves, sizeof(halves));
+  }
+#endif
+  for (; i < count; i++) {
+    uint32_t bits = bits_as<uint32_t>(x[i]);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    const float size = std::fabs(x[i]);
+    if (!(size < 65520.0f)) {
+      out[i] = sign | (size == size ? 0x7c00u : 0x7e00u);
+      continue;
+    }
+    bits = bits_as<uint32_t>(size * 0x1p-112f);  // subnormal halves become subnormal floats
+    out[i] = sign | uint16_t((bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
   }
 }
 
@@ -182,10 +224,9 @@ void nested_dequantise(const NestedMatrix& w, int64_t cols, float* out, int64_t 
   }
 }
 
-// e^x to about 2 units in the last place, for |x| up to 87 (beyond: as at 87).
-inline f32x16 exponential(f32x16 x) {
+// e^x to about 2 units in the last place, for x from -87 (below: as there) to 87.
+inline f32x16 exponential_below(f32x16 x) {
   x = where_less(x, all(-87), all(-87), x);
-  x = where_less(all(87), x, all(87), x);
   const f32x16 n = round_even(x * 1.44269504f);
   const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n * ln 2, in two steps
   f32x16 p = r * 1.98412698e-4f + 1.38888889e-3f;  // Taylor: |r| is at most ln 2 / 2
@@ -196,6 +237,9 @@ inline f32x16 exponential(f32x16 x) {
   p = p * r * r + r + 1.0f;
   return p * bits_as<f32x16>((__builtin_convertvector(n, i32x16) + 127) << 23);
 }
+
+// The same, beyond 87 as there.
+inline f32x16 exponential(f32x16 x) { return exponential_below(where_less(all(87), x, all(87), x)); }
 
 inline f32x16 silu(f32x16 v) { return v / (exponential(-v) + 1.0f); }
 

@@ -43,6 +43,8 @@ extern const Kernel kGenericKernel = {
     isa_generic::silu_product,
     isa_generic::rms_norm,
     isa_generic::attend,
+    isa_generic::to_halves,
+    isa_generic::to_bytes,
     isa_generic::search_codes,
 };
 

@@ -287,6 +287,8 @@ extern const Kernel kNeonKernel = {
     isa_neon::silu_product,
     isa_neon::rms_norm,
     isa_neon::attend,
+    isa_neon::to_halves,
+    isa_neon::to_bytes,
     isa_neon::search_codes,
 };
 

@@ -243,8 +243,8 @@ void choose_codes_at(const std::vector<int>& widths, const std::vector<float>& w
                at<const float>(scales), at<uint8_t>(codes), code_stride, at<float>(moved));
 }
 
-DecodeStep& decode_step() {
-  static DecodeStep* instance = new DecodeStep(pool(), products());
+LayerStep& step() {
+  static LayerStep* instance = new LayerStep(pool(), products());
   return *instance;
 }
 
@@ -289,18 +289,24 @@ void set_layer(Layer* self, int64_t hidden, int head_dim, std::tuple<uintptr_t, 
                    normalise};
 }
 
-using Choice = std::pair<std::vector<int64_t>, std::vector<float>>;
-
-Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed) {
-  if (place.start < 0 || place.start > place.position || place.position >= cache.capacity)
+void run_step(const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed,
+              int64_t* indices, float* weights) {
+  if (place.position < 0 || place.window < 1 || place.position + place.tokens > cache.capacity)
     throw std::invalid_argument("bad position");
   const Busy busy;
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
+  step().run(*active, layer, cache, place, at<float>(x), at<float>(normed), indices, weights);
+}
+
+using Choice = std::pair<std::vector<int64_t>, std::vector<float>>;
+
+// One token.
+Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed) {
+  if (place.tokens != 1) throw std::invalid_argument("not a single token");
   const size_t chosen = layer.router.rows() != 0 ? layer.top_k : 0;
   Choice choice{std::vector<int64_t>(chosen), std::vector<float>(chosen)};
-  decode_step().run(*active, layer, cache, place, at<float>(x), at<float>(normed), choice.first.data(),
-                    choice.second.data());
+  run_step(layer, cache, place, x, normed, choice.first.data(), choice.second.data());
   return choice;
 }
 
@@ -331,15 +337,22 @@ NB_MODULE(_native, m) {
            nb::arg("qkvo"), nb::arg("qk_norm"), nb::arg("qk_norms"), nb::arg("clip"), nb::arg("router").none(),
            nb::arg("top_k"), nb::arg("normalise"));
   nb::class_<LayerCache>(m, "LayerCache", "Keys and values of a layer; it does not own the memory.")
-      .def("__init__", [](LayerCache* self, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+      .def("__init__", [](LayerCache* self, uintptr_t keys, uintptr_t values, int bits, uintptr_t key_scales,
                           uintptr_t value_scales, int64_t capacity) {
-        new (self) LayerCache{at<void>(keys), at<void>(values), at<float>(key_scales), at<float>(value_scales), capacity};
+        const CacheType type = bits == 8 ? CacheType::kByte : bits == 16 ? CacheType::kHalf : CacheType::kFloat;
+        if (capacity % 16 != 0) throw std::invalid_argument("the capacity is not a multiple of 16");
+        new (self) LayerCache{at<void>(keys),        at<void>(values),        type,
+                              at<float>(key_scales), at<float>(value_scales), capacity};
       });
-  nb::class_<Place>(m, "Place", "Where a token stands; it does not own the memory.")
-      .def("__init__", [](Place* self, uintptr_t cos, uintptr_t sin, int64_t position, int64_t start) {
-        new (self) Place{at<const float>(cos), at<const float>(sin), position, start};
+  nb::class_<Place>(m, "Place", "Where tokens stand; it does not own the memory.")
+      .def("__init__", [](Place* self, uintptr_t cos, uintptr_t sin, int64_t tokens, int64_t position, int64_t window) {
+        new (self) Place{at<const float>(cos), at<const float>(sin), tokens, position, window};
       });
   m.def("layer_step", &layer_step);
+  m.def("layer_steps", [](const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed,
+                          uintptr_t indices, uintptr_t weights) {
+    run_step(layer, cache, place, x, normed, at<int64_t>(indices), at<float>(weights));
+  });
   m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t size, float eps, uintptr_t out) {
     const Busy busy;
     nb::gil_scoped_release release;

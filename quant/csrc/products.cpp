@@ -118,7 +118,9 @@ void Products::linear(const Kernel& kernel, const Matrix* const* matrices, int c
   }
   if (nested != nullptr) round(kernel, *nested, x, tokens, x_stride, cols);
   const Activations in = nested != nullptr ? inputs_.of(0, tokens) : Activations{};
-  pool_.parallel_for(total, kTileGrain, [&](int64_t first, int64_t last) {
+  // A small matrix is worth the other threads too where it is raw: a router reads 16 bits for each weight.
+  const int64_t grain = std::max<int64_t>(1, std::min(kTileGrain, total / 8));
+  pool_.parallel_for(total, grain, [&](int64_t first, int64_t last) {
     int64_t begin = 0;
     for (int i = 0; i < count; begin += matrices[i++]->nested.tiles) {
       const Matrix& m = *matrices[i];

@@ -362,6 +362,7 @@ int main(int argc, char** argv) {
     test_raw(*kernel);
     test_rms_norm(*kernel);
     test_attention(*kernel);
+    test_rounding(*kernel);
     test_search(*kernel);
   }
   std::printf("tested:%s\nnot on this processor:%s\n", tested.c_str(), missing.c_str());
