@@ -17,7 +17,7 @@ from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
-from moert.quant.decode import LayerCache, LayerStep, Place, Projection, Router
+from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection, Router
 from moert.quant.matmul import gather_rows
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moert.errors import UsageError
 from moert.models.architecture import Architecture
-from moert.quant.decode import KEY_BLOCK, LayerCache
 from moert.quant.format import align
+from moert.quant.layer_step import KEY_BLOCK, LayerCache
 
 
 class KVCache:

@@ -31,8 +31,8 @@ from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate
-from moert.quant.decode import Place
 from moert.quant.format import ExpertLayout
+from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS
 from moert.store.fileio import atomic_file
 from moert.store.parallel import Workers

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "calibrate.h"
-#include "decode.h"
+#include "layer_step.h"
 #include "kernel.h"
 #include "products.h"
 #include "rows.h"

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "check.h"
-#include "decode_test.h"
+#include "layer_step_test.h"
 #include "kernel.h"
 #include "packed_matrix.h"
 #include "products.h"

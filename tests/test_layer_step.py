@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moert.quant import decode, matmul
+from moert.quant import layer_step, matmul
 from moert.quant.matmul import FEW_TOKENS
 
 COMPILED = [k for k in matmul.available_kernels() if k != "reference"]
@@ -62,7 +62,7 @@ def make_step(g, hidden, heads, kv_heads, d, kind=None, bias=False, clip=None, e
         return torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
 
     def projection(rows, cols):
-        return decode.Projection(make(rows, cols), torch.randn(rows, generator=g) / 4 if bias else None)
+        return layer_step.Projection(make(rows, cols), torch.randn(rows, generator=g) / 4 if bias else None)
 
     def norm(n):
         return torch.rand(n, generator=g) + 0.5
@@ -70,14 +70,14 @@ def make_step(g, hidden, heads, kv_heads, d, kind=None, bias=False, clip=None, e
     inner, kv = heads * d, kv_heads * d
     qkvo = (projection(inner, hidden), projection(kv, hidden), projection(kv, hidden), projection(hidden, inner))
     sizes = (d, d) if kind == "head" else (inner, kv)
-    return decode.LayerStep(
+    return layer_step.LayerStep(
         norms=(norm(hidden), norm(hidden)),
         eps=EPS,
         head_dim=d,
         qkvo=qkvo,
         qk_norm=kind and (kind, norm(sizes[0]), norm(sizes[1])),
         clip=clip,
-        router=decode.Router(make(experts, hidden) * 3, top_k, normalise) if experts else None,
+        router=layer_step.Router(make(experts, hidden) * 3, top_k, normalise) if experts else None,
     )
 
 
@@ -92,7 +92,7 @@ def make_cache(g, bits, kv_heads, d, capacity=160):
         numbers.copy_(torch.randn(numbers.shape, generator=g))
     keys = numbers[0].view(kv_heads, capacity // 16, 16, d).transpose(-1, -2).contiguous()
     values = numbers[1].contiguous()
-    return decode.LayerCache(keys, values, scales), numbers.double() * (1 if scales is None else scales[..., None])
+    return layer_step.LayerCache(keys, values, scales), numbers.double() * (1 if scales is None else scales[..., None])
 
 
 def turn(g, d):
@@ -117,7 +117,7 @@ def test_attention_of_one_token_matches_float64(kernel, bits, heads, kv_heads, d
         want, _, _ = exact_step(step, x, (cos, sin), *before[:, :, start:position])
         added = want - x
         got = x.clone()
-        step(got, cache, decode.Place((cos[None], sin[None]), position, window))
+        step(got, cache, layer_step.Place((cos[None], sin[None]), position, window))
         # The token's own key and value are rounded to the cache's numbers, the rest is float32.
         bound = {32: 1e-5, 16: 2e-3, 8: 2e-2}[bits] * added.abs().max()
         assert (got - want).abs().max() <= bound
@@ -147,7 +147,7 @@ def test_the_step_of_a_layer_matches_float64(kernel, variant, hidden):
     x = torch.randn(1, hidden, generator=g)
     want_x, want_h, logits = exact_step(step, x, (cos, sin), *before[:, :, 2:position])
     assert step.most_tokens == FEW_TOKENS - 1
-    h, experts, weights = step(x, cache, decode.Place((cos[None], sin[None]), position, 10))
+    h, experts, weights = step(x, cache, layer_step.Place((cos[None], sin[None]), position, 10))
     torch.testing.assert_close(x.double(), want_x, rtol=1e-3, atol=1e-3)  # the cache holds halves
     torch.testing.assert_close(h.double(), want_h, rtol=2e-3, atol=2e-3)
     if logits is None:
@@ -192,14 +192,14 @@ def test_many_tokens_are_the_same_bytes_as_one_at_a_time(kernel, bits, heads, kv
     x = torch.randn(T, 48, generator=g)
     together, experts, weights, seen = x.clone(), [], [], []
     for first, last in ((0, 9), (9, 70), (70, T)):
-        place = decode.Place((cos[first:last], sin[first:last]), past + first, window)
+        place = layer_step.Place((cos[first:last], sin[first:last]), past + first, window)
         part = together[first:last]
         for kept, found in zip((seen, experts, weights), step.many(part, cache, place), strict=True):
             kept.append(found)
     experts, weights, seen = torch.cat(experts), torch.cat(weights), torch.cat(seen)
     for t in range(T):
         single = x[t : t + 1].clone()
-        place = decode.Place((cos[t : t + 1], sin[t : t + 1]), past + t, window)
+        place = layer_step.Place((cos[t : t + 1], sin[t : t + 1]), past + t, window)
         h, its, their = step(single, other, place)
         assert torch.equal(single[0], together[t])
         assert torch.equal(h[0], seen[t])
@@ -211,11 +211,11 @@ def test_many_tokens_are_the_same_bytes_as_one_at_a_time(kernel, bits, heads, kv
 def test_what_the_compiled_step_cannot_do_is_left_to_torch():
     g = torch.Generator().manual_seed(1)
     step = make_step(g, 32, 2, 1, 16)
-    halved = decode.Projection(torch.randn(64, 32)[::2].double())
-    assert decode.LayerStep(step.norms, EPS, 16, (halved, *step.qkvo[1:]), None, None, None).most_tokens == 0
+    halved = layer_step.Projection(torch.randn(64, 32)[::2].double())
+    assert layer_step.LayerStep(step.norms, EPS, 16, (halved, *step.qkvo[1:]), None, None, None).most_tokens == 0
 
     def steppable(d, dtype):
-        return decode.LayerCache(
+        return layer_step.LayerCache(
             torch.zeros(1, 1, d, 16, dtype=dtype), torch.zeros(1, 16, d, dtype=dtype), None
         ).steppable()
 

@@ -1,4 +1,4 @@
-#include "decode.h"
+#include "layer_step.h"
 
 #include <algorithm>
 #include <cmath>
