@@ -126,7 +126,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
   if (x.tokens < kMinTokens) return kAvx512Kernel.nested_matmul(w, x, out, out_stride, first, last);
-  with_planes(w, [&](auto planes) {
+  with_planes<FixedPlanes, AnyPlanes>(w, [&](auto planes) {
     if (w.levels < 128)
       many_tokens<decltype(planes), true>(w, x, out, out_stride, first, last);
     else

@@ -94,7 +94,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
-  with_planes(w, [&](auto planes) {
+  with_planes<FixedPlanes, AnyPlanes>(w, [&](auto planes) {
     using Planes = decltype(planes);
     switch (x.tokens) {
       case 1: return few_tokens<Planes, 1>(w, x, out, out_stride, first, last);

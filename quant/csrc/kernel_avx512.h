@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernel.h"
+#include "planes.h"
 
 namespace moert {
 namespace MOERT_ISA {
@@ -13,33 +14,6 @@ namespace MOERT_ISA {
 constexpr int kPanelColumns = 1024;  // 16 KiB of codes: with the inputs of a few tokens it stays in the first cache
 
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
-
-// Planes of these bits, the most significant first: everything but the addresses is known at compile time.
-template <int... Bits>
-struct PlaneList {
-  static constexpr int kCount = sizeof...(Bits);
-  static constexpr int bits(int plane) {
-    constexpr int list[] = {Bits...};
-    return list[plane];
-  }
-  static constexpr int shift(int plane) {
-    int below = 0;
-    for (int p = plane + 1; p < kCount; p++) below += bits(p);
-    return below;
-  }
-  // Where the 32 columns of `block` of a group begin in a plane.
-  static const uint8_t* chunk(const NestedMatrix& w, int64_t cell, int block, int plane) {
-    return w.planes[plane].data + cell * w.planes[plane].stride + 64 * bits(plane) * block;
-  }
-
-  // Asks for the bytes of a cell; see kernel.h.
-  static inline __attribute__((always_inline)) void prefetch(const NestedMatrix& w, int64_t cell) {
-    for (int p = 0; p < kCount; p++)
-      for (int line = 0; line < w.group_size * bits(p) / 32; line++)
-        _mm_prefetch(w.planes[p].data + cell * w.planes[p].stride + 64 * line, _MM_HINT_T1);
-    _mm_prefetch(w.scales + cell * kTileRows * 2, _MM_HINT_T1);
-  }
-};
 
 // Their codes. One may be left some bits above the bottom of its byte, where its first plane has it: that saves most
 // shifts, of which a processor does half as many as of other operations, and the sums are shifted instead.
@@ -134,23 +108,6 @@ struct AnyPlanes {
     }
   }
 };
-
-// Calls use(planes) with the type that knows the planes of w.
-template <class Use>
-inline void with_planes(const NestedMatrix& w, const Use& use) {
-  int list = 0;
-  for (int p = 0; p < w.num_planes; p++) list = 10 * list + w.planes[p].bits;
-  switch (list) {
-    case 8: return use(FixedPlanes<8>());
-    case 4: return use(FixedPlanes<4>());
-    case 42: return use(FixedPlanes<4, 2>());
-    case 2: return use(FixedPlanes<2>());
-    case 21: return use(FixedPlanes<2, 1>());
-    case 211: return use(FixedPlanes<2, 1, 1>());
-    case 22: return use(FixedPlanes<2, 2>());
-    default: return use(AnyPlanes());
-  }
-}
 
 // Groups [begin, end) of a tile, unpacked: 64 bytes for each four columns, 16 rows of four.
 template <class Planes>
