@@ -8,17 +8,44 @@ namespace MOERT_ISA {
 
 constexpr int kSpan = 64;  // positions
 constexpr int kSlab = 32;  // rows that go through a span together, while its keys are in the first cache
-// Rows and vectors of a block of sums, which should fill the registers but for one or two operands.
+// A register of floats. Arrays of longer vectors, which the compiler would have to take apart, stay in memory.
+typedef float Floats __attribute__((vector_size(kRegister)));
+constexpr int kLanes = kRegister / 4, kParts = 16 / kLanes;
+// Rows, and sixteens of numbers, of a block of sums, which should fill the registers but for some operands.
 constexpr int kRowBlock = kRegister == 64 ? 8 : 4;
-constexpr int kVectorBlock = kRegister == 64 ? 2 : 1;
+constexpr int kSixteens = kRegister == 64 ? 2 : 1;
 
 // Cached numbers as floats: bytes are to be scaled by the caller.
-inline f32x16 cached(const float* p) { return load<f32x16>(p); }
-inline f32x16 cached(const Half* p) { return load_half(p); }
-inline f32x16 cached(const int8_t* p) {
-  typedef int8_t i8x16 __attribute__((vector_size(16)));
-  return __builtin_convertvector(load<i8x16>(p), f32x16);
+inline Floats cached(const float* p) { return load<Floats>(p); }
+#if defined(__AVX512F__)
+inline Floats cached(const Half* p) { return load_half(p); }
+inline Floats cached(const int8_t* p) {
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 }
+#elif defined(__AVX2__)
+inline Floats cached(const Half* p) { return Floats(_mm256_cvtph_ps(load<__m128i>(p))); }
+inline Floats cached(const int8_t* p) {
+  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+}
+#else
+inline Floats cached(const Half* p) {
+#if defined(__aarch64__)
+  typedef __fp16 Halves __attribute__((vector_size(2 * kLanes)));
+  return __builtin_convertvector(load<Halves>(p), Floats);
+#else
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  typedef uint32_t Words __attribute__((vector_size(kRegister)));
+  const Words h = __builtin_convertvector(load<Halves>(p), Words);
+  const Words special = bits_as<Words>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinity and NaN
+  return bits_as<Floats>(bits_as<Words>(bits_as<Floats>((h & 0x7fffu) << 13) * 0x1p112f) | special | (h & 0x8000u) << 16);
+#endif
+}
+inline Floats cached(const int8_t* p) {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  typedef int32_t Whole __attribute__((vector_size(kRegister)));
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Whole), Floats);
+}
+#endif
 
 // Some rows on their way: their queries and sums, which positions first ... last - 1 they see, and what a softmax keeps.
 struct Slab {
@@ -33,36 +60,40 @@ struct Slab {
 // Scores of R rows with V blocks of 16 keys.
 template <int R, int V, class Number>
 inline void score(Slab& slab, int row, const Number* keys, int d, int column) {
-  f32x16 sum[R][V] = {};
+  constexpr int N = V * kParts;
+  Floats sum[R][N] = {};
   const float* q[R];
   for (int r = 0; r < R; r++) q[r] = slab.q[row + r];
   for (int i = 0; i < d; i++) {
-    f32x16 key[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) key[v] = cached(keys + (int64_t(v) * d + i) * 16);
+    Floats key[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) key[n] = cached(keys + (int64_t(n / kParts) * d + i) * 16 + n % kParts * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[r][v] += q[r][i] * key[v];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) sum[r][n] += q[r][i] * key[n];
   }
   for (int r = 0; r < R; r++) std::memcpy(slab.scores[row + r] + column, sum[r], sizeof(sum[r]));
 }
 
-// Adds values of positions [begin, end) of a span, times what the softmax says, to V vectors of R rows.
+// Adds values of positions [begin, end) of a span, times what the softmax says, to 16 * V numbers of R rows.
 template <int R, int V, class Number>
 inline void add_values(Slab& slab, int row, const Number* values, int d, int column, int begin, int end) {
-  f32x16 sum[R][V];
+  constexpr int N = V * kParts;
+  Floats sum[R][N];
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++)
-      sum[r][v] = load<f32x16>(slab.out[row + r] + column + 16 * v) * slab.shrink[row + r];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+      sum[r][n] = load<Floats>(slab.out[row + r] + column + n * kLanes) * slab.shrink[row + r];
   for (int s = begin; s < end; s++) {
-    f32x16 value[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) value[v] = cached(values + int64_t(s) * d + column + 16 * v);
+    Floats value[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) value[n] = cached(values + int64_t(s) * d + column + n * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[r][v] += slab.scores[row + r][s] * value[v];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) sum[r][n] += slab.scores[row + r][s] * value[n];
   }
   for (int r = 0; r < R; r++) std::memcpy(slab.out[row + r] + column, sum[r], sizeof(sum[r]));
 }
@@ -74,11 +105,11 @@ inline void row_blocks(int rows, const Use& use, int row = 0) {
   if constexpr (R > 1) row_blocks<R / 2>(rows, use, row);
 }
 
-// The same for `count` vectors.
+// The same for `count` sixteens.
 template <class Use>
-inline void vector_blocks(int count, const Use& use) {
+inline void sixteen_blocks(int count, const Use& use) {
   int v = 0;
-  for (; v + kVectorBlock <= count; v += kVectorBlock) use(std::integral_constant<int, kVectorBlock>(), v);
+  for (; v + kSixteens <= count; v += kSixteens) use(std::integral_constant<int, kSixteens>(), v);
   for (; v < count; v++) use(std::integral_constant<int, 1>(), v);
 }
 
@@ -133,7 +164,7 @@ void attend_slab(const Attention& a, int64_t kv_head, Slab& slab) {
     const int count = int(std::min<int64_t>(end - start, kSpan)), blocks = (count + 15) / 16;
     const int64_t scale = kv_head * a.capacity + start;
     row_blocks(slab.rows, [&](auto R, int row) {
-      vector_blocks(blocks, [&](auto V, int block) {
+      sixteen_blocks(blocks, [&](auto V, int block) {
         score<R, V>(slab, row, keys + (start + 16 * block) * d, d, 16 * block);
       });
     });
@@ -141,7 +172,7 @@ void attend_slab(const Attention& a, int64_t kv_head, Slab& slab) {
       weigh(slab, r, start, blocks, a.key_scales ? a.key_scales + scale : nullptr,
             a.value_scales ? a.value_scales + scale : nullptr);
     row_blocks(slab.rows, [&](auto R, int row) {
-      vector_blocks(d / 16, [&](auto V, int block) {
+      sixteen_blocks(d / 16, [&](auto V, int block) {
         add_values<R, V>(slab, row, values + start * d, d, 16 * block, int(std::max<int64_t>(begin - start, 0)), count);
       });
     });
