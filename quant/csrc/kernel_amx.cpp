@@ -85,14 +85,6 @@ inline void add_panel(const NestedMatrix& w, const Activations& x, int64_t tile,
   }
 }
 
-void make_signed(uint8_t* panel, int64_t bytes, int levels) {
-  const __m512i middle = _mm512_set1_epi8(char(levels));
-  for (int64_t i = 0; i < bytes; i += 64) {
-    const __m512i codes = _mm512_load_si512(panel + i);
-    _mm512_store_si512(panel + i, _mm512_sub_epi8(_mm512_add_epi8(codes, codes), middle));
-  }
-}
-
 template <class Planes, bool Signed>
 void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                  int64_t last) {
@@ -103,8 +95,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
     const __mmask16 mask = row_mask(w, tile);
     for (int64_t begin = 0; begin < w.groups; begin += panel_groups) {
       const int64_t end = begin + panel_groups < w.groups ? begin + panel_groups : w.groups;
-      unpack_panel<Planes>(w, tile, begin, end, tile + 1 < last, panel);
-      if (Signed) make_signed(panel, (end - begin) * w.group_size * kTileRows, w.levels);
+      unpack_panel<Planes, Signed ? Form::kWeights : Form::kCodes>(w, tile, begin, end, tile + 1 < last, panel);
       // Up to a block beyond the last token may be read.
       for (int64_t start = 0; start < x.tokens; start += kBlock) {
         const int64_t count = x.tokens - start < kBlock ? x.tokens - start : kBlock;

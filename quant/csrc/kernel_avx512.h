@@ -109,15 +109,23 @@ struct AnyPlanes {
   }
 };
 
+// How a panel holds codes c of b bits: as they are, as 2 * c, or as the weights 2 * c - (2^b - 1). The latter want b < 8.
+enum class Form { kCodes, kDoubled, kWeights };
+
 // Groups [begin, end) of a tile, unpacked: 64 bytes for each four columns, 16 rows of four.
-template <class Planes>
+template <class Planes, Form form>
 inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, bool ahead, uint8_t* panel) {
+  const __m512i middle = _mm512_set1_epi8(char(w.levels));
   for (int64_t group = begin; group < end; group++) {
     if (ahead) Planes::prefetch(w, (tile + 1) * w.groups + group);
     for (int block = 0; block < w.group_size / 32; block++) {
       __m512i codes[8];
       Planes::template unpack<true>(w, tile * w.groups + group, block, codes);
-      for (int i = 0; i < 8; i++, panel += 64) _mm512_store_si512(panel, codes[i]);
+      for (int i = 0; i < 8; i++, panel += 64) {
+        if (form != Form::kCodes) codes[i] = _mm512_add_epi8(codes[i], codes[i]);
+        if (form == Form::kWeights) codes[i] = _mm512_sub_epi8(codes[i], middle);
+        _mm512_store_si512(panel, codes[i]);
+      }
     }
   }
 }
