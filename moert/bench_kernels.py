@@ -33,7 +33,7 @@ HIDDEN, INNER = 2048, 768  # those of Qwen3-30B-A3B
 TOKENS = (1, 128)
 EXPERTS_PER_CALL = 8  # as many as a token is routed to
 SAMPLE_SECONDS = 0.1  # a sample takes at least this long
-_READS = 5
+_READS = 9
 # Each width alone, and the widths of the default store, which are read as several slices.
 WIDTHS = (*((b,) for b in range(2, 9)), (2, 3, 4))
 _MIB = 1 << 20
@@ -65,7 +65,10 @@ def timestamp() -> str:
 
 
 def read_bandwidth(threads: int, size: int) -> float:
-    """Bytes per second at which `threads` threads read a buffer of `size` bytes: the best of a few loops and tries."""
+    """Bytes per second at which `threads` threads read a buffer of `size` bytes: the fastest of a few loops.
+
+    The median of its tries, as the speeds that it is compared with are what the machine usually does, not its best.
+    """
     torch.set_num_threads(threads)
     columns = 4096
     data = torch.ones(max(size // (4 * columns), 2) & ~1, columns)
@@ -76,8 +79,8 @@ def read_bandwidth(threads: int, size: int) -> float:
         lambda: torch.mv(data, vector),
         lambda: torch.dot(half[0], half[1]),
     )
-    best = min(_seconds(loop) for _ in range(_READS) for loop in loops)
-    return data.nbytes / best
+    seconds = [[_seconds(loop) for loop in loops] for _ in range(_READS)]
+    return data.nbytes / min(statistics.median(tries) for tries in zip(*seconds, strict=True))
 
 
 def _seconds(call: Callable[[], object]) -> float:
