@@ -97,8 +97,8 @@ class Quantiser(Protocol):
         """
         ...
 
-    def finish(self, layer: int) -> None:
-        """After the experts of the layer that was prepared."""
+    def finish(self, layer: int) -> list[list[float]] | None:
+        """After the experts of the layer that was prepared: their `sensitivity` (see meta.py) where it is known."""
         ...
 
     def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ class RoundToNearest:
     ) -> Sequence[Tensor]:
         return nested.pack_expert(gate, up, down, layout)
 
-    def finish(self, layer: int) -> None:
-        pass
+    def finish(self, layer: int) -> list[list[float]] | None:
+        return None
 
     def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
         return weights
@@ -251,11 +251,17 @@ class _Plan:
             checksums={
                 layer: _rows(files[experts_file(layer)].checksums, self.layout.num_slices) for layer in arch.moe_layers
             },
+            sensitivity=_all_known({layer: files[experts_file(layer)].sensitivity for layer in arch.moe_layers}),
         )
 
 
 def _rows(values: Sequence[int], length: int) -> list[list[int]]:
     return [list(values[i : i + length]) for i in range(0, len(values), length)]
+
+
+def _all_known(values: dict[int, list[list[float]] | None]) -> dict[int, list[list[float]]] | None:
+    known = {layer: value for layer, value in values.items() if value is not None}
+    return known if known and len(known) == len(values) else None
 
 
 class _Run:
@@ -289,8 +295,9 @@ class _Run:
                 if file.name not in partial.finished:
                     quantiser.prepare(file.layer, pool, lambda stage: self._advance(stage, 0))
                     stage = f"experts of layer {index + 1} of {len(self.plan.experts)}"
-                    self._finish(partial, file.name, self._write_experts(partial.store / file.name, file, stage, pool))
-                    quantiser.finish(file.layer)
+                    written = self._write_experts(partial.store / file.name, file, stage, pool)
+                    sensitivity = quantiser.finish(file.layer)
+                    self._finish(partial, file.name, replace(written, sensitivity=sensitivity))
             # After the experts: some of it may depend on how these were quantised.
             if DENSE_FILE not in partial.finished:
                 self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))

@@ -13,11 +13,16 @@ dense             canonical name -> {shape, width: 8} or {shape, dtype}, with cr
 weights           file -> {size, data_start: where tensor data begin}, in bytes
 copies            config.json and tokenizer.json -> {size, crc32}
 checksums         layer -> expert -> slice: CRC-32 of the padded slice
+sensitivity       optional, of a calibrated store; layer -> expert -> width: mean over the tokens that the expert was
+                  calibrated on of |y_b - y|^2, where y is its output in the source and y_b with weights at that width,
+                  unweighted, divided by the mean over all tokens of |h|^2, where h leaves the layer. A token that gives
+                  the expert the router weight w suffers w^2 times as much.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +69,7 @@ class StoreMeta:
     weights: Mapping[str, WeightFile]
     copies: Mapping[str, CopiedFile]
     checksums: Mapping[int, Sequence[Sequence[int]]]
+    sensitivity: dict[int, list[list[float]]] | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -72,6 +78,9 @@ class StoreMeta:
     def as_json(self) -> dict[str, Any]:
         """The object that `parse` reads back."""
         kinds = [{"dtype": t.dtype} if t.packed is None else {"width": t.packed.widths[-1]} for t in self.dense]
+        optional: dict[str, Any] = {}
+        if self.sensitivity is not None:
+            optional["sensitivity"] = {str(layer): rows for layer, rows in self.sensitivity.items()}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -95,6 +104,7 @@ class StoreMeta:
             "weights": {name: asdict(file) for name, file in self.weights.items()},
             "copies": {name: asdict(file) for name, file in self.copies.items()},
             "checksums": {str(layer): list(map(list, sums)) for layer, sums in self.checksums.items()},
+            **optional,
         }
 
 
@@ -200,6 +210,9 @@ def parse(value: Any, file: Path) -> StoreMeta:
             for name in (CONFIG_FILE, TOKENIZER_FILE)
         },
         checksums={layer: _slice_checksums(checksums, layer, count, len(widths)) for layer in layers},
+        sensitivity=_sensitivity(top.fields("sensitivity"), layers, count, len(widths))
+        if "sensitivity" in value
+        else None,
     )
 
 
@@ -216,6 +229,20 @@ def _dense_tensor(fields: _Fields, name: str, group_size: int) -> DenseTensor:
         return DenseTensor(name, shape, "uint8", MatrixLayout(shape[0], shape[1], group_size, (width,)))
     except ValueError as error:
         raise fields.error("shape", f"is wrong ({error})") from error
+
+
+def _sensitivity(
+    fields: _Fields, layers: Sequence[int], num_experts: int, num_widths: int
+) -> dict[int, list[list[float]]]:
+    for layer in layers:
+        rows = fields.get(str(layer))
+        if not isinstance(rows, list) or len(rows) != num_experts:
+            raise fields.error(str(layer), f"is not a list of {num_experts} experts")
+        if any(not isinstance(row, list) or len(row) != num_widths for row in rows):
+            raise fields.error(str(layer), f"does not have {num_widths} numbers for each expert")
+        if any(type(n) is not float or not 0 <= n < math.inf for row in rows for n in row):
+            raise fields.error(str(layer), "has an error that is not a number from 0 on")
+    return {layer: fields.get(str(layer)) for layer in layers}
 
 
 def _slice_checksums(fields: _Fields, layer: int, num_experts: int, num_slices: int) -> list[list[int]]:

@@ -26,11 +26,15 @@ PROGRESS_FILE = "progress.json"
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A weight file that is whole: bytes, where its data begin, and a CRC-32 per tensor in the order of the file."""
+    """A weight file that is whole: bytes, where its data begin, and a CRC-32 per tensor in the order of the file.
+
+    sensitivity: of a layer's experts, where it was measured (see meta.py).
+    """
 
     size: int
     data_start: int
     checksums: list[int]
+    sensitivity: list[list[float]] | None = None
 
 
 @dataclass
