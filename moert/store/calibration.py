@@ -38,6 +38,7 @@ from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix
 from moert.store.fileio import atomic_file
 from moert.store.parallel import Workers
+from moert.store.quantiser import Measured
 from moert.store.source import SourceModel
 
 STATE_FILE = "calibration.safetensors"
@@ -144,13 +145,16 @@ class Calibrated:
             self._errors[expert] = errors
         return slices
 
-    def finish(self, layer: int) -> list[list[float]] | None:
-        """The experts of the layer that was prepared are done: how sensitive they are, [E][B], as in meta.py."""
-        assert self._routed is not None
-        energy = torch.linalg.vector_norm(self._routed.out, dim=-1).double().square().mean().clamp_min(1e-30)
+    def finish(self, layer: int) -> Measured | None:
+        """The experts of the layer that was prepared are done."""
+        routed = self._routed
+        assert routed is not None
+        energy = torch.linalg.vector_norm(routed.out, dim=-1).double().square().mean().clamp_min(1e-30)
         sensitivity = [[error / float(energy) for error in self._errors[e]] for e in sorted(self._errors)]
-        self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
-        return sensitivity
+        squares = routed.weights.flatten().double().square()
+        usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
+        self._hidden, self._layer, self._routed = routed.out, layer + 1, None
+        return Measured(sensitivity, (usage / len(routed.out)).tolist())
 
     def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> list[float]:
         """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
