@@ -107,10 +107,8 @@ def convert(
             if plan.cut:
                 kept, allocation = plan.allocate(cut.measured(plan, partial.finished))
                 cut.cut(plan, partial, kept, run.report)
-                said.append(
-                    "The error expected of what is kept is "
-                    + ("the least possible." if not allocation.gap else f"within {allocation.gap:.2%} of the least.")
-                )
+                how_good = f"at most {allocation.gap:.2%} above the least" if allocation.gap else "the least possible"
+                said.append(f"The error that is expected of this is {how_good}.")
             copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}
             partial.publish(plan.meta(partial.finished, copies, kept))
     except OSError as error:
@@ -158,8 +156,8 @@ class _Run:
             partial.abandon()
             before = " before the store is cut down to its limit" if self.plan.cut else ""
             raise StoreError(
-                f"Converting needs {readable(needed)} on the disk of {self.out}{before}, but only {readable(free)} are free:"
-                " free some space or choose another place."
+                f"Converting needs {readable(needed)} on the disk of {self.out}{before}, but only {readable(free)}"
+                " are free: free some space or choose another place."
             )
         self._copy(partial)
         weights = sum(n * k for n, k in self.plan.layout.shapes)

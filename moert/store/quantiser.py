@@ -18,8 +18,8 @@ from moert.store.parallel import Workers
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of the experts of a layer. sensitivity: [E][B], see meta.py. usage: [E], the mean over all tokens of the square of
-    the router weight that they give the expert, 0 where they are not routed to it."""
+    """Of the experts of a layer. sensitivity: [E][B], see meta.py. usage: [E], the mean over all tokens of the square
+    of the router weight that they give the expert, 0 where they are not routed to it."""
 
     sensitivity: list[list[float]]
     usage: list[float]

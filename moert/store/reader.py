@@ -120,14 +120,17 @@ class Store:
         """Bytes of the first `slices` slices of all experts, so far as they have them."""
         return sum(size * self.experts_with(i) for i, size in enumerate(self.layout.slice_sizes[:slices]))
 
+    @property
+    def widest(self) -> dict[int, int]:
+        """How many experts, over all layers, have slices up to each width, ascending."""
+        counts = Counter(self.layout.widths[count - 1] for counts in self.kept.values() for count in counts)
+        return dict(sorted(counts.items()))
+
     def kept_widths(self) -> str:
-        """How many experts have slices up to which width, for people."""
-        counts = Counter(count for counts in self.kept.values() for count in counts)
-        widths = self.layout.widths
-        mean = sum(widths[count - 1] * n for count, n in counts.items()) / counts.total()
-        return f"{mean:.2f} bits on average, " + ", ".join(
-            f"{n} experts at {widths[count - 1]}" for count, n in sorted(counts.items())
-        )
+        """What `widest` says, for people."""
+        mean = sum(width * n for width, n in self.widest.items()) / sum(self.widest.values())
+        parts = (f"{n} experts at {width}" for width, n in self.widest.items())
+        return f"{mean:.2f} bits on average ({', '.join(parts)})"
 
     def checksum(self, layer: int, expert: int, index: int) -> int:
         """zlib.crc32 of a padded slice."""
