@@ -16,6 +16,7 @@ from moert.cli import main
 from moert.config import EngineConfig
 from moert.errors import StoreError, UsageError
 from moert.quant import reference
+from moert.quant.dispatch import compiled
 from moert.runtime.experts import ExpertRunner
 from moert.store.calibration import Calibrated, CalibrationText
 from moert.store.convert import convert
@@ -301,6 +302,12 @@ def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
                 for rows in (5, 1):
                     found = runner(layer, x[:rows], torch.full((rows, 1), e), torch.ones(rows, 1))
                     assert float((found - true[:rows]).norm() / true[:rows].norm()) < 0.03
+                out = torch.zeros(1, 64)
+                runner.add_one(layer, x[:1], [e], [1.0], out)
+                assert float((out - true[:1]).norm() / true[:1].norm()) < 0.03
+                assert bool(runner._unplanned) == (compiled() is not None)  # computed at once
+                runner.add_one(layer, x[:1], [e], [-1.0], out)
+                assert not out.any()
 
 
 def test_the_result_does_not_depend_on_the_budget(cut):
@@ -311,6 +318,8 @@ def test_the_result_does_not_depend_on_the_budget(cut):
         said = []
         with LLM(cut.path, ctx_size=64, expert_budget=budget, on_status=said.append) as llm:
             logits.append(llm.logits(TOKENS[:40]))
+            for token in TOKENS[40:48]:
+                logits[-1] = torch.cat([logits[-1], llm.engine.forward([token])[None]])
             assert llm.engine._runner._arena.total_bytes <= budget
             assert llm.engine.budget.arena <= budget
             read = llm.engine.counters.bytes_read

@@ -215,7 +215,7 @@ class ExpertRunner:
         return found
 
     def _served(self, layer: int, expert: int, slices: int) -> range:
-        """The numbers of slices asked for that an expert with its first `slices` serves: with all it has, wider ones."""
+        """The numbers of slices that an expert with its first `slices` serves: if it has no more, larger ones too."""
         last = self._layout.num_slices if slices == self._store.kept[layer][expert] else slices
         return range(slices, last + 1)
 
