@@ -46,6 +46,11 @@ COPIED_FILES = (
     "merges.txt",
 )
 COPIED_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+# Of the usage of an expert on the calibration text. On four other texts of a trained model its logarithm was 0.76 to
+# 0.94 times as far from the mean as on that text, with correlations from 0.7 to 0.8; exponents from 0.5 to 0.75 led to
+# allocations with the least errors on all of them.
+USAGE_EXPONENT = 2 / 3
+LEAST_USAGE = 1e-3  # of the layer's mean: a text that is not the user's may not use an expert at all
 _LONGEST = 1.2345678901234567e-100  # no figure takes more characters
 _LARGEST = (1 << 32) - 1  # checksum
 
@@ -148,7 +153,8 @@ class Plan:
         """How many slices each layer's experts keep, by what was measured of each layer, and how good that is.
 
         What an expert's width costs is its sensitivity times its usage: that is, as a share of the hidden state's
-        energy, what it adds to the errors behind the layer. Layers are compared by these shares as they are.
+        energy, what it adds to the errors behind the layer. On a trained model these shares were 0.7 to 1.05 of the
+        divergence that each layer's errors led to, so that layers are compared by them as they are.
         """
         assert self.max_size is not None
         errors: list[list[float]] = []
@@ -156,7 +162,8 @@ class Plan:
             assert file.sensitivity is not None
             assert file.usage is not None
             errors += [
-                [usage * error for error in row] for usage, row in zip(file.usage, file.sensitivity, strict=True)
+                [usage * error for error in row]
+                for usage, row in zip(_expected_usage(file.usage), file.sensitivity, strict=True)
             ]
         sizes = [list(accumulate(self.layout.slice_sizes))] * len(errors)
         allocation = allocate(errors, sizes, self.max_size - self._fixed_bytes)
@@ -197,6 +204,13 @@ class Plan:
             sensitivity=known if known and len(known) == len(layers) else None,
             kept=kept,
         )
+
+
+def _expected_usage(usage: Sequence[float]) -> list[float]:
+    """What to expect on other texts, which use the experts of a layer somewhat differently: see USAGE_EXPONENT."""
+    total = sum(usage)
+    powers = [max(u, LEAST_USAGE * total / len(usage)) ** USAGE_EXPONENT for u in usage]
+    return [total * p / sum(powers) if total else 0.0 for p in powers]
 
 
 def _rows(values: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
