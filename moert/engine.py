@@ -58,6 +58,12 @@ def read_precision(text: str | None, store: Store) -> FixedPrecision:
         raise UsageError(f"{error}.") from None
 
 
+def say_what_is_kept(store: Store, slices: int, on_status: Callable[[str], None]) -> None:
+    """Say it where experts have fewer than the `slices` that are asked for."""
+    if min(map(min, store.kept.values())) < slices:
+        on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
+
+
 def needs_of(store: Store, kv_bits: int | None, ctx_size: int, slices: int, libraries: int) -> Needs:
     """What an engine with this context needs whose experts have up to `slices` slices."""
     return Needs(
@@ -135,8 +141,7 @@ class Engine:
         if self.ctx_size > store.architecture.max_position_embeddings:
             trained = store.architecture.max_position_embeddings
             on_status(f"warning: the context of {self.ctx_size} is longer than the {trained} the model was made for")
-        if min(map(min, store.kept.values())) < self.precision.slices(store.layout.widths):
-            on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
+        say_what_is_kept(store, self.precision.slices(store.layout.widths), on_status)
         on_status(self.budget.line())
         share = f"{slots} of {num_experts} experts ({slots / num_experts:.0%})"
         if slots < num_experts:

@@ -341,11 +341,13 @@ def test_what_is_counted_is_what_was_used(cut, monkeypatch):
         return call(self, layer, x, indices, weights)
 
     monkeypatch.setattr(ExpertRunner, "__call__", noted)
-    evaluation = evaluate.Evaluation(cut, None, ["fixed:4", "fixed:2"], EngineConfig(threads=1), 50, lambda line: None)
+    said = []
+    evaluation = evaluate.Evaluation(cut, None, ["fixed:4", "fixed:2"], EngineConfig(threads=1), 50, said.append)
     try:
         evaluation.run([TOKENS[:50]], lambda line: None)
     finally:
         evaluation.close()
+    assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
     wide, narrow = evaluation.rows()
     used = used[: len(used) // 2]
     assert len(used) == 50 * 2 * 3
