@@ -22,7 +22,9 @@ from moert.store.calibration import Calibrated, CalibrationText
 from moert.store.convert import convert
 from moert.store.layout import slice_name
 from moert.store.partial import Partial
+from moert.store.plan import Plan
 from moert.store.reader import Store
+from moert.store.source import SourceModel
 
 from .checkpoints import folder_bytes
 
@@ -163,6 +165,13 @@ def test_it_is_said(said, cut, capsys):
 
 
 # Limits
+
+
+def test_the_size_of_everything_else_is_estimated_from_above(source, whole):
+    """Whatever a calibration records in moert.json must be counted, or a store could exceed its limit."""
+    plan = Plan(SourceModel.open(source), (2, 3, 4), 64, 16, whole.meta.quantiser, whole.meta.source_name, 10**9)
+    others = size_of(whole.path) - whole.experts_bytes(3)
+    assert others <= plan.fixed_bytes < 1.05 * others
 
 
 def test_a_limit_that_nothing_exceeds_changes_nothing(source, whole, tmp_path):

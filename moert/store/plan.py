@@ -87,9 +87,9 @@ class Plan:
             )
         self.dense = dense_order(self._dense_tensors())
         self.experts = [ExpertFile(layer, arch.num_experts, self.layout) for layer in arch.moe_layers]
-        self.cut = max_size is not None and self._fixed_bytes + sum(file.data_bytes for file in self.experts) > max_size
+        self.cut = max_size is not None and self.fixed_bytes + sum(file.data_bytes for file in self.experts) > max_size
         if max_size is not None:
-            least = self._fixed_bytes + len(self.experts) * arch.num_experts * self.layout.slice_sizes[0]
+            least = self.fixed_bytes + len(self.experts) * arch.num_experts * self.layout.slice_sizes[0]
             if least > max_size:
                 raise UsageError(
                     f"A store of {max_size} bytes ({readable(max_size)}) does not hold every expert at"
@@ -117,8 +117,11 @@ class Plan:
         return (path for path in found if path.is_file())
 
     @cached_property
-    def _fixed_bytes(self) -> int:
-        """Bytes of a store without any slices: at most, for moert.json depends on what its figures will be."""
+    def fixed_bytes(self) -> int:
+        """Bytes of a store without any slices: at most, for moert.json depends on what its figures will be.
+
+        All that a quantiser measures has to be counted here, as `files` has it.
+        """
         E, B = self.source.architecture.num_experts, self.layout.num_slices
         all_kept = {file.layer: (B,) * E for file in self.experts}
         files = {
@@ -166,7 +169,7 @@ class Plan:
                 for usage, row in zip(_expected_usage(file.usage), file.sensitivity, strict=True)
             ]
         sizes = [list(accumulate(self.layout.slice_sizes))] * len(errors)
-        allocation = allocate(errors, sizes, self.max_size - self._fixed_bytes)
+        allocation = allocate(errors, sizes, self.max_size - self.fixed_bytes)
         choices = iter(allocation.choices)
         E = self.source.architecture.num_experts
         return {layer: tuple(next(choices) + 1 for _ in range(E)) for layer in measured}, allocation
