@@ -13,6 +13,7 @@ exact; where it would take too many states, the gap that remains is reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,8 +37,10 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How far from the least error this may be at most, as a share of it."""
-        return (self.error - self.bound) / self.error if self.error > self.bound else 0.0
+        """How far above the least error this may be at most, as a share of that."""
+        if self.error <= self.bound:
+            return 0.0
+        return (self.error - self.bound) / self.bound if self.bound > 0 else math.inf
 
 
 def allocate(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limit: int) -> Allocation:
