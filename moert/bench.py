@@ -137,14 +137,19 @@ def positions_read(arch: Architecture, steps: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def bytes_touched(store: Store, engine: Engine, case: Case, expert_uses: int) -> float:
+def bytes_touched(store: Store, engine: Engine, case: Case, counts: Counters) -> float:
     """Bytes of weights and KV cache that the passes of a case must read from memory, divided by its tokens.
 
-    Besides those of `bytes_without_experts` the experts that were in fact routed to, `expert_uses` of them over all
-    layers and passes, each once a pass at the width in use.
+    Besides those of `bytes_without_experts` the experts that were in fact routed to, as `counts` has them over all
+    layers and passes, each once a pass at the width it was computed at.
     """
-    one_expert = expert_bytes(store.layout, engine.precision.slices(store.layout.widths))
-    return bytes_without_experts(store, engine, case) + expert_uses * one_expert / case.n_tokens
+    layout = store.layout
+    first, last = expert_bytes(layout, 1), expert_bytes(layout, layout.num_slices)
+    experts = counts.expert_uses * first
+    if layout.num_slices > 1:  # every bit more is as many bytes more: the scales are those of one width
+        more = counts.width_sum - counts.expert_uses * layout.widths[0]
+        experts += more * (last - first) // (layout.widths[-1] - layout.widths[0])
+    return bytes_without_experts(store, engine, case) + experts / case.n_tokens
 
 
 def bytes_without_experts(store: Store, engine: Engine, case: Case) -> float:
@@ -163,9 +168,7 @@ def bytes_without_experts(store: Store, engine: Engine, case: Case) -> float:
 
 def model_bytes(store: Store, engine: Engine) -> int:
     """Bytes of the whole model at the width in use."""
-    slices = engine.precision.slices(store.layout.widths)
-    experts = len(store.moe_layers) * store.num_experts * sum(store.layout.slice_sizes[:slices])
-    return store.dense_bytes + experts
+    return store.dense_bytes + store.experts_bytes(engine.precision.slices(store.layout.widths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +271,7 @@ class Measurement:
         samples = [case.n_tokens / seconds for seconds in self._seconds[: len(counts)]]
         average = statistics.fmean(samples)
         uses = sum(c.expert_uses for c in counts)
-        touched = statistics.fmean(bytes_touched(store, engine, case, c.expert_uses) for c in counts)
+        touched = statistics.fmean(bytes_touched(store, engine, case, c) for c in counts)
         return Row(
             model=store.path.name,
             model_type=store.meta.model_type,

@@ -58,16 +58,21 @@ def read_precision(text: str | None, store: Store) -> FixedPrecision:
         raise UsageError(f"{error}.") from None
 
 
+def say_what_is_kept(store: Store, slices: int, on_status: Callable[[str], None]) -> None:
+    """Say it where experts have fewer than the `slices` that are asked for."""
+    if min(map(min, store.kept.values())) < slices:
+        on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
+
+
 def needs_of(store: Store, kv_bits: int | None, ctx_size: int, slices: int, libraries: int) -> Needs:
     """What an engine with this context needs whose experts have up to `slices` slices."""
-    one = sum(store.layout.slice_sizes[:slices])
     return Needs(
         libraries=libraries,
         dense=store.dense_bytes,
         kv_cache=KVCache.bytes_for(store.architecture, ctx_size, _kv_dtype(store, kv_bits)),
         workspace=workspace_bytes(store.architecture, ctx_size),
-        one_expert=one,
-        all_experts=one * len(store.moe_layers) * store.num_experts,
+        one_expert=sum(size for i, size in enumerate(store.layout.slice_sizes[:slices]) if store.experts_with(i)),
+        all_experts=store.experts_bytes(slices),
     )
 
 
@@ -90,7 +95,8 @@ class Engine:
         slices = self.precision.slices(store.layout.widths)
         self.budget = self._split(store, config, slices)
         num_experts = len(store.moe_layers) * store.num_experts
-        slots = slots_for(self.budget.arena, slices, store.layout, num_experts)
+        users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
+        slots = slots_for(self.budget.arena, store.layout.slice_sizes, users)
         self._describe(store, config, slots[0], num_experts, on_status)
         self._widths, self._most_slices = store.layout.widths, slices
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
@@ -135,6 +141,7 @@ class Engine:
         if self.ctx_size > store.architecture.max_position_embeddings:
             trained = store.architecture.max_position_embeddings
             on_status(f"warning: the context of {self.ctx_size} is longer than the {trained} the model was made for")
+        say_what_is_kept(store, self.precision.slices(store.layout.widths), on_status)
         on_status(self.budget.line())
         share = f"{slots} of {num_experts} experts ({slots / num_experts:.0%})"
         if slots < num_experts:

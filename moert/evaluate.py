@@ -23,7 +23,7 @@ from moert.bench import Case, bytes_without_experts
 from moert.bench_kernels import expert_bytes
 from moert.budget import Budget, available_bytes, library_bytes, split_budget
 from moert.config import EngineConfig
-from moert.engine import Engine, needs_of, read_precision
+from moert.engine import Engine, needs_of, read_precision, say_what_is_kept
 from moert.errors import UsageError
 from moert.models.decoder import DecoderLayer
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
@@ -174,6 +174,7 @@ class Evaluation:
         self._precisions = list(dict.fromkeys(read_precision(name, store) for name in names))
         widest = max(self._precisions, key=lambda precision: precision.slices(widths))
         self.budget, arena = self._split(config, widest.slices(widths))
+        say_what_is_kept(store, widest.slices(widths), on_status)
         on_status(self.budget.line())
         self._engine = self._open(store, config, str(widest), arena)
         self._lossless: Engine | None = None

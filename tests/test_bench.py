@@ -13,6 +13,7 @@ from moert.errors import UsageError
 from moert.models import registry
 from moert.quant import dispatch
 from moert.quant.format import MatrixLayout
+from moert.runtime.telemetry import Counters
 
 from .program import Program
 
@@ -159,11 +160,12 @@ def test_prefill_counts_each_pass_once_with_the_experts_that_were_used(store, mo
     case = bench.Case(600, 0, 0)
     with LLM(store("olmoe"), ctx_size=600) as llm:
         every_pass, row = bench.dense_bytes(llm.store.meta.dense)
-        got = bench.bytes_touched(llm.store, llm.engine, case, expert_uses=7)
-        one = bench_kernels.expert_bytes(llm.store.layout, 3)
+        got = bench.bytes_touched(llm.store, llm.engine, case, Counters(expert_uses=7, width_sum=2 + 3 + 5 * 4))
+        used = [bench_kernels.expert_bytes(llm.store.layout, slices) for slices in (1, 2, 3, 3, 3, 3, 3)]
+        assert len(set(used)) == 3
     assert case.steps() == [(0, 256), (256, 256), (512, 88)]
     kv = 2 * 2 * 2 * 16 * 2 * (256 + 512 + 600)  # 2 layers, 2 heads of 16, keys and values in fp16
-    assert got * 600 == pytest.approx(3 * every_pass + 600 * row + 7 * one + kv)
+    assert got * 600 == pytest.approx(3 * every_pass + 600 * row + sum(used) + kv)
 
 
 def test_windows_limit_the_positions_that_are_read(tiny_checkpoint):

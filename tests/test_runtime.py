@@ -39,8 +39,7 @@ def store(tmp_path):
     size = sum(LAYOUT.slice_sizes)
     return SimpleNamespace(
         layout=LAYOUT,
-        moe_layers=[0],
-        num_experts=EXPERTS,
+        kept={0: (LAYOUT.num_slices,) * EXPERTS},
         file=file,
         experts=experts,
         location=lambda layer, expert: SimpleNamespace(file=file, offset=expert * size),
@@ -312,10 +311,16 @@ def test_close_waits_for_what_is_queued(store, monkeypatch):
 
 def test_slots_never_exceed_the_arena():
     for budget in (0, 10**5, 10**6, 10**9):
-        slots = slots_for(budget, 2, LAYOUT, 1000)
-        assert sum(n * size for n, size in zip(slots, LAYOUT.slice_sizes, strict=True)) <= budget
-        assert slots[2] == 0
-    assert slots_for(10**9, 3, LAYOUT, 10) == (10, 10, 10)
+        for experts in ((1000, 1000, 0), (1000, 700, 3), (1000, 1000, 1000)):
+            slots = slots_for(budget, LAYOUT.slice_sizes, experts)
+            assert sum(n * size for n, size in zip(slots, LAYOUT.slice_sizes, strict=True)) <= budget
+            assert all(n <= most for n, most in zip(slots, experts, strict=True))
+            # A slot of each size, or none at all: what is left over would not hold an expert.
+            assert [n > 0 for n in slots] == [slots[0] > 0 and most > 0 for most in experts]
+    assert slots_for(10**9, LAYOUT.slice_sizes, (10, 10, 10)) == (10, 10, 10)
+    assert slots_for(10**9, LAYOUT.slice_sizes, (10, 6, 1)) == (10, 6, 1)
+    half = sum(n * size for n, size in zip((5, 5, 1), LAYOUT.slice_sizes, strict=True))
+    assert slots_for(half, LAYOUT.slice_sizes, (10, 6, 1)) == (5, 5, 1)
 
 
 def test_arena_buffers_are_aligned_and_apart():

@@ -9,8 +9,8 @@ from pathlib import Path
 from moert import calibration, source
 from moert.cli import common
 from moert.cli.progress import conversion_progress
-from moert.config import format_bytes
-from moert.errors import StoreError
+from moert.config import format_bytes, parse_bytes
+from moert.errors import StoreError, UsageError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="choose the codes by their effect on the outputs for a text file; `default`: for one that comes along",
     )
+    parser.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="of the whole store, such as 9GiB: of each expert only the widths are kept that lower the errors most, as"
+        " --calibrate measures them (until then the disk holds all widths)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,6 +38,9 @@ def main(args: argparse.Namespace) -> int:
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     if os.path.lexists(args.out):  # said before a download, not after it
         raise StoreError(f"{args.out} exists already: delete it or choose another name.")
+    max_size = None if args.max_size is None else parse_bytes(args.max_size, "max-size")
+    if max_size is not None and args.calibrate is None:
+        raise UsageError("--max-size needs to know which experts matter: add --calibrate default.")
     content = calibration.read(args.calibrate) if args.calibrate is not None else None
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
     status.say(f"Converting {args.src} ({settings}) into {args.out}.")
@@ -51,6 +60,7 @@ def main(args: argparse.Namespace) -> int:
             calibration=text,
             on_status=status.say,
             source_name=args.src,
+            max_size=max_size,
         )
     size = sum(f.stat().st_size for f in store.path.iterdir())
     status.say(f"Done: {format_bytes(size)} in {args.out}; try moert chat -m {args.out}")

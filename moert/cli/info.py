@@ -86,10 +86,12 @@ def describe(store: Store) -> dict[str, Any]:
                 "bits_per_weight": 8 * layout.bytes_at(width) / expert,
                 "bytes_per_expert": layout.bytes_at(width),
                 "precision": f"fixed:{width}",
+                "widest_of": store.widest.get(width, 0),
             }
             for width in layout.widths
         ],
-        "experts_bytes": layers * store.num_experts * sum(layout.slice_sizes),
+        "kept": "every width of every expert" if store.meta.kept is None else store.kept_widths(),
+        "experts_bytes": store.experts_bytes(layout.num_slices),
         "dense_bytes": store.dense_bytes,
         "disk_bytes": sum(f.stat().st_size for f in store.path.iterdir()),
         "files": "present, with the right sizes",

@@ -51,14 +51,13 @@ class ExpertRunner:
         self._arena = Arena(slots, store.layout.slice_sizes)
         self._cache = SliceCache(slots)
         self._reader = SliceReader()
-        self._precision = precision
-        self._slices = precision.slices(store.layout.widths)
         self._activation = activation
         self._ready: dict[tuple[int, int, int], PackedExpert] = {}  # by layer, expert and number of slices
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._parts = torch.empty(0)
         self._table = ExpertTable(activation)
         self._unplanned: deque[tuple[int, Sequence[int], Sequence[float]]] = deque()  # layer, experts, weights
+        self.use(precision)
         self._counters = Counters()
 
     @property
@@ -68,20 +67,23 @@ class ExpertRunner:
         return self._counters
 
     def use(self, precision: FixedPrecision) -> None:
-        """Compute at another precision from the next call on; its slices must have slots."""
+        """Compute at another precision from the next call on; its slices must have slots.
+
+        An expert that the store has fewer slices of is computed with all that it has.
+        """
         self._catch_up()
-        self._precision = precision
-        self._slices = precision.slices(self._layout.widths)
+        self._most = precision.slices(self._layout.widths)
+        self._slices = {layer: [min(self._most, n) for n in kept] for layer, kept in self._store.kept.items()}
 
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them at the width in use; else nothing happens."""
-        layers, experts = self._store.moe_layers, self._store.num_experts
-        if self._cache.slots[self._slices - 1] < len(layers) * experts:
+        needed = [sum(n > i for counts in self._slices.values() for n in counts) for i in range(self._most)]
+        if any(slots < count for slots, count in zip(self._cache.slots, needed, strict=False)):
             return
         loading: set[SliceKey] = set()
         try:
-            for layer in layers:
-                plan = plan_layer(layer, [RoutedExpert(e, 1, 0.0, self._slices) for e in range(experts)], self._cache)
+            for layer, counts in self._slices.items():
+                plan = plan_layer(layer, [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(counts)], self._cache)
                 for wave in plan.waves:
                     self._run_wave(layer, wave, loading, functools.partial(self._prepare, layer, plan.slices))
         except BaseException:
@@ -99,7 +101,8 @@ class ExpertRunner:
         """
         self._catch_up()
         places, sums = _places_by_expert(indices), _weight_by_expert(indices, weights)
-        routed = [RoutedExpert(e, at.shape[0], sums[e], self._slices) for e, at in places.items()]
+        slices = self._slices[layer]
+        routed = [RoutedExpert(e, at.shape[0], sums[e], slices[e]) for e, at in places.items()]
         loading: set[SliceKey] = set()
         try:
             return self._run(self._plan(layer, routed), x, places, weights, loading)
@@ -114,14 +117,14 @@ class ExpertRunner:
         once; it is made later, for several layers at a time, while Python's own data are in the processor's caches.
         """
         before = time.perf_counter()
-        if self._table.add(layer, experts, self._slices, weights, x, out):
+        if self._table.add(layer, experts, self._most, weights, x, out):
             self._counters.computed_s += time.perf_counter() - before
             self._unplanned.append((layer, experts, weights))
             return
         self._catch_up()
         loading: set[SliceKey] = set()
         try:
-            plan = self._plan(layer, self._routed(experts, weights))
+            plan = self._plan(layer, self._routed(layer, experts, weights))
             places = {e: torch.tensor([k]) for k, e in enumerate(experts)}
             out += self._run(plan, x, places, torch.tensor([weights]), loading)
         except BaseException:
@@ -132,11 +135,12 @@ class ExpertRunner:
         """Plan the layers that were computed without a plan: nothing is loaded, but the cache learns of the use."""
         while self._unplanned:
             layer, experts, weights = self._unplanned.popleft()
-            self._plan(layer, self._routed(experts, weights))
+            self._plan(layer, self._routed(layer, experts, weights))
 
-    def _routed(self, experts: Sequence[int], weights: Sequence[float]) -> list[RoutedExpert]:
+    def _routed(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[RoutedExpert]:
         """What the router asks for a single token."""
-        return [RoutedExpert(e, 1, w, self._slices) for e, w in zip(experts, weights, strict=True)]
+        slices = self._slices[layer]
+        return [RoutedExpert(e, 1, w, slices[e]) for e, w in zip(experts, weights, strict=True)]
 
     def _plan(self, layer: int, routed: Sequence[RoutedExpert]) -> Plan:
         plan = plan_layer(layer, routed, self._cache)
@@ -206,8 +210,14 @@ class ExpertRunner:
         if found is None:
             views = [self._arena.view(SliceKey(layer, expert, index)) for index in range(slices)]
             found = self._ready[layer, expert, slices] = PackedExpert.from_slices(views, self._layout)
-            self._table.put(layer, expert, slices, found)
+            for asked in self._served(layer, expert, slices):
+                self._table.put(layer, expert, asked, found)
         return found
+
+    def _served(self, layer: int, expert: int, slices: int) -> range:
+        """The numbers of slices that an expert with its first `slices` serves: if it has no more, larger ones too."""
+        last = self._layout.num_slices if slices == self._store.kept[layer][expert] else slices
+        return range(slices, last + 1)
 
     def _prepare(self, layer: int, slices: Mapping[int, int], experts: Sequence[int]) -> list[PackedExpert]:
         return [self._packed(layer, e, slices[e]) for e in experts]
@@ -227,7 +237,8 @@ class ExpertRunner:
         self._arena.release(key)
         for slices in range(key.slice + 1, self._layout.num_slices + 1):
             if self._ready.pop((key.layer, key.expert, slices), None) is not None:
-                self._table.drop(key.layer, key.expert, slices)
+                for asked in self._served(key.layer, key.expert, slices):
+                    self._table.drop(key.layer, key.expert, asked)
 
     def _recover(self, loading: set[SliceKey]) -> None:
         """Begin afresh with what is surely in the arena, after a step that broke off somewhere.

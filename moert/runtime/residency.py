@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from moert.memory import allocate
-from moert.quant.format import ExpertLayout
 from moert.scheduler.types import SliceKey
 from moert.store.fileio import as_bytes
 
 
-def slots_for(arena_bytes: int, slices: int, layout: ExpertLayout, num_experts: int) -> tuple[int, ...]:
-    """Slots per slice index when every expert is used with `slices` slices: as many as fit, at most all experts."""
-    fit = min(arena_bytes // sum(layout.slice_sizes[:slices]), num_experts)
-    return (fit,) * slices + (0,) * (layout.num_slices - slices)
+def slots_for(arena_bytes: int, sizes: Sequence[int], experts: Sequence[int]) -> tuple[int, ...]:
+    """Slots per slice index for as many experts as fit, whichever they are: those used most have most slices.
+
+    sizes[i]: bytes of slices of index i. experts[i]: how many experts use one, not ascending.
+    """
+
+    def slots(n: int) -> tuple[int, ...]:
+        return tuple(min(n, count) for count in experts)
+
+    def nbytes(n: int) -> int:
+        return sum(count * size for count, size in zip(slots(n), sizes, strict=True))
+
+    return slots(bisect_right(range(1, experts[0] + 1), arena_bytes, key=nbytes))
 
 
 class Arena:

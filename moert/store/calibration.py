@@ -8,9 +8,11 @@ Two changes leave the function alone and make the weights easier to quantise, in
 section 3.2): a factor per input channel of a layer's experts, divided out of the norm before them, and a factor per
 inner channel of an expert, divided out of its rows of `up`. The former are powers of two, so that the dense tensors
 that take them up stay exact in their dtype.
+
+What rounding an expert's weights does to its outputs is measured on the way: `sensitivity` in meta.py.
 """
 
-# T tokens, W tokens of a window, D hidden, E experts, F expert inner size, K experts per token
+# T tokens, W tokens of a window, D hidden, E experts, F expert inner size, K experts per token, B widths
 
 from __future__ import annotations
 
@@ -33,14 +35,16 @@ from moert.models.rope import Rotation
 from moert.quant import calibrate
 from moert.quant.format import ExpertLayout
 from moert.quant.layer_step import Place
-from moert.quant.matmul import ACTIVATIONS
+from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix
 from moert.store.fileio import atomic_file
 from moert.store.parallel import Workers
+from moert.store.quantiser import Measured
 from moert.store.source import SourceModel
 
 STATE_FILE = "calibration.safetensors"
 WINDOW = 512
 FEW_TOKENS = 256  # an expert that sees fewer borrows tokens of its layer
+SENSITIVITY_TOKENS = 512  # of those that an expert sees, at even distances: more would slow the conversion down
 MOST_SHIFT = 12
 # What stands before the experts, and what reads the same inputs as they do.
 _NORM = "post_attention_layernorm"
@@ -83,6 +87,7 @@ class Calibrated:
         self._waiting: dict[int, tuple[Tensor, Tensor]] = {}
         self._next = 0
         self._borrowed = 0
+        self._errors: dict[int, list[float]] = {}  # expert -> mean squared error of its outputs at each width
 
     def begin(self, folder: Path) -> None:
         """Start, or go on from what an earlier run left in `folder`. StoreError where that is damaged."""
@@ -133,12 +138,33 @@ class Calibrated:
             with self._lock:
                 self._borrowed += 1
         factors = torch.exp2(self._shifts[layer].float())
-        return calibrate.pack_expert((gate * factors, up * factors, down), x / factors, inner, weights, layout)
+        slices = calibrate.pack_expert((gate * factors, up * factors, down), x / factors, inner, weights, layout)
+        chosen = slice(None, None, -(-len(x) // SENSITIVITY_TOKENS))
+        errors = self._output_errors(slices, layout, x[chosen] / factors, inner[chosen] @ down.T)
+        with self._lock:
+            self._errors[expert] = errors
+        return slices
 
-    def finish(self, layer: int) -> None:
+    def finish(self, layer: int) -> Measured | None:
         """The experts of the layer that was prepared are done."""
-        assert self._routed is not None
-        self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
+        routed = self._routed
+        assert routed is not None
+        energy = torch.linalg.vector_norm(routed.out, dim=-1).double().square().mean().clamp_min(1e-30)
+        sensitivity = [[error / float(energy) for error in self._errors[e]] for e in sorted(self._errors)]
+        squares = routed.weights.flatten().double().square()
+        usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
+        self._hidden, self._layer, self._routed = routed.out, layer + 1, None
+        return Measured(sensitivity, (usage / len(routed.out)).tolist())
+
+    def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> list[float]:
+        """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
+        errors = []
+        for count in range(1, layout.num_slices + 1):
+            expert = PackedExpert.from_slices(slices[:count], layout)
+            gate, up, down = map(_dequantised, (expert.gate, expert.up, expert.down))
+            wrong = self._inner(x, gate, up) @ down.T - outputs
+            errors.append(float(torch.linalg.vector_norm(wrong, dim=-1).double().square().mean()))
+        return errors
 
     def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
         """What some experts of a layer see: (expert, x [n, D], inner activations [n, F]). For measurements."""
@@ -207,7 +233,7 @@ class Calibrated:
         out, x, indices, weights = ([*map(torch.cat, zip(*found, strict=True)), *[torch.empty(0)] * 3])[:4]
         if not bool(out.isfinite().all()):
             raise CheckpointError(f"The hidden states of layer {layer} are not finite: the checkpoint may be damaged.")
-        self._routed, self._waiting, self._next = _Routed(x, indices, weights, out), {}, 0
+        self._routed, self._waiting, self._next, self._errors = _Routed(x, indices, weights, out), {}, 0, {}
 
     def _tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
         assert self._routed is not None
@@ -253,6 +279,10 @@ class Calibrated:
                 exact = (tensor.float() * scale).to(tensor.dtype).float() == tensor.float() * scale
                 shift[~(exact if exact.ndim == 1 else exact.all(0))] = 0
         return shift
+
+
+def _dequantised(w: PackedMatrix | Tensor) -> Tensor:
+    return w if isinstance(w, Tensor) else w.rows(0, w.shape[0])
 
 
 class _Routes(Experts):

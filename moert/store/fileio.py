@@ -47,6 +47,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
+def readable(nbytes: int) -> str:
+    """A size for people."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
+
+
 def sync_folder(path: Path) -> None:
     """Make names created or renamed in a folder durable."""
     fd = os.open(path, os.O_RDONLY)
@@ -74,7 +79,12 @@ def atomic_file(path: Path) -> Iterator[Any]:
         raise
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as JSON; the same value always gives the same bytes."""
+    return json.dumps(value, indent=None, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; the same value always gives the same bytes."""
+    """Write `value` as JSON, atomically."""
     with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=None, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+        file.write(json_bytes(value))

@@ -7,11 +7,13 @@ A store is a folder:
     experts-<layer>.safetensors  one per MoE layer: U8 tensors `layers.{l}.experts.{e}.slice.{i}`, shape [bytes]
 
 The header of each safetensors file is padded with spaces to a multiple of 4096 bytes. Slices are padded to 4096 bytes
-and follow each other, expert by expert, slice by slice, so that any prefix of an expert is one aligned read.
+and follow each other, expert by expert, slice by slice, so that any prefix of an expert is one aligned read. Of an
+expert only the first slices may be kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -68,19 +70,25 @@ def build_header(entries: Iterable[Entry]) -> bytes:
 
 @dataclass(frozen=True)
 class ExpertFile:
-    """Where everything lies in the file of one MoE layer."""
+    """Where everything lies in the file of one MoE layer. kept[e]: how many slices expert e has; None: all."""
 
     layer: int
     num_experts: int
     layout: ExpertLayout
+    kept: tuple[int, ...] | None = None
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many slices each expert has."""
+        return self.kept or (self.layout.num_slices,) * self.num_experts
 
     @property
     def name(self) -> str:
         return experts_file(self.layer)
 
     def entries(self) -> Iterator[Entry]:
-        for e in range(self.num_experts):
-            for i, size in enumerate(self.layout.slice_sizes):
+        for e, count in enumerate(self.counts):
+            for i, size in enumerate(self.layout.slice_sizes[:count]):
                 yield Entry(slice_name(self.layer, e, i), "U8", (size,), size)
 
     @cached_property
@@ -88,17 +96,24 @@ class ExpertFile:
         return build_header(self.entries())
 
     @cached_property
-    def expert_bytes(self) -> int:
-        return sum(self.layout.slice_sizes)
+    def starts(self) -> tuple[int, ...]:
+        """Where each expert begins, counted from the first, and where the last one ends."""
+        prefixes = [0, *itertools.accumulate(self.layout.slice_sizes)]
+        return (0, *itertools.accumulate(prefixes[count] for count in self.counts))
 
     def offset(self, expert: int, index: int = 0) -> int:
         """Offset in the file of slice `index` of `expert`."""
-        return len(self.header) + expert * self.expert_bytes + sum(self.layout.slice_sizes[:index])
+        return len(self.header) + self.starts[expert] + sum(self.layout.slice_sizes[:index])
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all slices."""
+        return self.starts[-1]
 
     @cached_property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return self.offset(self.num_experts)
+        return len(self.header) + self.data_bytes
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,18 @@ experts           {layers: [MoE layers], count, hidden, inner, dtype of the sour
 dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order
 weights           file -> {size, data_start: where tensor data begin}, in bytes
 copies            config.json and tokenizer.json -> {size, crc32}
-checksums         layer -> expert -> slice: CRC-32 of the padded slice
+checksums         layer -> expert -> slice that is kept: CRC-32 of the padded slice
+kept              optional; layer -> expert: how many slices are kept of it, at least 1; absent: all of all
+sensitivity       optional, of a calibrated store; layer -> expert -> width, stored or not: mean over the tokens that
+                  the expert was calibrated on of |y_b - y|^2, where y is its output in the source and y_b with weights
+                  at that width, unweighted, divided by the mean over all tokens of |h|^2, where h leaves the layer. A
+                  token that gives the expert the router weight w suffers w^2 times as much.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +31,15 @@ from typing import Any
 
 from moert.errors import StoreError
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout, check_widths
-from moert.store.layout import CONFIG_FILE, DENSE_FILE, DENSE_WIDTHS, TOKENIZER_FILE, DenseTensor, experts_file
+from moert.store.layout import (
+    CONFIG_FILE,
+    DENSE_FILE,
+    DENSE_WIDTHS,
+    TOKENIZER_FILE,
+    DenseTensor,
+    ExpertFile,
+    experts_file,
+)
 
 FORMAT = "moert-store"
 FORMAT_VERSION = 1
@@ -64,14 +78,25 @@ class StoreMeta:
     weights: Mapping[str, WeightFile]
     copies: Mapping[str, CopiedFile]
     checksums: Mapping[int, Sequence[Sequence[int]]]
+    sensitivity: dict[int, list[list[float]]] | None = None
+    kept: Mapping[int, Sequence[int]] | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
         return self.layout.widths
 
+    def expert_file(self, layer: int) -> ExpertFile:
+        """Where the experts of a layer lie."""
+        return ExpertFile(layer, self.num_experts, self.layout, tuple(self.kept[layer]) if self.kept else None)
+
     def as_json(self) -> dict[str, Any]:
         """The object that `parse` reads back."""
         kinds = [{"dtype": t.dtype} if t.packed is None else {"width": t.packed.widths[-1]} for t in self.dense]
+        optional: dict[str, Any] = {}
+        if self.sensitivity is not None:
+            optional["sensitivity"] = {str(layer): rows for layer, rows in self.sensitivity.items()}
+        if self.kept is not None:
+            optional["kept"] = {str(layer): list(counts) for layer, counts in self.kept.items()}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -95,6 +120,7 @@ class StoreMeta:
             "weights": {name: asdict(file) for name, file in self.weights.items()},
             "copies": {name: asdict(file) for name, file in self.copies.items()},
             "checksums": {str(layer): list(map(list, sums)) for layer, sums in self.checksums.items()},
+            **optional,
         }
 
 
@@ -179,6 +205,8 @@ def parse(value: Any, file: Path) -> StoreMeta:
     tensors = tuple(_dense_tensor(dense.fields(name), name, group_size) for name in dense.value)
     checksums = top.fields("checksums")
     weights, copies = top.fields("weights"), top.fields("copies")
+    kept = _kept(top.fields("kept"), layers, count, len(widths)) if "kept" in value else None
+    slices = {layer: kept[layer] if kept else [len(widths)] * count for layer in layers}
     return StoreMeta(
         created_by=top.text("created_by"),
         source_name=source.text("name"),
@@ -199,7 +227,11 @@ def parse(value: Any, file: Path) -> StoreMeta:
             name: CopiedFile(copies.fields(name).number("size"), copies.fields(name).number("crc32", _INT32))
             for name in (CONFIG_FILE, TOKENIZER_FILE)
         },
-        checksums={layer: _slice_checksums(checksums, layer, count, len(widths)) for layer in layers},
+        checksums={layer: _slice_checksums(checksums, layer, slices[layer]) for layer in layers},
+        kept=kept,
+        sensitivity=_sensitivity(top.fields("sensitivity"), layers, count, len(widths))
+        if "sensitivity" in value
+        else None,
     )
 
 
@@ -218,13 +250,35 @@ def _dense_tensor(fields: _Fields, name: str, group_size: int) -> DenseTensor:
         raise fields.error("shape", f"is wrong ({error})") from error
 
 
-def _slice_checksums(fields: _Fields, layer: int, num_experts: int, num_slices: int) -> list[list[int]]:
+def _sensitivity(
+    fields: _Fields, layers: Sequence[int], num_experts: int, num_widths: int
+) -> dict[int, list[list[float]]]:
+    for layer in layers:
+        rows = fields.get(str(layer))
+        if not isinstance(rows, list) or len(rows) != num_experts:
+            raise fields.error(str(layer), f"is not a list of {num_experts} experts")
+        if any(not isinstance(row, list) or len(row) != num_widths for row in rows):
+            raise fields.error(str(layer), f"does not have {num_widths} numbers for each expert")
+        if any(type(n) is not float or not 0 <= n < math.inf for row in rows for n in row):
+            raise fields.error(str(layer), "has an error that is not a number from 0 on")
+    return {layer: fields.get(str(layer)) for layer in layers}
+
+
+def _kept(fields: _Fields, layers: Sequence[int], num_experts: int, num_slices: int) -> dict[int, tuple[int, ...]]:
+    kept = {layer: fields.numbers(str(layer)) for layer in layers}
+    for layer, counts in kept.items():
+        if len(counts) != num_experts or not all(1 <= n <= num_slices for n in counts):
+            raise fields.error(str(layer), f"is not a list of {num_experts} numbers of slices from 1 to {num_slices}")
+    return kept
+
+
+def _slice_checksums(fields: _Fields, layer: int, counts: Sequence[int]) -> list[list[int]]:
     value = fields.get(str(layer))
-    if not isinstance(value, list) or len(value) != num_experts:
-        raise fields.error(str(layer), f"is not a list of {num_experts} experts")
-    for sums in value:
-        if not isinstance(sums, list) or len(sums) != num_slices:
-            raise fields.error(str(layer), f"does not have {num_slices} checksums for each expert")
+    if not isinstance(value, list) or len(value) != len(counts):
+        raise fields.error(str(layer), f"is not a list of {len(counts)} experts")
+    for sums, count in zip(value, counts, strict=True):
+        if not isinstance(sums, list) or len(sums) != count:
+            raise fields.error(str(layer), f"does not have {count} checksums for each expert")
         if any(type(n) is not int or not 0 <= n < _INT32 for n in sums):
             raise fields.error(str(layer), "has a checksum that is not a 32-bit number")
     return value

@@ -26,11 +26,16 @@ PROGRESS_FILE = "progress.json"
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A weight file that is whole: bytes, where its data begin, and a CRC-32 per tensor in the order of the file."""
+    """A weight file that is whole: bytes, where its data begin, and a CRC-32 per tensor in the order of the file.
+
+    sensitivity, usage: of a layer's experts, where they were measured (see `Measured`).
+    """
 
     size: int
     data_start: int
     checksums: list[int]
+    sensitivity: list[list[float]] | None = None
+    usage: list[float] | None = None
 
 
 @dataclass
@@ -120,6 +125,11 @@ class Partial:
         """Record a file that is whole and durable."""
         self.finished[name] = file
         self._save()
+
+    def drop(self, name: str) -> None:
+        """Remove a file that is not needed any more, whether it is there or not."""
+        self.finished.pop(name, None)
+        (self.store / name).unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Remove the folder again if this run made it and nothing was converted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,7 @@ from moert.store.layout import (
     LENGTH_BYTES,
     META_FILE,
     DenseTensor,
-    ExpertFile,
     build_header,
-    experts_file,
 )
 from moert.store.meta import StoreMeta, read_meta
 
@@ -55,8 +54,9 @@ class Store:
         self.layout: ExpertLayout = meta.layout
         self.num_experts = meta.num_experts
         self.moe_layers = meta.moe_layers
-        self._expert_bytes = sum(self.layout.slice_sizes)
-        self._files = {layer: path / experts_file(layer) for layer in meta.moe_layers}
+        self._experts = {layer: meta.expert_file(layer) for layer in meta.moe_layers}
+        # For each layer and expert how many slices it has; at wider precisions it is computed with these.
+        self.kept = {layer: file.counts for layer, file in self._experts.items()}
 
     @classmethod
     def open(cls, path: Path | str) -> Store:
@@ -93,12 +93,12 @@ class Store:
         if (dense.data_start, dense.size) != (len(dense_header), len(dense_header) + self.dense_bytes):
             raise _changed(self.path / META_FILE, f"gives sizes that are not those of {DENSE_FILE}")
         _check_start(self.path / DENSE_FILE, dense_header)
-        for file in self._files.values():
+        for file in self._experts.values():
             weights = meta.weights[file.name]
             start = weights.data_start
-            if start % SLICE_ALIGN or weights.size != start + self.num_experts * self._expert_bytes:
+            if start % SLICE_ALIGN or weights.size != start + file.data_bytes:
                 raise _changed(self.path / META_FILE, f"gives sizes that are not those of {file.name}")
-            _check_start(file, (start - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little"))
+            _check_start(self.path / file.name, (start - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little"))
 
     @property
     def dense_bytes(self) -> int:
@@ -107,10 +107,30 @@ class Store:
 
     def location(self, layer: int, expert: int) -> Location:
         """Where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError for an expert not there."""
-        file = self._files[layer]
+        file = self._experts[layer]
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert {expert} is not one of {self.num_experts}")
-        return Location(file, self.meta.weights[file.name].data_start + expert * self._expert_bytes)
+        return Location(self.path / file.name, self.meta.weights[file.name].data_start + file.starts[expert])
+
+    def experts_with(self, index: int) -> int:
+        """How many experts, over all layers, have slice `index`."""
+        return sum(count > index for counts in self.kept.values() for count in counts)
+
+    def experts_bytes(self, slices: int) -> int:
+        """Bytes of the first `slices` slices of all experts, so far as they have them."""
+        return sum(size * self.experts_with(i) for i, size in enumerate(self.layout.slice_sizes[:slices]))
+
+    @property
+    def widest(self) -> dict[int, int]:
+        """How many experts, over all layers, have slices up to each width, ascending."""
+        counts = Counter(self.layout.widths[count - 1] for counts in self.kept.values() for count in counts)
+        return dict(sorted(counts.items()))
+
+    def kept_widths(self) -> str:
+        """What `widest` says, for people."""
+        mean = sum(width * n for width, n in self.widest.items()) / sum(self.widest.values())
+        parts = (f"{n} experts at {width}" for width, n in self.widest.items())
+        return f"{mean:.2f} bits on average ({', '.join(parts)})"
 
     def checksum(self, layer: int, expert: int, index: int) -> int:
         """zlib.crc32 of a padded slice."""
@@ -158,16 +178,16 @@ class Store:
                 self._read_dense(fd, tensor, start, crc, torch.empty(tensor.nbytes, dtype=torch.uint8))
                 start += tensor.nbytes
                 advance(start)
-        for layer, file in self._files.items():
-            self._verify_layer(layer, file, done, advance)
+        for layer, file in self._experts.items():
+            self._verify_layer(layer, self.path / file.name, done, advance)
 
     def _verify_layer(self, layer: int, file: Path, before: int, advance: Callable[[int], None]) -> None:
-        _check_start(file, ExpertFile(layer, self.num_experts, self.layout).header)
+        _check_start(file, self._experts[layer].header)
         buffer = memoryview(bytearray(max(self.layout.slice_sizes)))
         with _reading(file) as fd:
-            for e in range(self.num_experts):
+            for e, count in enumerate(self.kept[layer]):
                 offset = self.location(layer, e).offset
-                for i, size in enumerate(self.layout.slice_sizes):
+                for i, size in enumerate(self.layout.slice_sizes[:count]):
                     part = buffer[:size]
                     if read_into(fd, part, offset) != size or zlib.crc32(part) != self.checksum(layer, e, i):
                         raise _changed(file, f"is damaged at layer {layer}, expert {e}, slice {i}")

@@ -1,0 +1,125 @@
+"""What rounding an expert does to its outputs, as a calibrated conversion measures it: against float64 by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moert.errors import StoreError
+from moert.quant import reference
+from moert.store.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
+from moert.store.convert import convert
+from moert.store.meta import parse
+from moert.store.reader import Store
+
+TEXT = CalibrationText(
+    "text", tuple(torch.randint(3, 320, (1500,), generator=torch.Generator().manual_seed(0)).tolist())
+)
+NORM = "model.layers.{}.post_attention_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_checkpoint, tmp_path_factory):
+    return convert(tiny_checkpoint("qwen3_moe"), tmp_path_factory.mktemp("s") / "out", dense_bits=16, calibration=TEXT)
+
+
+def seen_by_experts(model, layer):
+    """What enters the experts of a layer and what leaves the layer, by transformers: [T, D] each."""
+    inputs, outputs = [], []
+    block = model.model.layers[layer]
+    hooks = [
+        block.mlp.register_forward_hook(lambda module, args, out: inputs.append(args[0][0])),
+        block.register_forward_hook(
+            lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        ),
+    ]
+    with torch.inference_mode():
+        for start in range(0, len(TEXT.tokens), WINDOW):
+            model(torch.tensor([TEXT.tokens[start : start + WINDOW]]))
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(inputs).double(), torch.cat([out.view(-1, out.shape[-1]) for out in outputs]).double()
+
+
+def matrices(store: Store, layer: int, expert: int, count: int):
+    """Gate, up and down of a stored expert with its first `count` slices, in float64."""
+    path, at = store.location(layer, expert)
+    data, layout = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), store.layout
+    slices = [data[at + sum(layout.slice_sizes[:i]) :][: layout.slice_sizes[i]] for i in range(count)]
+    for m, matrix in enumerate(layout.matrices):
+        parts = [piece[layout.offsets(i)[m] : layout.offsets(i)[m + 1]] for i, piece in enumerate(slices)]
+        yield reference.dequantise(parts, matrix, count).double()
+
+
+def test_it_is_the_error_of_the_outputs(calibrated, tiny_checkpoint, reference_model):
+    source, dense = load_file(tiny_checkpoint("qwen3_moe") / "model.safetensors"), calibrated.load_dense()
+    model = reference_model(tiny_checkpoint("qwen3_moe"))
+    exactly = sampled = 0
+    for layer in (0, 1):
+        x, left = seen_by_experts(model, layer)
+        energy = left.square().sum(-1).mean()
+        prefix = f"model.layers.{layer}.mlp."
+        chosen = (x @ source[prefix + "gate.weight"].double().T).topk(3).indices
+        shifted = x * dense[NORM.format(layer)].double() / source[NORM.format(layer)].double()
+        for expert, found in enumerate(calibrated.meta.sensitivity[layer]):
+            tokens = (chosen == expert).any(-1).nonzero()[:, 0]
+            if len(tokens) < FEW_TOKENS:
+                continue  # it borrowed at random
+            gate, up, down = (
+                source[f"{prefix}experts.{expert}.{n}_proj.weight"].double() for n in ("gate", "up", "down")
+            )
+            y = (torch.nn.functional.silu(x[tokens] @ gate.T) * (x[tokens] @ up.T)) @ down.T
+            for count in (1, 2, 3):
+                gate, up, down = matrices(calibrated, layer, expert, count)
+                inner = torch.nn.functional.silu(shifted[tokens] @ gate.T) * (shifted[tokens] @ up.T)
+                true = float((inner @ down.T - y).square().sum(-1).mean() / energy)
+                few = len(tokens) <= SENSITIVITY_TOKENS
+                assert found[count - 1] == pytest.approx(true, rel=1e-3 if few else 0.2)
+                exactly, sampled = exactly + few, sampled + (not few)
+            assert found == sorted(found, reverse=True)
+    assert exactly > 10
+    assert sampled > 10
+
+
+def test_a_resumed_conversion_measures_the_same(calibrated, tiny_checkpoint, tmp_path):
+    def stop(progress):
+        if "experts of layer 2" in progress.stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", dense_bits=16, calibration=TEXT, progress=stop)
+    resumed = convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", dense_bits=16, calibration=TEXT, resume=True)
+    assert resumed.meta.sensitivity == calibrated.meta.sensitivity
+
+
+def test_experts_that_see_few_tokens_are_measured_on_what_they_borrow(tiny_checkpoint, tmp_path):
+    few = CalibrationText("few", TEXT.tokens[:100])
+    meta = convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", calibration=few).meta
+    assert all(0 < error < 1 for layer in (0, 1) for row in meta.sensitivity[layer] for error in row)
+
+
+def test_a_rounded_store_has_none(store):
+    assert Store.open(store()).meta.sensitivity is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, r"sensitivity\.0 is missing"),
+        ([], "sensitivity is not an object"),
+        ({"0": 3}, r"sensitivity\.0 is not a list of 8 experts"),
+        ({"0": [[0.5, 0.1, 0.0]] * 7}, r"sensitivity\.0 is not a list of 8 experts"),
+        ({"0": [[0.5, 0.1]] * 8}, r"sensitivity\.0 does not have 3 numbers for each expert"),
+        ({"0": [[0.5, 0.1, -0.1]] * 8}, r"sensitivity\.0 has an error that is not a number from 0 on"),
+        ({"0": [[0.5, 0.1, float("nan")]] * 8}, r"sensitivity\.0 has an error that is not a number from 0 on"),
+        ({"0": [[0.5, 0.1, "1"]] * 8}, r"sensitivity\.0 has an error that is not a number from 0 on"),
+    ],
+)
+def test_a_damaged_one_is_named(calibrated, wrong, message):
+    value = json.loads((calibrated.path / "moert.json").read_text())
+    assert parse(value, Path("moert.json")) == calibrated.meta
+    value["sensitivity"] = wrong
+    with pytest.raises(StoreError, match=message):
+        parse(value, Path("moert.json"))
