@@ -184,8 +184,9 @@ class Plan:
         arch = self.source.architecture
         layers = arch.moe_layers
         counts = kept or {file.layer: file.counts for file in self.experts}
-        sensitivity = {layer: files[experts_file(layer)].sensitivity for layer in layers}
-        known = {layer: rows for layer, rows in sensitivity.items() if rows is not None}
+        of_layer = {layer: files[experts_file(layer)] for layer in layers}
+        sensitivity = {layer: file.sensitivity for layer, file in of_layer.items()}
+        router_weights = {layer: file.router_weights for layer, file in of_layer.items()}
         return StoreMeta(
             created_by=f"moert {__version__}",
             source_name=self.source_name,
@@ -204,7 +205,8 @@ class Plan:
             },
             copies=copies,
             checksums={layer: _rows(files[experts_file(layer)].checksums, counts[layer]) for layer in layers},
-            sensitivity=known if known and len(known) == len(layers) else None,
+            sensitivity=_all_known(sensitivity),
+            router_weights=_all_known(router_weights),
             kept=kept,
         )
 
@@ -214,6 +216,11 @@ def _expected_usage(usage: Sequence[float]) -> list[float]:
     total = sum(usage)
     powers = [max(u, LEAST_USAGE * total / len(usage)) ** USAGE_EXPONENT for u in usage]
     return [total * p / sum(powers) if total else 0.0 for p in powers]
+
+
+def _all_known(values: Mapping[int, list[list[float]] | None]) -> dict[int, list[list[float]]] | None:
+    known = {layer: rows for layer, rows in values.items() if rows is not None}
+    return known if known and len(known) == len(values) else None
 
 
 def _rows(values: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
