@@ -131,7 +131,8 @@ class BitRouter:
         """[N, 1 + Q]"""
         return np.array([row for layer in self.damage for row in self.usage[layer]], dtype=np.float64)
 
-    def _thresholds(self, price: float) -> Floats:
+    def thresholds(self, price: float) -> Floats:
+        """[N, B - 1]: a token gives an expert one slice, and one more for each threshold that its weight reaches."""
         with np.errstate(over="ignore"):
             return (price * self._rates) ** self._powers
 
@@ -150,23 +151,20 @@ class BitRouter:
         steps = np.diff(self.widths, prepend=0)
         return float(np.dot(self.shares(thresholds), steps))
 
-    def thresholds(self, mean: float) -> Floats:
-        """[N, B - 1]: a token gives an expert one slice, and one more for each threshold that its weight reaches.
-
-        Those of the one price at which the calibration text has this mean width. ValueError, with the end of a
-        sentence, where no price has.
-        """
+    def price(self, mean: float) -> float:
+        """The one at which the calibration text has this mean width. ValueError, with the end of a sentence, if none
+        has."""
         low, high = -100.0, 100.0  # powers of two: beyond what any price is
-        least, most = (self.mean_width(self._thresholds(2**power)) for power in (high, low))
+        least, most = (self.mean_width(self.thresholds(2**power)) for power in (high, low))
         if not least - 1e-6 <= mean <= most + 1e-6:
             raise ValueError(f"a mean width that this store cannot have; it can have {least:g} to {most:g}")
         for _ in range(60):
             middle = (low + high) / 2
-            if self.mean_width(self._thresholds(2**middle)) > mean:
+            if self.mean_width(self.thresholds(2**middle)) > mean:
                 low = middle
             else:
                 high = middle
-        return self._thresholds(2**high)
+        return float(2**high)
 
 
 class RoutedPrecision:
@@ -174,7 +172,7 @@ class RoutedPrecision:
 
     def __init__(self, mean: float, router: BitRouter) -> None:
         self.mean, self.router = mean, router
-        table = router.thresholds(mean)
+        table = router.thresholds(router.price(mean))
         self._shares = [share for share in router.shares(table) if share > 0]
         sizes = np.cumsum([len(curves) for curves in router.damage.values()])[:-1]
         self._table = dict(zip(router.damage, np.split(table, sizes), strict=True))

@@ -312,7 +312,7 @@ def test_close_waits_for_what_is_queued(store, monkeypatch):
 def test_slots_never_exceed_the_arena():
     for budget in (0, 10**5, 10**6, 10**9):
         for experts in ((1000, 1000, 0), (1000, 700, 3), (1000, 1000, 1000)):
-            slots = slots_for(budget, LAYOUT.slice_sizes, experts)
+            slots = slots_for(budget, LAYOUT.slice_sizes, experts, [1.0] * sum(n > 0 for n in experts))
             assert sum(n * size for n, size in zip(slots, LAYOUT.slice_sizes, strict=True)) <= budget
             assert all(n <= most for n, most in zip(slots, experts, strict=True))
             # A slot of each size, or none at all: what is left over would not hold an expert.

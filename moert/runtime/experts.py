@@ -26,7 +26,6 @@ from moert.scheduler.precision import Precision
 from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
 from moert.store.reader import Store
 
-
 _Places: TypeAlias = dict[int, dict[int, Tensor]]
 
 
@@ -87,7 +86,9 @@ class ExpertRunner:
         if any(slots < count for slots, count in zip(self._cache.slots, needed, strict=False)):
             return
         # The numbers of slices that will be asked for, so that decoding finds all of them ready.
-        counts = [n for n, (share, wider) in enumerate(zip(shares, [*shares[1:], 0.0], strict=True), 1) if share > wider]
+        counts = [
+            n for n, (share, wider) in enumerate(zip(shares, [*shares[1:], 0.0], strict=True), 1) if share > wider
+        ]
         loading: set[SliceKey] = set()
         try:
             for layer, slices in most.items():
@@ -275,7 +276,6 @@ class ExpertRunner:
         counters.expert_hits += len(plan.waves[0].resident)
         for n in plan.slices.values():
             counters.width_sum += widths[n - 1]
-            counters.slice_uses[n] += 1
         for n, count in tokens:
             counters.token_uses[n] += count
 

@@ -14,8 +14,7 @@ class Counters:
     """Sums since the start. expert_uses counts (layer, step, expert); a hit had all its slices in memory when asked.
 
     token_uses counts (layer, token, expert), by the number of slices that the expert was computed with: what the tokens
-    would take one at a time, however many of them a step had. slice_uses counts as expert_uses, by the most slices that
-    a token of the step wanted.
+    would take one at a time, however many of them a step had.
     """
 
     expert_uses: int = 0
@@ -26,10 +25,9 @@ class Counters:
     waited_s: float = 0.0
     computed_s: float = 0.0
     token_uses: Counter[int] = field(default_factory=Counter)
-    slice_uses: Counter[int] = field(default_factory=Counter)
 
     def copy(self) -> Counters:
-        return replace(self, token_uses=self.token_uses.copy(), slice_uses=self.slice_uses.copy())
+        return replace(self, token_uses=self.token_uses.copy())
 
     def since(self, earlier: Counters) -> Counters:
         """What was counted after `earlier`."""

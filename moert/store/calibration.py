@@ -37,8 +37,8 @@ from moert.quant.format import ExpertLayout
 from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix
 from moert.store.fileio import atomic_file
-from moert.store.parallel import Workers
 from moert.store.meta import QUANTILES
+from moert.store.parallel import Workers
 from moert.store.quantiser import Measured
 from moert.store.source import SourceModel
 
@@ -154,7 +154,7 @@ class Calibrated:
         sensitivity = [[error / float(energy) for error in self._errors[e]] for e in sorted(self._errors)]
         squares = routed.weights.flatten().double().square()
         usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
-        quantiles = [_quantiles(self._tokens_of(e)[1]) for e in range(self._arch.num_experts)]
+        quantiles = [weight_quantiles(self._tokens_of(e)[1]) for e in range(self._arch.num_experts)]
         self._hidden, self._layer, self._routed = routed.out, layer + 1, None
         return Measured(sensitivity, (usage / len(routed.out)).tolist(), quantiles)
 
@@ -283,8 +283,8 @@ class Calibrated:
         return shift
 
 
-def _quantiles(weights: Tensor) -> list[float]:
-    """How many there are, and their quantiles at even distances; zeros where there are none."""
+def weight_quantiles(weights: Tensor) -> list[float]:
+    """Of the router weights of an expert [n] what moert.json says: their number and their quantiles."""
     if not len(weights):
         return [0.0] * (2 + QUANTILES)
     ordered = weights.sort().values

@@ -183,16 +183,25 @@ class Store:
 
     def _verify_layer(self, layer: int, file: Path, before: int, advance: Callable[[int], None]) -> None:
         _check_start(file, self._experts[layer].header)
-        buffer = memoryview(bytearray(max(self.layout.slice_sizes)))
         with _reading(file) as fd:
-            for e, count in enumerate(self.kept[layer]):
-                offset = self.location(layer, e).offset
-                for i, size in enumerate(self.layout.slice_sizes[:count]):
-                    part = buffer[:size]
-                    if read_into(fd, part, offset) != size or zlib.crc32(part) != self.checksum(layer, e, i):
-                        raise _changed(file, f"is damaged at layer {layer}, expert {e}, slice {i}")
-                    offset += size
-                advance(before + offset)
+            for e in range(self.num_experts):
+                read = sum(piece.nbytes for piece in self._read_slices(fd, layer, e))
+                advance(before + self.location(layer, e).offset + read)
+
+    def read_expert(self, layer: int, expert: int) -> list[Tensor]:
+        """Its slices, uint8 [layout.slice_sizes[i]] each, checked: StoreError names a damaged one."""
+        with _reading(self.location(layer, expert).file) as fd:
+            return list(self._read_slices(fd, layer, expert))
+
+    def _read_slices(self, fd: int, layer: int, expert: int) -> Iterator[Tensor]:
+        file, offset = self.location(layer, expert)
+        for i, size in enumerate(self.layout.slice_sizes[: self.kept[layer][expert]]):
+            piece = torch.empty(size, dtype=torch.uint8)
+            buffer = as_bytes(piece)
+            if read_into(fd, buffer, offset) != size or zlib.crc32(buffer) != self.checksum(layer, expert, i):
+                raise _changed(file, f"is damaged at layer {layer}, expert {expert}, slice {i}")
+            offset += size
+            yield piece
 
 
 def _changed(file: Path, what: str) -> StoreError:
