@@ -158,6 +158,8 @@ class BitRouter:
         least, most = (self.mean_width(self.thresholds(2**power)) for power in (high, low))
         if not least - 1e-6 <= mean <= most + 1e-6:
             raise ValueError(f"a mean width that this store cannot have; it can have {least:g} to {most:g}")
+        if mean <= least:
+            return float(2**high)
         for _ in range(60):
             middle = (low + high) / 2
             if self.mean_width(self.thresholds(2**middle)) > mean:
@@ -182,8 +184,8 @@ class RoutedPrecision:
         return f"routed:{self.mean:g}"
 
     def slices(self, widths: Sequence[int]) -> int:
-        finite = np.isfinite(np.concatenate(list(self._table.values()))).any(0)
-        return 1 + int(finite.sum())
+        reachable = np.concatenate(list(self._table.values())) <= 1  # a router weight is at most 1
+        return 1 + int(reachable.any(0).sum())
 
     def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
         return self  # the router knows what is kept

@@ -289,7 +289,7 @@ def weight_quantiles(weights: Tensor) -> list[float]:
         return [0.0] * (2 + QUANTILES)
     ordered = weights.sort().values
     places = torch.linspace(0, len(ordered) - 1, 1 + QUANTILES).round().long()
-    return [float(len(ordered)), *ordered[places].tolist()]
+    return [float(len(ordered)), *(round(w, 6) for w in ordered[places].tolist())]
 
 
 def _dequantised(w: PackedMatrix | Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from moert.store.layout import (
     dense_width,
     experts_file,
 )
-from moert.store.meta import CopiedFile, StoreMeta, WeightFile
+from moert.store.meta import QUANTILES, CopiedFile, StoreMeta, WeightFile
 from moert.store.partial import Finished
 from moert.store.source import SourceModel
 
@@ -52,6 +52,7 @@ COPIED_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 USAGE_EXPONENT = 2 / 3
 LEAST_USAGE = 1e-3  # of the layer's mean: a text that is not the user's may not use an expert at all
 _LONGEST = 1.2345678901234567e-100  # no figure takes more characters
+_LONGEST_WEIGHT = 0.123456  # nor any router weight
 _LARGEST = (1 << 32) - 1  # checksum
 
 
@@ -125,7 +126,14 @@ class Plan:
         E, B = self.source.architecture.num_experts, self.layout.num_slices
         all_kept = {file.layer: (B,) * E for file in self.experts}
         files = {
-            file.name: Finished(1 << 62, 1 << 62, [_LARGEST] * E * B, [[_LONGEST] * B] * E) for file in self.experts
+            file.name: Finished(
+                1 << 62,
+                1 << 62,
+                [_LARGEST] * E * B,
+                sensitivity=[[_LONGEST] * B] * E,
+                router_weights=[[_LONGEST_WEIGHT] * (2 + QUANTILES)] * E,
+            )
+            for file in self.experts
         }
         files[DENSE_FILE] = Finished(1 << 62, 1 << 62, [_LARGEST] * len(self.dense))
         meta = self.meta(files, dict.fromkeys((CONFIG_FILE, TOKENIZER_FILE), CopiedFile(1 << 62, _LARGEST)), all_kept)
