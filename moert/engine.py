@@ -25,7 +25,6 @@ from moert.runtime.residency import slots_for
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import direct_io_works
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
-from moert.store.bit_router import read_router
 from moert.store.reader import Store
 
 _MIB = 1 << 20
@@ -60,7 +59,7 @@ def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
     if meta.sensitivity is None or meta.router_weights is None:
         return None
     damage, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
-    found = read_router(store.path, (len(layers), store.num_experts, len(meta.widths))) if trained else None
+    found = store.trained_router() if trained else None
     if found is not None:
         damage = dict(zip(layers, found.damage.tolist(), strict=True))
         exponents = dict(zip(layers, found.exponents.tolist(), strict=True))

@@ -20,6 +20,7 @@ from moert.models import registry
 from moert.models.architecture import Architecture
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import PackedMatrix
+from moert.store.bit_router import TrainedRouter, read_router
 from moert.store.fileio import as_bytes, opened, read_into
 from moert.store.layout import (
     CONFIG_FILE,
@@ -156,6 +157,10 @@ class Store:
             return PackedMatrix(tensor.packed, (data,))
         return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
+    def trained_router(self) -> TrainedRouter | None:
+        """The bit router that was trained for this store, if one was. StoreError where it is damaged."""
+        return read_router(self.path, (len(self.moe_layers), self.num_experts, len(self.meta.widths)))
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte that has a checksum; `progress` gets the bytes checked and the bytes in all.
 
@@ -172,6 +177,7 @@ class Store:
         for name, copy in self.meta.copies.items():
             if zlib.crc32(_read(self.path / name)) != copy.crc32:
                 raise _changed(self.path / name, "is not as it was written")
+        self.trained_router()
         start = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
