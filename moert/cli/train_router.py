@@ -13,8 +13,8 @@ from moert.errors import UsageError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, metavar="STORE", help="a store made with --calibrate")
-    parser.add_argument("--against", required=True, metavar="STORE", help="the lossless store of the same checkpoint")
+    parser.add_argument("-m", "--model", metavar="STORE", help="a store made with --calibrate")
+    parser.add_argument("--against", metavar="STORE", help="the lossless store of the same checkpoint")
     parser.add_argument(
         "--text", default=calibration.DEFAULT, help="UTF-8 file to train on (default: one that comes along)"
     )
@@ -31,6 +31,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("Training needs at least one step (--steps) and more than no time (--minutes).")
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"{args.threads} threads cannot compute anything: give --threads at least 1.")
+    if args.model is None or args.against is None:
+        raise UsageError("Name the store to train with -m, and the lossless store of its checkpoint with --against.")
     for name in (args.model, args.against):
         if not source.is_store(Path(name).expanduser()):
             raise UsageError(f"{name} is not a store: make one with moert convert.")

@@ -22,15 +22,14 @@ def slots_for(
     sizes[i]: bytes of slices of index i. experts[i]: how many experts use one, not ascending. shares[i]: of the uses of
     an expert, the share that needs slices of index i.
     """
-    parts = [math.sqrt(share) for share in shares]  # an expert in memory may have been used more than once
 
     def slots(n: int) -> tuple[int, ...]:
-        return tuple(min(math.ceil(n * part), count) for part, count in zip_longest(parts, experts, fillvalue=0))
+        return tuple(min(math.ceil(n * share), count) for share, count in zip_longest(shares, experts, fillvalue=0))
 
     def nbytes(n: int) -> int:
         return sum(count * size for count, size in zip(slots(n), sizes, strict=True))
 
-    most = math.ceil(experts[0] / min(part for part in parts if part))
+    most = math.ceil(experts[0] / min(share for share in shares if share))
     return slots(bisect_right(range(1, most + 1), arena_bytes, key=nbytes))
 
 
