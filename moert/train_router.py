@@ -42,7 +42,7 @@ from moert.store.reader import Store
 
 WINDOW = 512
 _TEMPERATURE = 0.3  # bits that a width's cost may be above another's before it is rarely drawn
-_RATE = 0.02
+_RATE = 0.03
 _PRICES = 16  # drawn from, at even distances of the mean width
 _MOST_CHECKED = 8  # windows that are kept from training, to compare with what there was before
 

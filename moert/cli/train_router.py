@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", default=calibration.DEFAULT, help="UTF-8 file to train on (default: one that comes along)"
     )
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="windows of 512 tokens (default 100)")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="windows of 512 tokens (default 200)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="take fewer steps then (default 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed and steps, same router (default 0)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
