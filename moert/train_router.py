@@ -34,6 +34,7 @@ from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.quant import dispatch
+from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix, gather_rows
 from moert.scheduler.precision import BitRouter, Chooser, RoutedPrecision
 from moert.store.bit_router import TrainedRouter
@@ -303,10 +304,11 @@ def _decoder(store: Store, experts: Experts) -> Decoder:
 
 def _logits(model: Decoder, ids: Tensor) -> Tensor:
     """[T, V] of a window; `Decoder.forward` would keep no gradients."""
-    cos, sin = model.rotation.cos_sin(0, len(ids))
+    rotation = model.rotation.cos_sin(0, len(ids))
     x = gather_rows(model.embed_tokens.weight, ids)
     for layer, window in zip(model.layers, model.arch.sliding_windows, strict=True):
-        x = layer(x, cos, sin, span(0, len(ids), window), _Window(model.arch, 0, torch.float32))
+        seen, cache = span(0, len(ids), window), _Window(model.arch, 0, torch.float32)
+        x = layer(x, Place(rotation, 0, window), seen, cache)
     logits: Tensor = model.lm_head(model.norm(x))
     return logits
 
