@@ -42,8 +42,8 @@ class EngineConfig:
     """What the user asked for; None means: choose.
 
     memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
-    `fixed:4`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16,
-    of the KV cache. Raises UsageError for bad values.
+    `fixed:4` or `routed:3`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16, of the
+    KV cache. Raises UsageError for bad values.
     """
 
     memory_budget: int | None = None

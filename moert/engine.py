@@ -24,7 +24,7 @@ from moert.runtime.experts import ExpertRunner
 from moert.runtime.residency import slots_for
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import direct_io_works
-from moert.scheduler.precision import FixedPrecision, parse_precision
+from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
 from moert.store.reader import Store
 
 _MIB = 1 << 20
@@ -50,10 +50,28 @@ def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
     return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
-def read_precision(text: str | None, store: Store) -> FixedPrecision:
+def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
+    """What decides on routed widths: the trained router if the store has one and it is wanted, else the sensitivities.
+
+    None where the conversion did not measure these. Raises StoreError where what was trained is damaged.
+    """
+    meta, kept, layers = store.meta, store.kept, store.moe_layers
+    if meta.sensitivity is None or meta.router_weights is None:
+        return None
+    damage, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
+    found = store.trained_router() if trained else None
+    if found is not None:
+        damage = dict(zip(layers, found.damage.tolist(), strict=True))
+        exponents = dict(zip(layers, found.exponents.tolist(), strict=True))
+    curves = {layer: [row[:n] for row, n in zip(damage[layer], kept[layer], strict=True)] for layer in layers}
+    return BitRouter(meta.widths, curves, exponents, meta.router_weights, found is not None)
+
+
+def read_precision(text: str | None, store: Store) -> Precision:
     """The precision that `text` names, None the widest stored. UsageError where the store does not have it."""
     try:
-        return parse_precision(text, store.layout.widths)
+        router = bit_router(store) if text is not None and text.startswith("routed") else None
+        return parse_precision(text, store.layout.widths, router)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
 
@@ -92,13 +110,14 @@ class Engine:
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
         keep_freed_memory()
-        slices = self.precision.slices(store.layout.widths)
+        self._widths = store.layout.widths
+        slices = self.precision.slices(self._widths)
         self.budget = self._split(store, config, slices)
         num_experts = len(store.moe_layers) * store.num_experts
         users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
-        slots = slots_for(self.budget.arena, store.layout.slice_sizes, users)
+        slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
         self._describe(store, config, slots[0], num_experts, on_status)
-        self._widths, self._most_slices = store.layout.widths, slices
+        self._most_slices = slices
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
         self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config.kv_bits))
@@ -132,6 +151,9 @@ class Engine:
         chosen = []
         if config.precision is None:
             chosen.append(f"precision {self.precision} (widest stored)")
+        elif isinstance(self.precision, RoutedPrecision):
+            how = "trained bit router" if self.precision.router.trained else "thresholds on the router's weights"
+            chosen.append(f"precision {self.precision} ({how})")
         if config.ctx_size is None:
             chosen.append(f"context {self.ctx_size}")
         if config.threads is None:
@@ -159,7 +181,7 @@ class Engine:
         """The model, for hooks that look into it."""
         return self._decoder
 
-    def use(self, precision: FixedPrecision) -> None:
+    def use(self, precision: Precision) -> None:
         """Compute at another precision from now on: UsageError for a wider one than the engine was opened with."""
         if precision.slices(self._widths) > self._most_slices:
             raise UsageError(f"The memory was split for {self.precision}: {precision} needs more.")

@@ -27,7 +27,7 @@ from moert.engine import Engine, needs_of, read_precision, say_what_is_kept
 from moert.errors import UsageError
 from moert.models.decoder import DecoderLayer
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
-from moert.scheduler.precision import FixedPrecision
+from moert.scheduler.precision import Precision
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ class Evaluation:
         self._store, self._against, self._window = store, against, window
         widths = store.layout.widths
         names = precisions or [f"fixed:{width}" for width in reversed(widths)]
-        self._precisions = list(dict.fromkeys(read_precision(name, store) for name in names))
+        self._precisions = list({str(p): p for p in (read_precision(name, store) for name in names)}.values())
         widest = max(self._precisions, key=lambda precision: precision.slices(widths))
         self.budget, arena = self._split(config, widest.slices(widths))
         say_what_is_kept(store, widest.slices(widths), on_status)
@@ -234,7 +234,7 @@ class Evaluation:
             for total, sums in zip([*self._sums, self._lossless_sums], [*new, lossless], strict=True):
                 total.add(sums)
 
-    def _results(self) -> Iterator[tuple[FixedPrecision, Sums]]:
+    def _results(self) -> Iterator[tuple[Precision, Sums]]:
         yield from zip(self._precisions, self._sums, strict=True)
 
     @staticmethod
@@ -292,7 +292,7 @@ class Evaluation:
                 result.append(self._row(self._store, self._engine, precision, sums, reference))
         return result
 
-    def _row(self, store: Store, engine: Engine, precision: FixedPrecision, sums: Sums, reference: Sums | None) -> Row:
+    def _row(self, store: Store, engine: Engine, precision: Precision, sums: Sums, reference: Sums | None) -> Row:
         layout, n = store.layout, sums.scored
         # A token uses top-k experts in every layer, each with so many slices: their share among all uses.
         uses = sums.token_uses.total()

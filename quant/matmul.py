@@ -273,9 +273,17 @@ class ExpertTable:
             self._native.drop(layer, expert, slices)
 
     def add(
-        self, layer: int, experts: Sequence[int], slices: int, weights: Sequence[float], x: Tensor, out: Tensor
+        self,
+        layer: int,
+        experts: Sequence[int],
+        slices: Sequence[int],
+        weights: Sequence[float],
+        x: Tensor,
+        out: Tensor,
     ) -> bool:
         """Add sum over k of weights[k] * `expert_ffn`(x, experts[k]) to out; x and out: float32 contiguous [1, D].
+
+        slices[k]: with how many slices experts[k] is used.
 
         Returns False, having done nothing, unless all these experts are there.
         """

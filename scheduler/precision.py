@@ -1,10 +1,67 @@
-"""Precision policies: at which width a routed expert is used."""
+"""Precision policies: at which width a routed expert is used.
+
+Dual routing after D2MoE (arXiv 2504.15299, section 4.1): a second decision gives every token's experts their widths. It
+sees nothing but the router's choice and weights, so that the text does not depend on budget, cache or timing.
+"""
+
+# T tokens, K experts per token, E experts, B widths, Q quantiles, N experts of all layers
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+class Chooser(Protocol):
+    """With how many slices each expert is computed that tokens are routed to in a layer."""
+
+    def one(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[int]:
+        """For the experts of a single token and their router weights."""
+        ...
+
+    def many(self, layer: int, experts: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[np.int64]:
+        """The same for every token: [T, K] each."""
+        ...
+
+
+class Precision(Protocol):
+    """What `--precision` names; `str` of it names it again."""
+
+    def slices(self, widths: Sequence[int]) -> int:
+        """The most slices that it uses of any expert, of a store with `widths`."""
+        ...
+
+    def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
+        """What chooses the slices, of a store with `widths` that has, by layer, so many slices of each expert."""
+        ...
+
+    def shares(self, widths: Sequence[int]) -> list[float]:
+        """For each of those `slices`, the share of uses of experts that is expected to need it; the first: 1."""
+        ...
+
+
+class _Same:
+    """Always the same number of slices for an expert: `most`, or all that there are of it."""
+
+    def __init__(self, most: int, kept: Mapping[int, Sequence[int]]) -> None:
+        self._counts = {layer: [min(most, n) for n in counts] for layer, counts in kept.items()}
+        self._arrays = {layer: np.array(counts) for layer, counts in self._counts.items()}
+
+    def one(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[int]:
+        counts = self._counts[layer]
+        return [counts[e] for e in experts]
+
+    def many(self, layer: int, experts: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[np.int64]:
+        return self._arrays[layer][experts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +77,155 @@ class FixedPrecision:
         """How many slices that is, of a store with `widths`."""
         return tuple(widths).index(self.width) + 1
 
+    def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
+        return _Same(self.slices(widths), kept)
 
-def parse_precision(text: str | None, widths: Sequence[int]) -> FixedPrecision:
-    """Read `fixed:B`; None is the largest width stored. Raises ValueError with one sentence for anything else."""
+    def shares(self, widths: Sequence[int]) -> list[float]:
+        return [1.0] * self.slices(widths)
+
+
+@dataclass(frozen=True, eq=False)
+class BitRouter:
+    """Chooses for a token that gives expert e of a layer the router weight w the width b that minimises
+
+        w ** exponents[layer] * damage[layer][e][b] + price * b.
+
+    widths: those of the store, ascending. damage: of each expert, at as many of these widths as it has, the harm that
+    it does to a token with weight 1. usage: of each expert, the number of tokens of the calibration text that were
+    routed to it, and quantiles of the weights that they gave it, at even distances from least to largest.
+    """
+
+    widths: tuple[int, ...]
+    damage: Mapping[int, Sequence[Sequence[float]]]
+    exponents: Mapping[int, float]
+    usage: Mapping[int, Sequence[Sequence[float]]]
+    trained: bool = False
+
+    @cached_property
+    def _rates(self) -> Floats:
+        """[N, B - 1]: an expert gets more than i + 1 slices where price * rates[i] is below the power of the weight.
+
+        Infinite for slices that it does not have or that do it no good. What is minimised lies on the lower convex
+        hull of damage over width, so that widths above the hull are skipped: both steps have the same rate.
+        """
+        rows = np.full((sum(map(len, self.damage.values())), len(self.widths) - 1), np.inf)
+        for row, curve in zip(rows, (curve for curves in self.damage.values() for curve in curves), strict=True):
+            at = 0
+            while at + 1 < len(curve):
+                gains = [(curve[at] - curve[i]) / (self.widths[i] - self.widths[at]) for i in range(at + 1, len(curve))]
+                best = max(gains)
+                if best <= 0:
+                    break
+                to = at + 1 + max(i for i, gain in enumerate(gains) if gain == best)
+                row[at:to] = 1 / best
+                at = to
+        return rows
+
+    @cached_property
+    def _powers(self) -> Floats:
+        """[N, 1]: 1 / exponent."""
+        return np.array([[1 / self.exponents[layer]] for layer, curves in self.damage.items() for _ in curves])
+
+    @cached_property
+    def _usage(self) -> Floats:
+        """[N, 1 + Q]"""
+        return np.array([row for layer in self.damage for row in self.usage[layer]], dtype=np.float64)
+
+    def thresholds(self, price: float) -> Floats:
+        """[N, B - 1]: a token gives an expert one slice, and one more for each threshold that its weight reaches."""
+        with np.errstate(over="ignore"):
+            return (price * self._rates) ** self._powers
+
+    def shares(self, thresholds: Floats) -> list[float]:
+        """Of all uses of experts by the calibration text, the share with more than i slices; the first is 1."""
+        counts, quantiles = self._usage[:, 0], self._usage[:, 1:]
+        below, bounded = np.zeros(thresholds.shape), np.minimum(thresholds, 2.0)  # above any router weight
+        for low, high in zip(quantiles.T[:-1, :, None], quantiles.T[1:, :, None], strict=True):
+            step = np.maximum(high - low, 1e-30)  # where both are the same, all at once
+            below += np.clip((bounded - low) / step, 0, 1)
+        above = 1 - below / (quantiles.shape[1] - 1)
+        return [1.0, *(counts @ above / counts.sum()).tolist()]
+
+    def mean_width(self, thresholds: Floats) -> float:
+        """Bits, over all uses of experts by the calibration text."""
+        steps = np.diff(self.widths, prepend=0)
+        return float(np.dot(self.shares(thresholds), steps))
+
+    def price(self, mean: float) -> float:
+        """The one at which the calibration text has this mean width. ValueError, with the end of a sentence, if none
+        has."""
+        low, high = -100.0, 100.0  # powers of two: beyond what any price is
+        least, most = (self.mean_width(self.thresholds(2**power)) for power in (high, low))
+        if not least - 1e-6 <= mean <= most + 1e-6:
+            raise ValueError(f"a mean width that this store cannot have; it can have {least:g} to {most:g}")
+        if mean <= least:
+            return float(2**high)
+        for _ in range(60):
+            middle = (low + high) / 2
+            if self.mean_width(self.thresholds(2**middle)) > mean:
+                low = middle
+            else:
+                high = middle
+        return float(2**high)
+
+
+class RoutedPrecision:
+    """Widths from the router's output alone, of the given mean over the calibration text."""
+
+    def __init__(self, mean: float, router: BitRouter) -> None:
+        self.mean, self.router = mean, router
+        table = router.thresholds(router.price(mean))
+        self._shares = [share for share in router.shares(table) if share > 0]
+        sizes = np.cumsum([len(curves) for curves in router.damage.values()])[:-1]
+        self._table = dict(zip(router.damage, np.split(table, sizes), strict=True))
+        self._rows = {layer: rows.tolist() for layer, rows in self._table.items()}
+
+    def __str__(self) -> str:
+        return f"routed:{self.mean:g}"
+
+    def slices(self, widths: Sequence[int]) -> int:
+        reachable = np.concatenate(list(self._table.values())) <= 1  # a router weight is at most 1
+        return 1 + int(reachable.any(0).sum())
+
+    def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
+        return self  # the router knows what is kept
+
+    def shares(self, widths: Sequence[int]) -> list[float]:
+        return (self._shares + [0.0] * len(widths))[: self.slices(widths)]
+
+    def one(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[int]:
+        rows = self._rows[layer]
+        return [bisect_right(rows[e], w) + 1 for e, w in zip(experts, weights, strict=True)]
+
+    def many(self, layer: int, experts: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[np.int64]:
+        reached: NDArray[np.bool_] = self._table[layer][experts] <= weights[..., None]
+        return reached.sum(-1) + 1
+
+
+def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter | None = None) -> Precision:
+    """Read `fixed:B`, `routed:MEAN` or `routed` (the mean of the widths); None is the largest width stored.
+
+    router: what the store knows about its experts, if it does. Raises ValueError with one sentence for anything else.
+    """
     if text is None:
         return FixedPrecision(widths[-1])
     stored = ", ".join(str(b) for b in widths)
-    match = re.fullmatch(r"fixed:(\d+)", text)
+    match = re.fullmatch(r"fixed:(\d+)|(routed)(?::(\d+(?:\.\d*)?))?", text)
     if match is None:
-        raise ValueError(f"precision {text!r} is not known; use fixed:B with B one of {stored}")
+        raise ValueError(
+            f"precision {text!r} is not known; use fixed:B with B one of {stored}, routed, or routed:B with any mean B"
+        )
+    if match[2]:
+        if router is None:
+            raise ValueError(
+                f"precision {text} needs to know how sensitive each expert is, which this store does not say; convert"
+                f" the checkpoint with --calibrate default, or use fixed:B with B one of {stored}"
+            )
+        mean = float(match[3]) if match[3] else sum(widths) / len(widths)
+        try:
+            return RoutedPrecision(mean, router)
+        except ValueError as error:
+            raise ValueError(f"precision {text} asks for {error}") from None
     width = int(match[1])
     if width not in widths:
         raise ValueError(f"precision {text} asks for a width that the store does not hold; it holds {stored}")

@@ -205,3 +205,21 @@ def store(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny checkpoint converted by calibration, on random tokens."""
+    from moert.store.calibration import CalibrationText
+    from moert.store.convert import convert
+
+    tokens = torch.randint(3, VOCAB_SIZE, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
+    out = tmp_path_factory.mktemp("calibrated") / "store"
+    convert(tiny_checkpoint("qwen3_moe"), out, group_size=32, calibration=CalibrationText("random", tuple(tokens)))
+    return out
+
+
+@pytest.fixture
+def calibrated_copy(calibrated: Path, tmp_path: Path) -> Path:
+    """A copy of its own that the test may change."""
+    return Path(shutil.copytree(calibrated, tmp_path / "calibrated"))

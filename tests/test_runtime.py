@@ -312,15 +312,27 @@ def test_close_waits_for_what_is_queued(store, monkeypatch):
 def test_slots_never_exceed_the_arena():
     for budget in (0, 10**5, 10**6, 10**9):
         for experts in ((1000, 1000, 0), (1000, 700, 3), (1000, 1000, 1000)):
-            slots = slots_for(budget, LAYOUT.slice_sizes, experts)
+            slots = slots_for(budget, LAYOUT.slice_sizes, experts, [1.0] * sum(n > 0 for n in experts))
             assert sum(n * size for n, size in zip(slots, LAYOUT.slice_sizes, strict=True)) <= budget
             assert all(n <= most for n, most in zip(slots, experts, strict=True))
             # A slot of each size, or none at all: what is left over would not hold an expert.
             assert [n > 0 for n in slots] == [slots[0] > 0 and most > 0 for most in experts]
-    assert slots_for(10**9, LAYOUT.slice_sizes, (10, 10, 10)) == (10, 10, 10)
-    assert slots_for(10**9, LAYOUT.slice_sizes, (10, 6, 1)) == (10, 6, 1)
+    always = [1.0, 1.0, 1.0]
+    assert slots_for(10**9, LAYOUT.slice_sizes, (10, 10, 10), always) == (10, 10, 10)
+    assert slots_for(10**9, LAYOUT.slice_sizes, (10, 6, 1), always) == (10, 6, 1)
     half = sum(n * size for n, size in zip((5, 5, 1), LAYOUT.slice_sizes, strict=True))
-    assert slots_for(half, LAYOUT.slice_sizes, (10, 6, 1)) == (5, 5, 1)
+    assert slots_for(half, LAYOUT.slice_sizes, (10, 6, 1), always) == (5, 5, 1)
+
+
+def test_slices_that_are_seldom_needed_get_fewer_slots():
+    shares = [1.0, 0.5, 0.1]
+    assert slots_for(10**9, LAYOUT.slice_sizes, (100, 100, 100), shares) == (100, 100, 100)
+    for budget in (10**5, 2 * 10**5, 4 * 10**5):
+        base, middle, top = slots = slots_for(budget, LAYOUT.slice_sizes, (100, 100, 90), shares)
+        assert sum(n * size for n, size in zip(slots, LAYOUT.slice_sizes, strict=True)) <= budget
+        assert 0 < top < middle < base
+    least = sum(LAYOUT.slice_sizes)
+    assert slots_for(least, LAYOUT.slice_sizes, (100, 100, 90), shares) == (1, 1, 1)
 
 
 def test_arena_buffers_are_aligned_and_apart():

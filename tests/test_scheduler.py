@@ -106,7 +106,7 @@ def test_partial_eviction_keeps_the_base():
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("fixed:5", "does not hold"), ("routed", "not known"), ("fixed:", "not known"), ("4", "not known")],
+    [("fixed:5", "does not hold"), ("fixed:", "not known"), ("4", "not known"), ("routed:", "not known")],
 )
 def test_unknown_precision_is_refused(text, reason):
     with pytest.raises(ValueError, match=reason):

@@ -115,7 +115,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB")
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for experts alone (for experiments)")
     group.add_argument(
-        "--precision", metavar="POLICY", help="width of the experts, such as fixed:4 (default: the widest)"
+        "--precision",
+        metavar="POLICY",
+        help="width of the experts, such as fixed:4, or routed:3 for a mean chosen by the router (default: the widest)",
     )
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")

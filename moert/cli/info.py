@@ -55,6 +55,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _routed(store: Store) -> str:
+    """What `--precision routed` goes by."""
+    if store.meta.sensitivity is None or store.meta.router_weights is None:
+        return "not possible: converted without --calibrate"
+    trained = store.trained_router()
+    return "thresholds on the router's weights" if trained is None else f"trained bit router: {trained.about}"
+
+
 def describe(store: Store) -> dict[str, Any]:
     """Facts of a store under stable names; sizes in bytes."""
     arch, layout = store.architecture, store.layout
@@ -91,6 +99,7 @@ def describe(store: Store) -> dict[str, Any]:
             for width in layout.widths
         ],
         "kept": "every width of every expert" if store.meta.kept is None else store.kept_widths(),
+        "routed_precision": _routed(store),
         "experts_bytes": store.experts_bytes(layout.num_slices),
         "dense_bytes": store.dense_bytes,
         "disk_bytes": sum(f.stat().st_size for f in store.path.iterdir()),

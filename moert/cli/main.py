@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "what is in a store",
     "bench": "measure speed, bytes and memory",
     "eval": "measure what a width costs in quality",
+    "train-router": "learn where a calibrated store needs bits",
     "doctor": "check this machine and installation",
 }
 
@@ -27,11 +28,11 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Raises MoertError, OSError, KeyboardInterrupt, SystemExit."""
     if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(f"moert.cli.{argv[0]}")
+        command = importlib.import_module(f"moert.cli.{argv[0].replace('-', '_')}")
         parser = argparse.ArgumentParser(f"moert {argv[0]}", description=command.__doc__, allow_abbrev=False)
         command.add_options(parser)
         return int(command.main(parser.parse_args(argv[1:])))
-    listing = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "moert",
         description="Run Mixture-of-Experts language models larger than memory.",

@@ -7,13 +7,14 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from moert.quant.format import ExpertLayout
+from moert.quant.format import MAX_WIDTH, ExpertLayout
 from moert.quant.matmul import ExpertTable, PackedExpert, experts_ffn
 from moert.quant.rows import combine
 from moert.runtime.residency import Arena
@@ -21,31 +22,33 @@ from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import Read, SliceReader
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.planner import plan_layer
-from moert.scheduler.precision import FixedPrecision
+from moert.scheduler.precision import Precision
 from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
 from moert.store.reader import Store
+
+_Places: TypeAlias = dict[int, dict[int, Tensor]]
 
 
 @dataclass(slots=True)
 class _Step:
     """One layer of one step on its way.
 
-    places: for each expert, where it stands in the flattened [T, K] indices. parts: float32 [T * K, D], filled from the
-    front, `filled` rows so far. computed: the experts that they come from.
+    places: for each expert and each number of slices that it is used with, where it stands in the flattened [T, K]
+    indices. parts: float32 [T * K, D], filled from the front, `filled` rows so far. computed: the places of these rows.
     """
 
     plan: Plan
     x: Tensor
-    places: dict[int, Tensor]
+    places: _Places
     parts: Tensor
     filled: int = 0
-    computed: list[int] = field(default_factory=list)
+    computed: list[Tensor] = field(default_factory=list)
 
 
 class ExpertRunner:
     """Computes routed experts out of the arena, and reads what is missing. Not safe to call from two threads."""
 
-    def __init__(self, store: Store, slots: Sequence[int], precision: FixedPrecision, activation: str) -> None:
+    def __init__(self, store: Store, slots: Sequence[int], precision: Precision, activation: str) -> None:
         self._store = store
         self._layout: ExpertLayout = store.layout
         self._arena = Arena(slots, store.layout.slice_sizes)
@@ -56,9 +59,10 @@ class ExpertRunner:
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._parts = torch.empty(0)
         self._table = ExpertTable(activation)
-        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float]]] = deque()  # layer, experts, weights
-        self.use(precision)
+        # layer, experts, weights and slices
+        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int]]] = deque()
         self._counters = Counters()
+        self.use(precision)
 
     @property
     def counters(self) -> Counters:
@@ -66,26 +70,31 @@ class ExpertRunner:
         self._catch_up()
         return self._counters
 
-    def use(self, precision: FixedPrecision) -> None:
+    def use(self, precision: Precision) -> None:
         """Compute at another precision from the next call on; its slices must have slots.
 
         An expert that the store has fewer slices of is computed with all that it has.
         """
         self._catch_up()
-        self._most = precision.slices(self._layout.widths)
-        self._slices = {layer: [min(self._most, n) for n in kept] for layer, kept in self._store.kept.items()}
+        self._precision, self._chooser = precision, precision.chooser(self._layout.widths, self._store.kept)
 
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them at the width in use; else nothing happens."""
-        needed = [sum(n > i for counts in self._slices.values() for n in counts) for i in range(self._most)]
+        shares = self._precision.shares(self._layout.widths)
+        most = {layer: [min(n, len(shares)) for n in kept] for layer, kept in self._store.kept.items()}
+        needed = [sum(n > i for counts in most.values() for n in counts) for i in range(len(shares))]
         if any(slots < count for slots, count in zip(self._cache.slots, needed, strict=False)):
             return
+        # The numbers of slices that will be asked for, so that decoding finds all of them ready.
+        counts = [
+            n for n, (share, wider) in enumerate(zip(shares, [*shares[1:], 0.0], strict=True), 1) if share > wider
+        ]
         loading: set[SliceKey] = set()
         try:
-            for layer, counts in self._slices.items():
-                plan = plan_layer(layer, [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(counts)], self._cache)
+            for layer, slices in most.items():
+                plan = plan_layer(layer, [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(slices)], self._cache)
                 for wave in plan.waves:
-                    self._run_wave(layer, wave, loading, functools.partial(self._prepare, layer, plan.slices))
+                    self._run_wave(layer, wave, loading, functools.partial(self._prepare, layer, slices, counts))
         except BaseException:
             self._recover(loading)
             raise
@@ -100,12 +109,17 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         self._catch_up()
-        places, sums = _places_by_expert(indices), _weight_by_expert(indices, weights)
-        slices = self._slices[layer]
-        routed = [RoutedExpert(e, at.shape[0], sums[e], slices[e]) for e, at in places.items()]
+        counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
+        places, sums = _places_by_expert(indices, counts), _weight_by_expert(indices, weights)
+        routed = [
+            RoutedExpert(e, sum(at.shape[0] for at in groups.values()), sums[e], max(groups))
+            for e, groups in places.items()
+        ]
         loading: set[SliceKey] = set()
         try:
-            return self._run(self._plan(layer, routed), x, places, weights, loading)
+            plan = plan_layer(layer, routed, self._cache)
+            self._count(plan, ((n, at.shape[0]) for groups in places.values() for n, at in groups.items()))
+            return self._run(plan, x, places, weights, loading)
         except BaseException:  # Ctrl-C too, wherever it strikes
             self._recover(loading)
             raise
@@ -117,15 +131,16 @@ class ExpertRunner:
         once; it is made later, for several layers at a time, while Python's own data are in the processor's caches.
         """
         before = time.perf_counter()
-        if self._table.add(layer, experts, self._most, weights, x, out):
+        counts = self._chooser.one(layer, experts, weights)
+        if self._table.add(layer, experts, counts, weights, x, out):
             self._counters.computed_s += time.perf_counter() - before
-            self._unplanned.append((layer, experts, weights))
+            self._unplanned.append((layer, experts, weights, counts))
             return
         self._catch_up()
         loading: set[SliceKey] = set()
         try:
-            plan = self._plan(layer, self._routed(layer, experts, weights))
-            places = {e: torch.tensor([k]) for k, e in enumerate(experts)}
+            plan = self._plan_one(layer, experts, weights, counts)
+            places = {e: {n: torch.tensor([k])} for k, (e, n) in enumerate(zip(experts, counts, strict=True))}
             out += self._run(plan, x, places, torch.tensor([weights]), loading)
         except BaseException:
             self._recover(loading)
@@ -134,27 +149,23 @@ class ExpertRunner:
     def _catch_up(self) -> None:
         """Plan the layers that were computed without a plan: nothing is loaded, but the cache learns of the use."""
         while self._unplanned:
-            layer, experts, weights = self._unplanned.popleft()
-            self._plan(layer, self._routed(layer, experts, weights))
+            self._plan_one(*self._unplanned.popleft())
 
-    def _routed(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[RoutedExpert]:
-        """What the router asks for a single token."""
-        slices = self._slices[layer]
-        return [RoutedExpert(e, 1, w, slices[e]) for e, w in zip(experts, weights, strict=True)]
-
-    def _plan(self, layer: int, routed: Sequence[RoutedExpert]) -> Plan:
+    def _plan_one(self, layer: int, experts: Sequence[int], weights: Sequence[float], counts: Sequence[int]) -> Plan:
+        """Plan what the router asks for a single token."""
+        routed = [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, counts, strict=True)]
         plan = plan_layer(layer, routed, self._cache)
-        self._count(plan, routed)
+        self._count(plan, ((n, 1) for n in counts))
         return plan
 
-    def _run(self, plan: Plan, x: Tensor, places: dict[int, Tensor], weights: Tensor, loading: set[SliceKey]) -> Tensor:
+    def _run(self, plan: Plan, x: Tensor, places: _Places, weights: Tensor, loading: set[SliceKey]) -> Tensor:
         """Wave by wave. `loading` has the slices whose slots are not filled yet, at every moment."""
         step = _Step(plan, x, places, self._room(weights.numel(), x.shape[1]))
         for wave in plan.waves:
             self._run_wave(plan.layer, wave, loading, functools.partial(self._compute, step))
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
-        order = torch.cat([places[e] for e in step.computed])
+        order = torch.cat(step.computed)
         return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))), weights)
 
     def _room(self, rows: int, size: int) -> Tensor:
@@ -210,26 +221,23 @@ class ExpertRunner:
         if found is None:
             views = [self._arena.view(SliceKey(layer, expert, index)) for index in range(slices)]
             found = self._ready[layer, expert, slices] = PackedExpert.from_slices(views, self._layout)
-            for asked in self._served(layer, expert, slices):
-                self._table.put(layer, expert, asked, found)
+            self._table.put(layer, expert, slices, found)
         return found
 
-    def _served(self, layer: int, expert: int, slices: int) -> range:
-        """The numbers of slices that an expert with its first `slices` serves: if it has no more, larger ones too."""
-        last = self._layout.num_slices if slices == self._store.kept[layer][expert] else slices
-        return range(slices, last + 1)
-
-    def _prepare(self, layer: int, slices: Mapping[int, int], experts: Sequence[int]) -> list[PackedExpert]:
-        return [self._packed(layer, e, slices[e]) for e in experts]
+    def _prepare(self, layer: int, slices: Sequence[int], counts: Sequence[int], experts: Sequence[int]) -> None:
+        for e in experts:
+            for n in counts:
+                self._packed(layer, e, min(n, slices[e]))
 
     def _compute(self, step: _Step, experts: Sequence[int]) -> None:
         before = time.perf_counter()
-        packed = self._prepare(step.plan.layer, step.plan.slices, experts)
+        groups = [(e, n, at) for e in experts for n, at in step.places[e].items()]
+        packed = [self._packed(step.plan.layer, e, n) for e, n, _ in groups]
         K = step.parts.shape[0] // step.x.shape[0]
-        tokens_of = [step.places[e] // K for e in experts]
+        tokens_of = [at // K for _, _, at in groups]
         rows = sum(tokens.shape[0] for tokens in tokens_of)
         experts_ffn(step.x, packed, tokens_of, step.parts[step.filled : step.filled + rows], self._activation)
-        step.computed += experts
+        step.computed += (at for _, _, at in groups)
         step.filled += rows
         self._counters.computed_s += time.perf_counter() - before
 
@@ -237,8 +245,7 @@ class ExpertRunner:
         self._arena.release(key)
         for slices in range(key.slice + 1, self._layout.num_slices + 1):
             if self._ready.pop((key.layer, key.expert, slices), None) is not None:
-                for asked in self._served(key.layer, key.expert, slices):
-                    self._table.drop(key.layer, key.expert, asked)
+                self._table.drop(key.layer, key.expert, slices)
 
     def _recover(self, loading: set[SliceKey]) -> None:
         """Begin afresh with what is surely in the arena, after a step that broke off somewhere.
@@ -262,22 +269,28 @@ class ExpertRunner:
         for expert, count in prefixes.items():
             self._cache.insert(expert, count, ())
 
-    def _count(self, plan: Plan, routed: Sequence[RoutedExpert]) -> None:
+    def _count(self, plan: Plan, tokens: Iterable[tuple[int, int]]) -> None:
+        """tokens: how many (token, expert) there are with so many slices."""
         counters, widths = self._counters, self._layout.widths
-        counters.expert_uses += len(routed)
+        counters.expert_uses += len(plan.slices)
         counters.expert_hits += len(plan.waves[0].resident)
-        for r in routed:
-            counters.width_sum += widths[r.slices - 1]
-            counters.token_uses[r.slices] += r.tokens
+        for n in plan.slices.values():
+            counters.width_sum += widths[n - 1]
+        for n, count in tokens:
+            counters.token_uses[n] += count
 
 
-def _places_by_expert(indices: Tensor) -> dict[int, Tensor]:
-    """Positions in the flattened [T, K] indices at which each expert stands, ascending."""
-    flat = indices.flatten()
+def _places_by_expert(indices: Tensor, counts: Tensor) -> _Places:
+    """Positions in the flattened [T, K] indices at which each expert stands with each number of slices, ascending."""
+    most = MAX_WIDTH + 1  # above any number of slices
+    flat = (indices * most + counts).flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat)
-    experts = counts.nonzero().flatten()
-    return dict(zip(experts.tolist(), torch.split(order, counts[experts].tolist()), strict=True))
+    sizes = torch.bincount(flat)
+    found = sizes.nonzero().flatten()
+    result: _Places = {}
+    for key, at in zip(found.tolist(), torch.split(order, sizes[found].tolist()), strict=True):
+        result.setdefault(key // most, {})[key % most] = at
+    return result
 
 
 def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:

@@ -37,6 +37,7 @@ from moert.quant.format import ExpertLayout
 from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix
 from moert.store.fileio import atomic_file
+from moert.store.meta import QUANTILES
 from moert.store.parallel import Workers
 from moert.store.quantiser import Measured
 from moert.store.source import SourceModel
@@ -153,8 +154,9 @@ class Calibrated:
         sensitivity = [[error / float(energy) for error in self._errors[e]] for e in sorted(self._errors)]
         squares = routed.weights.flatten().double().square()
         usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
+        quantiles = [weight_quantiles(self._tokens_of(e)[1]) for e in range(self._arch.num_experts)]
         self._hidden, self._layer, self._routed = routed.out, layer + 1, None
-        return Measured(sensitivity, (usage / len(routed.out)).tolist())
+        return Measured(sensitivity, (usage / len(routed.out)).tolist(), quantiles)
 
     def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> list[float]:
         """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
@@ -279,6 +281,15 @@ class Calibrated:
                 exact = (tensor.float() * scale).to(tensor.dtype).float() == tensor.float() * scale
                 shift[~(exact if exact.ndim == 1 else exact.all(0))] = 0
         return shift
+
+
+def weight_quantiles(weights: Tensor) -> list[float]:
+    """Of the router weights of an expert [n] what moert.json says: their number and their quantiles."""
+    if not len(weights):
+        return [0.0] * (2 + QUANTILES)
+    ordered = weights.sort().values
+    places = torch.linspace(0, len(ordered) - 1, 1 + QUANTILES).round().long()
+    return [float(len(ordered)), *(round(w, 6) for w in ordered[places].tolist())]
 
 
 def _dequantised(w: PackedMatrix | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -169,7 +169,8 @@ class _Run:
                 name = names[file.name]
                 written = self._write_experts(partial.store / name, file, stage, pool)
                 if (found := self.quantiser.finish(file.layer)) is not None:
-                    written = replace(written, sensitivity=found.sensitivity, usage=found.usage)
+                    measured = {field.name: getattr(found, field.name) for field in fields(found)}
+                    written = replace(written, **measured)
                 self._finish(partial, name, written)
             # After the experts: some of it may depend on how these were quantised.
             if DENSE_FILE not in partial.finished:

@@ -18,6 +18,8 @@ sensitivity       optional, of a calibrated store; layer -> expert -> width, sto
                   the expert was calibrated on of |y_b - y|^2, where y is its output in the source and y_b with weights
                   at that width, unweighted, divided by the mean over all tokens of |h|^2, where h leaves the layer. A
                   token that gives the expert the router weight w suffers w^2 times as much.
+router_weights    optional, of a calibrated store; layer -> expert: how many tokens of the text are routed to it, and 17
+                  quantiles, from least to largest, of the router weights that they give it (zeros where there are none)
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from moert.store.layout import (
 
 FORMAT = "moert-store"
 FORMAT_VERSION = 1
+QUANTILES = 16  # steps from the least router weight of an expert to the largest
 _INT32 = 1 << 32
 
 
@@ -79,6 +82,7 @@ class StoreMeta:
     copies: Mapping[str, CopiedFile]
     checksums: Mapping[int, Sequence[Sequence[int]]]
     sensitivity: dict[int, list[list[float]]] | None = None
+    router_weights: dict[int, list[list[float]]] | None = None
     kept: Mapping[int, Sequence[int]] | None = None
 
     @property
@@ -93,8 +97,9 @@ class StoreMeta:
         """The object that `parse` reads back."""
         kinds = [{"dtype": t.dtype} if t.packed is None else {"width": t.packed.widths[-1]} for t in self.dense]
         optional: dict[str, Any] = {}
-        if self.sensitivity is not None:
-            optional["sensitivity"] = {str(layer): rows for layer, rows in self.sensitivity.items()}
+        for name in ("sensitivity", "router_weights"):
+            if (table := getattr(self, name)) is not None:
+                optional[name] = {str(layer): rows for layer, rows in table.items()}
         if self.kept is not None:
             optional["kept"] = {str(layer): list(counts) for layer, counts in self.kept.items()}
         return {
@@ -229,9 +234,8 @@ def parse(value: Any, file: Path) -> StoreMeta:
         },
         checksums={layer: _slice_checksums(checksums, layer, slices[layer]) for layer in layers},
         kept=kept,
-        sensitivity=_sensitivity(top.fields("sensitivity"), layers, count, len(widths))
-        if "sensitivity" in value
-        else None,
+        sensitivity=_table(top, "sensitivity", layers, count, len(widths), "an error"),
+        router_weights=_table(top, "router_weights", layers, count, 2 + QUANTILES, "a weight"),
     )
 
 
@@ -250,17 +254,21 @@ def _dense_tensor(fields: _Fields, name: str, group_size: int) -> DenseTensor:
         raise fields.error("shape", f"is wrong ({error})") from error
 
 
-def _sensitivity(
-    fields: _Fields, layers: Sequence[int], num_experts: int, num_widths: int
-) -> dict[int, list[list[float]]]:
+def _table(
+    top: _Fields, key: str, layers: Sequence[int], num_experts: int, length: int, what: str
+) -> dict[int, list[list[float]]] | None:
+    """`length` numbers for each expert of each layer; None where there is no such object."""
+    if key not in top.value:
+        return None
+    fields = top.fields(key)
     for layer in layers:
         rows = fields.get(str(layer))
         if not isinstance(rows, list) or len(rows) != num_experts:
             raise fields.error(str(layer), f"is not a list of {num_experts} experts")
-        if any(not isinstance(row, list) or len(row) != num_widths for row in rows):
-            raise fields.error(str(layer), f"does not have {num_widths} numbers for each expert")
+        if any(not isinstance(row, list) or len(row) != length for row in rows):
+            raise fields.error(str(layer), f"does not have {length} numbers for each expert")
         if any(type(n) is not float or not 0 <= n < math.inf for row in rows for n in row):
-            raise fields.error(str(layer), "has an error that is not a number from 0 on")
+            raise fields.error(str(layer), f"has {what} that is not a number from 0 on")
     return {layer: fields.get(str(layer)) for layer in layers}
 
 

@@ -28,7 +28,7 @@ PROGRESS_FILE = "progress.json"
 class Finished:
     """A weight file that is whole: bytes, where its data begin, and a CRC-32 per tensor in the order of the file.
 
-    sensitivity, usage: of a layer's experts, where they were measured (see `Measured`).
+    sensitivity, usage, router_weights: of a layer's experts, where they were measured (see `Measured`).
     """
 
     size: int
@@ -36,6 +36,7 @@ class Finished:
     checksums: list[int]
     sensitivity: list[list[float]] | None = None
     usage: list[float] | None = None
+    router_weights: list[list[float]] | None = None
 
 
 @dataclass

@@ -27,7 +27,7 @@ from moert.store.layout import (
     dense_width,
     experts_file,
 )
-from moert.store.meta import CopiedFile, StoreMeta, WeightFile
+from moert.store.meta import QUANTILES, CopiedFile, StoreMeta, WeightFile
 from moert.store.partial import Finished
 from moert.store.source import SourceModel
 
@@ -52,6 +52,7 @@ COPIED_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 USAGE_EXPONENT = 2 / 3
 LEAST_USAGE = 1e-3  # of the layer's mean: a text that is not the user's may not use an expert at all
 _LONGEST = 1.2345678901234567e-100  # no figure takes more characters
+_LONGEST_WEIGHT = 0.123456  # nor any router weight
 _LARGEST = (1 << 32) - 1  # checksum
 
 
@@ -125,7 +126,14 @@ class Plan:
         E, B = self.source.architecture.num_experts, self.layout.num_slices
         all_kept = {file.layer: (B,) * E for file in self.experts}
         files = {
-            file.name: Finished(1 << 62, 1 << 62, [_LARGEST] * E * B, [[_LONGEST] * B] * E) for file in self.experts
+            file.name: Finished(
+                1 << 62,
+                1 << 62,
+                [_LARGEST] * E * B,
+                sensitivity=[[_LONGEST] * B] * E,
+                router_weights=[[_LONGEST_WEIGHT] * (2 + QUANTILES)] * E,
+            )
+            for file in self.experts
         }
         files[DENSE_FILE] = Finished(1 << 62, 1 << 62, [_LARGEST] * len(self.dense))
         meta = self.meta(files, dict.fromkeys((CONFIG_FILE, TOKENIZER_FILE), CopiedFile(1 << 62, _LARGEST)), all_kept)
@@ -184,8 +192,9 @@ class Plan:
         arch = self.source.architecture
         layers = arch.moe_layers
         counts = kept or {file.layer: file.counts for file in self.experts}
-        sensitivity = {layer: files[experts_file(layer)].sensitivity for layer in layers}
-        known = {layer: rows for layer, rows in sensitivity.items() if rows is not None}
+        of_layer = {layer: files[experts_file(layer)] for layer in layers}
+        sensitivity = {layer: file.sensitivity for layer, file in of_layer.items()}
+        router_weights = {layer: file.router_weights for layer, file in of_layer.items()}
         return StoreMeta(
             created_by=f"moert {__version__}",
             source_name=self.source_name,
@@ -204,7 +213,8 @@ class Plan:
             },
             copies=copies,
             checksums={layer: _rows(files[experts_file(layer)].checksums, counts[layer]) for layer in layers},
-            sensitivity=known if known and len(known) == len(layers) else None,
+            sensitivity=_all_known(sensitivity),
+            router_weights=_all_known(router_weights),
             kept=kept,
         )
 
@@ -214,6 +224,11 @@ def _expected_usage(usage: Sequence[float]) -> list[float]:
     total = sum(usage)
     powers = [max(u, LEAST_USAGE * total / len(usage)) ** USAGE_EXPONENT for u in usage]
     return [total * p / sum(powers) if total else 0.0 for p in powers]
+
+
+def _all_known(values: Mapping[int, list[list[float]] | None]) -> dict[int, list[list[float]]] | None:
+    known = {layer: rows for layer, rows in values.items() if rows is not None}
+    return known if known and len(known) == len(values) else None
 
 
 def _rows(values: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

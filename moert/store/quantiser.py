@@ -18,11 +18,12 @@ from moert.store.parallel import Workers
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of the experts of a layer. sensitivity: [E][B], see meta.py. usage: [E], the mean over all tokens of the square
-    of the router weight that they give the expert, 0 where they are not routed to it."""
+    """Of the experts of a layer. sensitivity and router_weights: see meta.py. usage: [E], the mean over all tokens of
+    the square of the router weight that they give the expert, 0 where they are not routed to it."""
 
     sensitivity: list[list[float]]
     usage: list[float]
+    router_weights: list[list[float]]
 
 
 class Quantiser(Protocol):

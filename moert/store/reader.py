@@ -20,6 +20,7 @@ from moert.models import registry
 from moert.models.architecture import Architecture
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import PackedMatrix
+from moert.store.bit_router import TrainedRouter, read_router
 from moert.store.fileio import as_bytes, opened, read_into
 from moert.store.layout import (
     CONFIG_FILE,
@@ -156,6 +157,10 @@ class Store:
             return PackedMatrix(tensor.packed, (data,))
         return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
+    def trained_router(self) -> TrainedRouter | None:
+        """The bit router that was trained for this store, if one was. StoreError where it is damaged."""
+        return read_router(self.path, (len(self.moe_layers), self.num_experts, len(self.meta.widths)))
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte that has a checksum; `progress` gets the bytes checked and the bytes in all.
 
@@ -172,6 +177,7 @@ class Store:
         for name, copy in self.meta.copies.items():
             if zlib.crc32(_read(self.path / name)) != copy.crc32:
                 raise _changed(self.path / name, "is not as it was written")
+        self.trained_router()
         start = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
@@ -183,16 +189,25 @@ class Store:
 
     def _verify_layer(self, layer: int, file: Path, before: int, advance: Callable[[int], None]) -> None:
         _check_start(file, self._experts[layer].header)
-        buffer = memoryview(bytearray(max(self.layout.slice_sizes)))
         with _reading(file) as fd:
-            for e, count in enumerate(self.kept[layer]):
-                offset = self.location(layer, e).offset
-                for i, size in enumerate(self.layout.slice_sizes[:count]):
-                    part = buffer[:size]
-                    if read_into(fd, part, offset) != size or zlib.crc32(part) != self.checksum(layer, e, i):
-                        raise _changed(file, f"is damaged at layer {layer}, expert {e}, slice {i}")
-                    offset += size
-                advance(before + offset)
+            for e in range(self.num_experts):
+                read = sum(piece.nbytes for piece in self._read_slices(fd, layer, e))
+                advance(before + self.location(layer, e).offset + read)
+
+    def read_expert(self, layer: int, expert: int) -> list[Tensor]:
+        """Its slices, uint8 [layout.slice_sizes[i]] each, checked: StoreError names a damaged one."""
+        with _reading(self.location(layer, expert).file) as fd:
+            return list(self._read_slices(fd, layer, expert))
+
+    def _read_slices(self, fd: int, layer: int, expert: int) -> Iterator[Tensor]:
+        file, offset = self.location(layer, expert)
+        for i, size in enumerate(self.layout.slice_sizes[: self.kept[layer][expert]]):
+            piece = torch.empty(size, dtype=torch.uint8)
+            buffer = as_bytes(piece)
+            if read_into(fd, buffer, offset) != size or zlib.crc32(buffer) != self.checksum(layer, expert, i):
+                raise _changed(file, f"is damaged at layer {layer}, expert {expert}, slice {i}")
+            offset += size
+            yield piece
 
 
 def _changed(file: Path, what: str) -> StoreError:

@@ -164,13 +164,13 @@ class ExpertTable {
   void drop(int layer, int expert, int slices) { experts_.erase(key(layer, expert, slices)); }
 
   // See Products::add_experts; false where one is not in the table.
-  bool add(int layer, const std::vector<int>& experts, int slices, const std::vector<float>& weights, uintptr_t x,
-           uintptr_t out) {
-    if (experts.empty() || weights.size() != experts.size())
-      throw std::invalid_argument("one weight for each expert is needed");
+  bool add(int layer, const std::vector<int>& experts, const std::vector<int>& slices, const std::vector<float>& weights,
+           uintptr_t x, uintptr_t out) {
+    if (experts.empty() || weights.size() != experts.size() || slices.size() != experts.size())
+      throw std::invalid_argument("one weight and one number of slices for each expert are needed");
     found_.clear();
-    for (int expert : experts) {
-      const auto place = experts_.find(key(layer, expert, slices));
+    for (size_t i = 0; i < experts.size(); i++) {
+      const auto place = experts_.find(key(layer, experts[i], slices[i]));
       if (place == experts_.end()) return false;
       found_.push_back(place->second);
     }

@@ -1,0 +1,337 @@
+"""Trains the bit router: what a width harms, learnt from the distance of the whole model to the lossless one.
+
+The second router of D2MoE (arXiv 2504.15299, section 4.1): the model is frozen, the loss is the cross-entropy against
+the lossless model's logits plus a price per bit. Other than there, it sees the first router's weights alone, so that a
+width is a comparison; and it is trained over a range of prices, each drawn for one step, which stand for the mean
+widths that can be asked for and keep all widths in use, as the paper's capacity shares do for a single mean.
+
+What is learnt starts from the errors that the conversion measured: a factor for each layer and width, and for each
+layer the power of the weight. Widths are drawn from a softmax over their costs and computed as they will be; the
+gradient passes through the probabilities (straight through). Between two widths that are about equally likely, where a
+threshold is moved, that is right up to the third order of the errors, since both ends of the step are seen equally
+often. Everything is computed in float32 by torch.
+"""
+
+# T tokens, V vocabulary, D hidden, K experts per token, L MoE layers, E experts, B widths
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moert.budget import available_bytes
+from moert.config import format_bytes
+from moert.engine import bit_router
+from moert.errors import UsageError
+from moert.models.attention import span
+from moert.models.decoder import Decoder
+from moert.models.kv_cache import KVCache
+from moert.models.moe import Experts
+from moert.quant import dispatch
+from moert.quant.layer_step import Place
+from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix, gather_rows
+from moert.scheduler.precision import BitRouter, Chooser, RoutedPrecision
+from moert.store.bit_router import TrainedRouter
+from moert.store.calibration import weight_quantiles
+from moert.store.reader import Store
+
+WINDOW = 512
+_TEMPERATURE = 0.3  # bits that a width's cost may be above another's before it is rarely drawn
+_RATE = 0.03
+_PRICES = 16  # drawn from, at even distances of the mean width
+_MOST_CHECKED = 8  # windows that are kept from training, to compare with what there was before
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Mean KL, in nats per token, to the lossless model at a mean width, on windows that were not trained on."""
+
+    mean_width: float
+    before: float
+    after: float
+
+
+class _Window(KVCache):
+    """Keys and values of a window that begins with nothing: as they are, so that gradients pass."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self._both = keys, values
+
+    def read(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        return self._both
+
+
+class _Lossless(Experts):
+    """The experts of a lossless store."""
+
+    def __init__(self, store: Store) -> None:
+        self._activation = store.architecture.hidden_act
+        self._weights = {
+            (layer, e): _matrices(store, store.read_expert(layer, e))
+            for layer in store.moe_layers
+            for e in range(store.num_experts)
+        }
+
+    def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in torch.unique(indices).tolist():
+            tokens, places = (indices == e).nonzero(as_tuple=True)
+            y = _ffn(x[tokens], self._weights[layer, e], self._activation)
+            out.index_add_(0, tokens, y * weights[tokens, places, None])
+        return out
+
+
+class _Nested(Experts):
+    """The experts of a store at every width. While `price` is set they learn, else `chooser` chooses the widths."""
+
+    def __init__(self, store: Store, harm: _Harm, generator: torch.Generator) -> None:
+        self._activation, self._kept = store.architecture.hidden_act, store.kept
+        self._harm, self._generator = harm, generator
+        self._bits = torch.tensor(store.meta.widths, dtype=torch.float32)
+        self._rows = {layer: row for row, layer in enumerate(store.moe_layers)}
+        self._weights: dict[tuple[int, int, int], list[Tensor]] = {}
+        for layer in store.moe_layers:
+            for e, count in enumerate(store.kept[layer]):
+                slices = store.read_expert(layer, e)
+                for n in range(count):
+                    self._weights[layer, e, n] = _matrices(store, slices[: n + 1])
+        self.price: float | None = None
+        self.chooser: Chooser | None = None
+        self.widths: list[Tensor] = []  # expected ones, of the layers since it was emptied
+        self.routed: list[tuple[int, Tensor, Tensor]] = []  # layers, indices and weights, likewise
+
+    def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        self.routed.append((layer, indices, weights.detach()))
+        if self.price is None:
+            assert self.chooser is not None
+            chosen = torch.from_numpy(self.chooser.many(layer, indices.numpy(), weights.numpy())) - 1
+            return self._sum(layer, x, indices, weights, chosen, None)
+        cost = self._harm.cost(self._rows[layer], indices, weights) / self.price + self._bits
+        p = (cost / -_TEMPERATURE).softmax(-1)
+        chosen = torch.multinomial(p.detach().flatten(0, 1), 1, generator=self._generator).view_as(indices)
+        self.widths.append((p * self._bits).sum(-1).mean())
+        return self._sum(layer, x, indices, weights, chosen, p - p.detach())
+
+    def _sum(
+        self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, chosen: Tensor, slopes: Tensor | None
+    ) -> Tensor:
+        """chosen: int64 [T, K], index of the width. slopes: [T, K, B], zeros that take the gradients of the widths."""
+        out = torch.zeros_like(x)
+        for e in torch.unique(indices).tolist():
+            for n in range(self._kept[layer][e]):
+                matrices = self._weights[layer, e, n]
+                tokens, places = ((indices == e) & (chosen == n)).nonzero(as_tuple=True)
+                y = _ffn(x[tokens], matrices, self._activation)
+                out = out.index_add(0, tokens, y * weights[tokens, places, None])
+                if slopes is not None:
+                    tokens, places = (indices == e).nonzero(as_tuple=True)
+                    with torch.no_grad():
+                        y = _ffn(x[tokens], matrices, self._activation) * weights[tokens, places, None]
+                    out = out.index_add(0, tokens, y * slopes[tokens, places, n, None])
+        return out
+
+
+class _Harm(nn.Module):
+    """What is learnt. sensitivity: float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the width."""
+
+    def __init__(self, sensitivity: Tensor, absent: Tensor) -> None:
+        super().__init__()
+        self.sensitivity, self._absent = sensitivity, absent
+        self.factors = nn.Parameter(torch.zeros(sensitivity.shape[0], 1, sensitivity.shape[2]))  # logarithms
+        self.exponents = nn.Parameter(torch.full((len(sensitivity),), 2.0))
+
+    def cost(self, row: int, indices: Tensor, weights: Tensor) -> Tensor:
+        """[T, K, B], without the price of the bits."""
+        cost = weights[..., None].clamp_min(1e-9) ** self.exponents[row] * self.damage()[row, indices]
+        return cost.masked_fill(self._absent[row, indices], torch.inf)
+
+    def damage(self) -> Tensor:
+        """[L, E, B]"""
+        return self.sensitivity * self.factors.exp()
+
+
+class Trainer:
+    """Trains a router for `store`, against the `lossless` store of the same checkpoint, on windows of token ids.
+
+    Deterministic for a seed and a number of steps. Raises UsageError for a store whose experts' sensitivities are not
+    known, for stores that do not belong together, and where memory does not suffice.
+    """
+
+    def __init__(self, store: Store, lossless: Store, windows: Sequence[Sequence[int]], seed: int) -> None:
+        thresholds = bit_router(store, trained=False)
+        if thresholds is None or store.meta.sensitivity is None:
+            raise UsageError(
+                f"{store.path} does not say how sensitive its experts are, from which training starts: convert the"
+                " checkpoint with --calibrate default."
+            )
+        if len(windows) < 2:
+            raise UsageError("Training needs at least two windows of text: name a longer one.")
+        _check_memory(store, lossless)
+        self._store, self._before = store, thresholds
+        self._generator = torch.Generator().manual_seed(seed)
+        rows = torch.tensor([store.meta.sensitivity[layer] for layer in store.moe_layers])
+        kept = torch.tensor([store.kept[layer] for layer in store.moe_layers])
+        self._harm = _Harm(rows, torch.arange(rows.shape[2]) >= kept[..., None])
+        self._experts = _Nested(store, self._harm, self._generator)
+        self._model = _decoder(store, self._experts)
+        self._lossless = _decoder(lossless, _Lossless(lossless))
+        ids = [torch.tensor(window) for window in windows]
+        checked = max(1, min(_MOST_CHECKED, len(ids) // 8))
+        at = [i * len(ids) // checked for i in range(checked)]  # spread over the text
+        self._checked = [ids[i] for i in at]
+        self._windows = [window for i, window in enumerate(ids) if i not in at]
+        least, most = (thresholds.mean_width(thresholds.thresholds(2.0**power)) for power in (100, -100))
+        self._means = [least + (most - least) * part for part in (0.25, 0.5)]
+        span_of_means = [least + (most - least) * (0.1 + 0.65 * i / (_PRICES - 1)) for i in range(_PRICES)]
+        self._prices = [thresholds.price(mean) for mean in span_of_means]
+
+    def train(self, steps: int, seconds: float, on_progress: Callable[[str], None]) -> int:
+        """Take so many steps, or as many as the time allows, but at least one. Returns how many it were.
+
+        What is learnt is the mean over the second half of them.
+        """
+        optimiser = torch.optim.Adam(self._harm.parameters(), lr=_RATE)
+        ends, history = time.monotonic() + seconds, []
+        order: list[int] = []
+        with _torch_alone():
+            for step in range(steps):
+                if step and time.monotonic() > ends:
+                    break
+                order = order or torch.randperm(len(self._windows), generator=self._generator).tolist()
+                kl, width = self._step(self._windows[order.pop()], optimiser)
+                history.append([parameter.detach().clone() for parameter in self._harm.parameters()])
+                on_progress(f"step {step + 1} of {steps}: KL {kl:.4f} nats at {width:.2f} bits")
+        half = history[len(history) // 2 :]
+        with torch.no_grad():
+            for i, parameter in enumerate(self._harm.parameters()):
+                parameter.copy_(torch.stack([values[i] for values in half]).mean(0))
+        return len(history)
+
+    def _step(self, ids: Tensor, optimiser: torch.optim.Optimizer) -> tuple[float, float]:
+        experts = self._experts
+        price = self._prices[int(torch.randint(_PRICES, (), generator=self._generator))]
+        experts.price, experts.widths = price, []
+        kl = self._divergence(ids)
+        width = torch.stack(experts.widths).mean()
+        uses = len(experts.widths) * self._store.architecture.top_k  # of experts by a token
+        optimiser.zero_grad()
+        (kl / (price * uses) + width).backward()  # divided by the price, so that all prices count alike
+        optimiser.step()
+        experts.price, experts.routed = None, []
+        return float(kl.detach()), float(width.detach())
+
+    def _divergence(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            true = _logits(self._lossless, ids).log_softmax(-1)
+        scores = _logits(self._model, ids).log_softmax(-1)
+        return functional.kl_div(scores, true, reduction="batchmean", log_target=True)
+
+    def result(self, about: str) -> TrainedRouter:
+        """What is learnt so far."""
+        exponents = self._harm.exponents.detach().clamp_min(0.1)
+        return TrainedRouter(self._harm.damage().detach().numpy(), exponents.numpy(), about)
+
+    @torch.no_grad()
+    def compare(self, on_progress: Callable[[str], None]) -> list[Comparison]:
+        """The thresholds of the conversion and what is learnt so far, each at the same mean width on these windows."""
+        experts, router = self._experts, self._after()
+        result = []
+        with _torch_alone():
+            self._choose(self._before, self._means[0])
+            for ids in self._checked:
+                on_progress("comparing with the thresholds of the conversion")
+                _logits(self._model, ids)
+            usage = self._usage()
+            for mean in self._means:
+                found = []
+                for candidate in (self._before, router):
+                    self._choose(replace(candidate, usage=usage), mean)
+                    total = 0.0
+                    for ids in self._checked:
+                        on_progress(f"comparing with the thresholds of the conversion at {mean:g} bits")
+                        total += float(self._divergence(ids)) * len(ids)
+                    found.append(total / sum(map(len, self._checked)))
+                result.append(Comparison(mean, *found))
+        experts.routed = []
+        return result
+
+    def _after(self) -> BitRouter:
+        learnt, layers, kept = self.result(""), self._store.moe_layers, self._store.kept
+        damage = {
+            layer: [row[:n] for row, n in zip(rows, kept[layer], strict=True)]
+            for layer, rows in zip(layers, learnt.damage.tolist(), strict=True)
+        }
+        return replace(self._before, damage=damage, exponents=dict(zip(layers, learnt.exponents.tolist(), strict=True)))
+
+    def _choose(self, router: BitRouter, mean: float) -> None:
+        self._experts.chooser = RoutedPrecision(mean, router)
+
+    def _usage(self) -> dict[int, list[list[float]]]:
+        """As `router_weights` in moert.json, of all that the experts have seen."""
+        result = {}
+        for layer in self._store.moe_layers:
+            seen = [(indices, weights) for at, indices, weights in self._experts.routed if at == layer]
+            indices, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            result[layer] = [weight_quantiles(weights[indices == e]) for e in range(self._store.num_experts)]
+        return result
+
+
+def _matrices(store: Store, slices: Sequence[Tensor]) -> list[Tensor]:
+    """Gate, up and down of an expert."""
+    packed = PackedExpert.from_slices(slices, store.layout)
+    return [_float(w) for w in (packed.gate, packed.up, packed.down)]
+
+
+def _float(w: Tensor | PackedMatrix) -> Tensor:
+    return w.float() if isinstance(w, Tensor) else w.rows(0, w.shape[0])
+
+
+def _ffn(x: Tensor, matrices: Sequence[Tensor], activation: str) -> Tensor:
+    gate, up, down = matrices
+    return (ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def _decoder(store: Store, experts: Experts) -> Decoder:
+    dense = {name: _float(w) for name, w in store.load_dense().items()}
+    return Decoder(store.architecture, dense, experts)
+
+
+def _logits(model: Decoder, ids: Tensor) -> Tensor:
+    """[T, V] of a window; `Decoder.forward` would keep no gradients."""
+    rotation = model.rotation.cos_sin(0, len(ids))
+    x = gather_rows(model.embed_tokens.weight, ids)
+    for layer, window in zip(model.layers, model.arch.sliding_windows, strict=True):
+        seen, cache = span(0, len(ids), window), _Window(model.arch, 0, torch.float32)
+        x = layer(x, Place(rotation, 0, window), seen, cache)
+    logits: Tensor = model.lm_head(model.norm(x))
+    return logits
+
+
+def _check_memory(store: Store, lossless: Store) -> None:
+    """All experts lie in memory in float32, those of the store at each of its widths."""
+    weights = sum(rows * cols for rows, cols in store.layout.shapes)
+    experts = sum(sum(counts) + len(counts) for counts in store.kept.values())
+    needed = 4 * weights * experts + 3 * (store.dense_bytes + lossless.dense_bytes)
+    available = available_bytes()
+    if needed > available:
+        raise UsageError(
+            f"Training would need {format_bytes(needed)} of memory for the weights in float32, but"
+            f" {format_bytes(available)} are available: train on a larger machine, or use the store as it is."
+        )
+
+
+@contextmanager
+def _torch_alone() -> Iterator[None]:
+    """The compiled kernels keep no gradients."""
+    kernel = dispatch.kernel_name()
+    dispatch.set_kernel(dispatch.Kernel.REFERENCE)
+    try:
+        yield
+    finally:
+        dispatch.set_kernel(kernel)
