@@ -4,7 +4,8 @@
     python examples/compare_quantisers.py CHECKPOINT STORE [STORE ...] --ours ours.json [--others FILE] [--plot PNG]
 
 Each of the others quantises the expert matrices one by one; what they stand for is put into transformers' model, which
-computes in float32. All other weights are those of the first STORE (at 8 bits, if it has them so). Three kinds of rows:
+computes in float32. All other weights are those of a STORE made without --calibrate (at 8 bits, if it has them so),
+which has to be among them: a calibrated one has changed them to go with its own experts. Three kinds of rows:
 what `moert eval` measured of our runtime (--ours, may be several files), which also rounds the experts' inputs to 8
 bits; the weights of each STORE at each width in transformers, as those of the others; and the others.
 Bits per weight are those stored, scales and zero points counted. HQQ's are counted as fp16 and its codes at their
@@ -32,6 +33,7 @@ from moert.evaluate import Sums, cut, stored_bytes
 from moert.plot import Point, draw
 from moert.quant.matmul import PackedExpert
 from moert.source import shipped_model
+from moert.store.quantiser import RoundToNearest
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
 
@@ -105,11 +107,18 @@ def stored(store: Store, slices: int) -> Method:
     return method
 
 
-def methods(stores: list[Store]) -> Iterator[tuple[str, str, Method]]:
-    """Series, label, method."""
+def methods(stores: list[Store]) -> Iterator[tuple[str, str, Store, Method]]:
+    """Series, label, the store whose dense weights go with it, method."""
     for store in stores:
         for i, width in reversed(list(enumerate(store.layout.widths, 1))):
-            yield f"{store.path.name}, weights alone", f"{width} bits", stored(store, i)
+            yield f"{store.path.name}, weights alone", f"{width} bits", store, stored(store, i)
+    rounded = next(store for store in stores if store.meta.quantiser == RoundToNearest.name)
+    for series, label, method in others():
+        yield series, label, rounded, method
+
+
+def others() -> Iterator[tuple[str, str, Method]]:
+    """Series, label, method."""
     for bits in (4, 3, 2):
         yield "rounding", f"{bits} bits", rounding(bits)
     try:
@@ -172,12 +181,12 @@ def measure(args: argparse.Namespace, stores: list[Store]) -> list[dict[str, Any
     lossless, own = list(logits_of(original, windows)), Sums()
     for ids, logits in zip(windows, lossless, strict=True):
         own.score(logits, torch.tensor(ids[1:]), None)
-    take_dense(model, stores[0])
     config, layout = stores[0].architecture, stores[0].layout
     used = sum(rows * cols for rows, cols in layout.shapes) * config.top_k * len(config.moe_layers)
     first = {"model": "transformers", "precision": "lossless", "lossless": True, "bits_per_weight": 16.0}
     rows = [{**first, "expert_bytes_per_token": 2.0 * used, "perplexity": math.exp(own.loss / own.scored)}]
-    for series, label, method in methods(stores):
+    for series, label, store, method in methods(stores):
+        take_dense(model, store)
         bits = take_experts(model, original, method)
         sums = Sums()
         for ids, logits, true in zip(windows, logits_of(model, windows), lossless, strict=True):
@@ -212,13 +221,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480, help="at most; 0: all")
     args = parser.parse_args()
     if args.others and args.others.exists():
-        others = json.loads(args.others.read_text())
+        measured = json.loads(args.others.read_text())
     else:
-        others = measure(args, [Store.open(path) for path in args.stores])
+        stores = [Store.open(path) for path in args.stores]
+        if all(store.meta.quantiser != RoundToNearest.name for store in stores):
+            parser.error("name a STORE made without --calibrate too: the others' experts go with its dense weights")
+        measured = measure(args, stores)
         if args.others:
-            args.others.write_text(json.dumps(others, indent=1) + "\n")
+            args.others.write_text(json.dumps(measured, indent=1) + "\n")
     ours = [row for file in args.ours for row in json.loads(file.read_text())["rows"] if not row["lossless"]]
-    rows = sorted([*ours, *others], key=lambda row: -row["bits_per_weight"])
+    rows = sorted([*ours, *measured], key=lambda row: -row["bits_per_weight"])
     print("| | bits per weight | expert MB/token | perplexity | relative | KL, nats | same top token |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for r in rows:
@@ -232,7 +244,7 @@ def main() -> None:
             for r in rows
             if not r["lossless"] and "weights alone" not in r["model"]
         ]
-        lossless = next(row["perplexity"] for row in others if row["lossless"])
+        lossless = next(row["perplexity"] for row in measured if row["lossless"])
         draw(args.plot, points, lossless, f"{args.checkpoint.name} on {args.text.name}")
 
 
