@@ -221,7 +221,7 @@ class Trainer:
         width = torch.stack(experts.widths).mean()
         uses = len(experts.widths) * self._store.architecture.top_k  # of experts by a token
         optimiser.zero_grad()
-        (kl / (price * uses) + width).backward()  # divided by the price, so that all prices count alike
+        torch.autograd.backward(kl / (price * uses) + width)  # divided by the price, so that all prices count alike
         optimiser.step()
         experts.price, experts.routed = None, []
         return float(kl.detach()), float(width.detach())
