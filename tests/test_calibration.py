@@ -71,6 +71,29 @@ def test_the_function_is_kept_and_spread_channels_are_balanced(
     assert float((logits - exact).norm() / exact.norm()) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2_moe", {"num_hidden_layers": 4, "mlp_only_layers": [0, 2]}), ("mixtral", {"dtype": "float16"})],
+    ids=["layers without experts", "float16"],
+)
+def test_other_models_keep_their_function(
+    family: str,
+    options: dict[str, Any],
+    tiny_checkpoint: Callable[..., Path],
+    reference_logits: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    source = tiny_checkpoint(family, **options)
+    store = convert(source, tmp_path / "out", widths=(2, 8), dense_bits=16, calibration=TEXT)
+    assert store.meta.sensitivity is not None
+    assert store.meta.sensitivity.keys() == set(store.moe_layers)
+    ids = list(TOKENS[:100])
+    exact = reference_logits(source, ids)
+    for precision in ("fixed:8", "routed:7.9"):
+        with LLM(store.path, ctx_size=128, precision=precision) as llm:
+            assert float((llm.logits(ids) - exact).norm() / exact.norm()) < 0.1
+
+
 def test_experts_that_see_little_borrow_and_say_so(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     said: list[str] = []
     few = CalibrationText("few", TOKENS[:100])

@@ -26,7 +26,6 @@ def logits(kernel, threads=2, chunks=(TOKENS,), **options):
         return torch.cat([llm.engine.forward(part.tolist(), all_logits=True) for part in parts])
 
 
-@pytest.mark.skipif(not COMPILED, reason="the compiled module was not built")
 @pytest.mark.parametrize("kv_bits", [8, 16])
 @pytest.mark.parametrize("kernel", COMPILED)
 def test_logits_agree_with_the_reference(kernel, kv_bits):
@@ -40,7 +39,6 @@ def test_logits_agree_with_the_reference(kernel, kv_bits):
     assert (got.argmax(-1) == want.argmax(-1)).float().mean() >= 0.95
 
 
-@pytest.mark.skipif(not COMPILED, reason="the compiled module was not built")
 @pytest.mark.parametrize("kernel", COMPILED)
 def test_threads_and_chunks_change_no_byte(kernel):
     want = logits(kernel)

@@ -15,8 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "quant" / "csrc"
-if not SOURCES.exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
 
 PLAIN = ("kernel_generic.cpp", "products.cpp", "thread_pool.cpp")
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

@@ -155,8 +155,12 @@ class Calibrated:
         squares = routed.weights.flatten().double().square()
         usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
         quantiles = [weight_quantiles(self._tokens_of(e)[1]) for e in range(self._arch.num_experts)]
-        self._hidden, self._layer, self._routed = routed.out, layer + 1, None
+        self._leave(layer)
         return Measured(sensitivity, (usage / len(routed.out)).tolist(), quantiles)
+
+    def _leave(self, layer: int) -> None:
+        assert self._routed is not None
+        self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
 
     def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> list[float]:
         """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
@@ -209,7 +213,7 @@ class Calibrated:
         if self._arch.is_moe_layer[layer]:
             for _ in pool.map(lambda e: self._output_alone(layer, e), range(self._arch.num_experts)):
                 report(f"calibration, layer {layer + 1} of {self._arch.num_layers}")
-        self.finish(layer)
+        self._leave(layer)
 
     def _output_alone(self, layer: int, expert: int) -> None:
         gate, up, down = (w.float() for w in self._source.expert(layer, expert))
