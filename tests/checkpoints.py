@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moert.errors import MoertError
 from moert.models import registry
+from moert.quant import reference
+from moert.store.reader import Store
 
 BASE = {
     "hidden_size": 48,
@@ -102,6 +104,16 @@ def make_checkpoint(
 def folder_bytes(path: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def stored_matrices(store: Store, layer: int, expert: int, count: int) -> Iterator[Tensor]:
+    """Gate, up and down of a stored expert with its first `count` slices, in float64, from the bytes of its file."""
+    path, at = store.location(layer, expert)
+    data, layout = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), store.layout
+    slices = [data[at + sum(layout.slice_sizes[:i]) :][: layout.slice_sizes[i]] for i in range(count)]
+    for m, matrix in enumerate(layout.matrices):
+        parts = [piece[layout.offsets(i)[m] : layout.offsets(i)[m + 1]] for i, piece in enumerate(slices)]
+        yield reference.dequantise(parts, matrix, count).double()
 
 
 def refusal(action: Callable[[], object], kind: type[MoertError], *parts: str) -> None:

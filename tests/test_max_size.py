@@ -15,7 +15,6 @@ from moert import LLM, evaluate
 from moert.cli import main
 from moert.config import EngineConfig
 from moert.errors import StoreError, UsageError
-from moert.quant import reference
 from moert.quant.dispatch import compiled
 from moert.runtime.experts import ExpertRunner
 from moert.store.calibration import Calibrated, CalibrationText
@@ -26,7 +25,7 @@ from moert.store.plan import Plan
 from moert.store.reader import Store
 from moert.store.source import SourceModel
 
-from .checkpoints import folder_bytes
+from .checkpoints import folder_bytes, stored_matrices
 
 TOKENS = torch.randint(3, 320, (700,), generator=torch.Generator().manual_seed(0)).tolist()
 TEXT = CalibrationText("text", tuple(TOKENS))
@@ -291,15 +290,6 @@ def test_damage_before_the_copy_is_found(source, tmp_path, about_to_cut, limit):
 # Running
 
 
-def dequantised(store: Store, layer: int, expert: int, count: int):
-    path, at = store.location(layer, expert)
-    data, layout = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), store.layout
-    slices = [data[at + sum(layout.slice_sizes[:i]) :][: layout.slice_sizes[i]] for i in range(count)]
-    for m, matrix in enumerate(layout.matrices):
-        parts = [piece[layout.offsets(i)[m] : layout.offsets(i)[m + 1]] for i, piece in enumerate(slices)]
-        yield reference.dequantise(parts, matrix, count).double()
-
-
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
     with LLM(cut.path, ctx_size=64, precision=f"fixed:{width}") as llm:
@@ -308,7 +298,7 @@ def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
         for layer in (0, 1):
             for e in range(8):
                 count = min(width - 1, cut.kept[layer][e])
-                gate, up, down = dequantised(cut, layer, e, count)
+                gate, up, down = stored_matrices(cut, layer, e, count)
                 inner = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
                 true = inner @ down.T
                 for rows in (5, 1):

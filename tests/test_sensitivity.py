@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from moert.errors import StoreError
-from moert.quant import reference
 from moert.store.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
 from moert.store.convert import convert
 from moert.store.meta import parse
 from moert.store.reader import Store
+
+from .checkpoints import stored_matrices
 
 TEXT = CalibrationText(
     "text", tuple(torch.randint(3, 320, (1500,), generator=torch.Generator().manual_seed(0)).tolist())
@@ -43,16 +44,6 @@ def seen_by_experts(model, layer):
     return torch.cat(inputs).double(), torch.cat([out.view(-1, out.shape[-1]) for out in outputs]).double()
 
 
-def matrices(store: Store, layer: int, expert: int, count: int):
-    """Gate, up and down of a stored expert with its first `count` slices, in float64."""
-    path, at = store.location(layer, expert)
-    data, layout = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), store.layout
-    slices = [data[at + sum(layout.slice_sizes[:i]) :][: layout.slice_sizes[i]] for i in range(count)]
-    for m, matrix in enumerate(layout.matrices):
-        parts = [piece[layout.offsets(i)[m] : layout.offsets(i)[m + 1]] for i, piece in enumerate(slices)]
-        yield reference.dequantise(parts, matrix, count).double()
-
-
 def test_it_is_the_error_of_the_outputs(calibrated, tiny_checkpoint, reference_model):
     source, dense = load_file(tiny_checkpoint("qwen3_moe") / "model.safetensors"), calibrated.load_dense()
     model = reference_model(tiny_checkpoint("qwen3_moe"))
@@ -72,7 +63,7 @@ def test_it_is_the_error_of_the_outputs(calibrated, tiny_checkpoint, reference_m
             )
             y = (torch.nn.functional.silu(x[tokens] @ gate.T) * (x[tokens] @ up.T)) @ down.T
             for count in (1, 2, 3):
-                gate, up, down = matrices(calibrated, layer, expert, count)
+                gate, up, down = stored_matrices(calibrated, layer, expert, count)
                 inner = torch.nn.functional.silu(shifted[tokens] @ gate.T) * (shifted[tokens] @ up.T)
                 true = float((inner @ down.T - y).square().sum(-1).mean() / energy)
                 few = len(tokens) <= SENSITIVITY_TOKENS
