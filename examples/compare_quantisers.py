@@ -31,7 +31,7 @@ from torch import Tensor
 
 from moert.evaluate import Sums, cut, stored_bytes
 from moert.plot import Point, draw
-from moert.quant.matmul import PackedExpert
+from moert.quant.matmul import PackedExpert, floats
 from moert.source import shipped_model
 from moert.store.quantiser import RoundToNearest
 from moert.store.reader import Store
@@ -146,7 +146,7 @@ def take_dense(model: Any, store: Store) -> None:
     """Give the model all weights but the experts' from a store."""
     parameters = dict(model.named_parameters())
     for name, value in store.load_dense().items():
-        parameters[name].data.copy_(value if isinstance(value, Tensor) else value.rows(0, value.shape[0]))
+        parameters[name].data.copy_(floats(value))
 
 
 def take_experts(model: Any, original: Any, method: Method) -> float:

@@ -35,7 +35,7 @@ from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.quant import dispatch
 from moert.quant.layer_step import Place
-from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix, gather_rows
+from moert.quant.matmul import ACTIVATIONS, PackedExpert, floats, gather_rows
 from moert.scheduler.precision import BitRouter, Chooser, RoutedPrecision
 from moert.store.bit_router import TrainedRouter
 from moert.store.calibration import weight_quantiles
@@ -73,7 +73,7 @@ class _Lossless(Experts):
     def __init__(self, store: Store) -> None:
         self._activation = store.architecture.hidden_act
         self._weights = {
-            (layer, e): _matrices(store, store.read_expert(layer, e))
+            (layer, e): PackedExpert.from_slices(store.read_expert(layer, e), store.layout).floats()
             for layer in store.moe_layers
             for e in range(store.num_experts)
         }
@@ -95,12 +95,12 @@ class _Nested(Experts):
         self._harm, self._generator = harm, generator
         self._bits = torch.tensor(store.meta.widths, dtype=torch.float32)
         self._rows = {layer: row for row, layer in enumerate(store.moe_layers)}
-        self._weights: dict[tuple[int, int, int], list[Tensor]] = {}
+        self._weights: dict[tuple[int, int, int], Sequence[Tensor]] = {}
         for layer in store.moe_layers:
             for e, count in enumerate(store.kept[layer]):
                 slices = store.read_expert(layer, e)
                 for n in range(count):
-                    self._weights[layer, e, n] = _matrices(store, slices[: n + 1])
+                    self._weights[layer, e, n] = PackedExpert.from_slices(slices[: n + 1], store.layout).floats()
         self.price: float | None = None
         self.chooser: Chooser | None = None
         self.widths: list[Tensor] = []  # expected ones, of the layers since it was emptied
@@ -282,23 +282,13 @@ class Trainer:
         return result
 
 
-def _matrices(store: Store, slices: Sequence[Tensor]) -> list[Tensor]:
-    """Gate, up and down of an expert."""
-    packed = PackedExpert.from_slices(slices, store.layout)
-    return [_float(w) for w in (packed.gate, packed.up, packed.down)]
-
-
-def _float(w: Tensor | PackedMatrix) -> Tensor:
-    return w.float() if isinstance(w, Tensor) else w.rows(0, w.shape[0])
-
-
 def _ffn(x: Tensor, matrices: Sequence[Tensor], activation: str) -> Tensor:
     gate, up, down = matrices
     return (ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)) @ down.T
 
 
 def _decoder(store: Store, experts: Experts) -> Decoder:
-    dense = {name: _float(w) for name, w in store.load_dense().items()}
+    dense = {name: floats(w) for name, w in store.load_dense().items()}
     return Decoder(store.architecture, dense, experts)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "available_kernels",
     "expert_ffn",
     "experts_ffn",
+    "floats",
     "gather_rows",
     "kernel_name",
     "linear",
@@ -122,6 +123,10 @@ class PackedExpert:
             return None
         return loaded().Expert(self.gate.native, self.up.native, self.down.native)
 
+    def floats(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down in float32, exactly."""
+        return floats(self.gate), floats(self.up), floats(self.down)
+
     @classmethod
     def from_slices(cls, slices: Sequence[Tensor], layout: ExpertLayout) -> PackedExpert:
         """View the first slices of an expert (each uint8 [layout.slice_sizes[i]]) as its matrices; copies nothing."""
@@ -138,6 +143,11 @@ class PackedExpert:
             for m, matrix in enumerate(layout.matrices)
         ]
         return cls(*matrices)
+
+
+def floats(w: Tensor | PackedMatrix) -> Tensor:
+    """The weights [N, K] of a matrix, packed or of any float dtype, in float32, exactly."""
+    return w.float() if isinstance(w, Tensor) else w.rows(0, w.shape[0])
 
 
 def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:

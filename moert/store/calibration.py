@@ -35,7 +35,7 @@ from moert.models.rope import Rotation
 from moert.quant import calibrate
 from moert.quant.format import ExpertLayout
 from moert.quant.layer_step import Place
-from moert.quant.matmul import ACTIVATIONS, PackedExpert, PackedMatrix
+from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.store.fileio import atomic_file
 from moert.store.meta import QUANTILES
 from moert.store.parallel import Workers
@@ -166,8 +166,7 @@ class Calibrated:
         """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
         errors = []
         for count in range(1, layout.num_slices + 1):
-            expert = PackedExpert.from_slices(slices[:count], layout)
-            gate, up, down = map(_dequantised, (expert.gate, expert.up, expert.down))
+            gate, up, down = PackedExpert.from_slices(slices[:count], layout).floats()
             wrong = self._inner(x, gate, up) @ down.T - outputs
             errors.append(float(torch.linalg.vector_norm(wrong, dim=-1).double().square().mean()))
         return errors
@@ -294,10 +293,6 @@ def weight_quantiles(weights: Tensor) -> list[float]:
     ordered = weights.sort().values
     places = torch.linspace(0, len(ordered) - 1, 1 + QUANTILES).round().long()
     return [float(len(ordered)), *(round(w, 6) for w in ordered[places].tolist())]
-
-
-def _dequantised(w: PackedMatrix | Tensor) -> Tensor:
-    return w if isinstance(w, Tensor) else w.rows(0, w.shape[0])
 
 
 class _Routes(Experts):
