@@ -70,7 +70,9 @@ def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
 def read_precision(text: str | None, store: Store) -> Precision:
     """The precision that `text` names, None the widest stored. UsageError where the store does not have it."""
     try:
-        router = bit_router(store) if text is not None and text.startswith("routed") else None
+        # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
+        kind = None if text is None else text.partition(":")[0]
+        router = bit_router(store, trained=kind == "routed") if kind in ("routed", "elastic") else None
         return parse_precision(text, store.layout.widths, router)
     except ValueError as error:
         raise UsageError(f"{error}.") from None

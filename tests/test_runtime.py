@@ -115,7 +115,7 @@ def test_a_token_decoded_is_a_chunk_of_one(store, make_runner):
         mine, its = runner.counters, other.counters
         assert (mine.expert_uses, mine.expert_hits, mine.bytes_read) == (18, its.expert_hits, its.bytes_read)
         assert mine.token_uses == its.token_uses == {3: 18}
-        assert runner._cache.resident_experts() == other._cache.resident_experts()
+        assert runner._scheduler.cache.resident_experts() == other._scheduler.cache.resident_experts()
 
 
 def test_preloading_reads_everything_once_or_nothing(make_runner):
@@ -142,9 +142,9 @@ def test_results_do_not_depend_on_what_is_in_memory(make_runner):
 
 def inject(monkeypatch, fault):
     """Let `fault(call number, real read)` stand in for reads of expert files."""
-    real, calls = transfer._File.read, iter(range(10**9))
+    real, calls = transfer.File.read, iter(range(10**9))
     monkeypatch.setattr(
-        transfer._File, "read", lambda self, buffers, offset: fault(next(calls), lambda: real(self, buffers, offset))
+        transfer.File, "read", lambda self, buffers, offset: fault(next(calls), lambda: real(self, buffers, offset))
     )
 
 
@@ -175,7 +175,7 @@ def test_short_reads_are_continued(store, make_runner, monkeypatch):
     def one_buffer(self, buffers, offset):
         return os.preadv(self.fd, [buffers[0][:4096]], offset)
 
-    monkeypatch.setattr(transfer._File, "read", one_buffer)
+    monkeypatch.setattr(transfer.File, "read", one_buffer)
     assert_usable(store, make_runner(2))
 
 
@@ -254,9 +254,9 @@ def test_a_slow_read_delays_only_its_own_expert(store, make_runner, monkeypatch)
     inject(monkeypatch, lambda call, real: (gate.wait(10), real())[1])
     compute = runner._compute
 
-    def watched(step, experts):
-        order.extend(experts)
-        compute(step, experts)
+    def watched(step, ready):
+        order.extend(e for e, slices in ready.items() if slices)
+        compute(step, ready)
         if len(order) == 2:
             gate.set()
 

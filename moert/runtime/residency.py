@@ -53,9 +53,10 @@ class Arena:
         self._free = [list(range(n - 1, -1, -1)) for n in slots]
         self._slot_of: dict[SliceKey, int] = {}
 
-    def take(self, key: SliceKey) -> None:
-        """Give a free slot to `key`. Raises IndexError where none is free: the cache counts slots too."""
+    def take(self, key: SliceKey) -> memoryview:
+        """Give a free slot to `key`, to read into. Raises IndexError where none is free: the cache counts slots too."""
         self._slot_of[key] = self._free[key.slice].pop()
+        return self.buffer(key)
 
     def release(self, key: SliceKey) -> None:
         self._free[key.slice].append(self._slot_of.pop(key))

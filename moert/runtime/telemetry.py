@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+from moert.runtime.timeline import Timeline
+from moert.runtime.transfer import Read
+from moert.scheduler.types import Load, Plan, SliceKey
 
 
 @dataclass(slots=True)
@@ -14,7 +20,9 @@ class Counters:
     """Sums since the start. expert_uses counts (layer, step, expert); a hit had all its slices in memory when asked.
 
     token_uses counts (layer, token, expert), by the number of slices that the expert was computed with: what the tokens
-    would take one at a time, however many of them a step had.
+    would take one at a time, however many of them a step had. bytes_read: all of them; bytes_prefetched: those that
+    nobody waited for when they were asked for, of which bytes_used were wanted afterwards, bytes_wasted were evicted or
+    dropped without, and others may still be. waited_s: time in which nothing computed because slices were missing.
     """
 
     expert_uses: int = 0
@@ -22,6 +30,9 @@ class Counters:
     width_sum: int = 0
     reads: int = 0
     bytes_read: int = 0
+    bytes_prefetched: int = 0
+    bytes_used: int = 0
+    bytes_wasted: int = 0
     waited_s: float = 0.0
     computed_s: float = 0.0
     token_uses: Counter[int] = field(default_factory=Counter)
@@ -42,6 +53,66 @@ class Counters:
     def mean_width(self) -> float | None:
         """Mean bits per weight over expert uses; None where there were none."""
         return self.width_sum / self.expert_uses if self.expert_uses else None
+
+
+class Telemetry:
+    """Is told what happens, and counts; draws it too where there is a timeline."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        self.counters = Counters()
+        self.timeline: Timeline | None = None
+        self._bits = (0, *widths)  # by number of slices
+        self._unused: dict[SliceKey, int] = {}  # prefetched slices that nobody wanted yet, with their bytes
+
+    def planned(self, plan: Plan, tokens: Iterable[tuple[int, int]]) -> None:
+        """tokens: how many (token, expert) there are with so many slices."""
+        counters, bits = self.counters, self._bits
+        counters.expert_uses += len(plan.slices)
+        counters.expert_hits += len(plan.waves[0].resident)
+        for expert, n in plan.slices.items():
+            counters.width_sum += bits[n]
+            if self._unused:
+                for index in range(n):
+                    counters.bytes_used += self._unused.pop(SliceKey(plan.layer, expert, index), 0)
+        for n, count in tokens:
+            counters.token_uses[n] += count
+
+    def asked(self, load: Load, read: Read, ahead: bool) -> None:
+        """A read was submitted."""
+        if ahead:
+            self.counters.bytes_prefetched += read.nbytes
+            for index, buffer in enumerate(read.buffers, load.first):
+                self._unused[SliceKey(load.layer, load.expert, index)] = len(buffer)
+        self.counters.reads += 1
+        self.counters.bytes_read += read.nbytes
+
+    def dropped(self, load: Load, read: Read) -> None:
+        """A read that was submitted will not be done."""
+        self.counters.reads -= 1
+        self.counters.bytes_read -= read.nbytes
+        self.counters.bytes_prefetched -= read.nbytes
+        for index in range(load.first, load.last):
+            self._unused.pop(SliceKey(load.layer, load.expert, index), None)
+
+    def arrived(self, load: Load, read: Read, ahead: bool) -> None:
+        if self.timeline is not None:
+            name = f"{'prefetch' if ahead else 'load'} {load.layer}.{load.expert} slices {load.first}-{load.last - 1}"
+            self.timeline.add("disk", name, read.begun, read.ended, {"bytes": read.nbytes})
+
+    def evicted(self, key: SliceKey) -> None:
+        self.counters.bytes_wasted += self._unused.pop(key, 0)
+
+    def waited(self, layer: int, since: float) -> None:
+        now = time.perf_counter()
+        self.counters.waited_s += now - since
+        if self.timeline is not None:
+            self.timeline.add("compute", f"wait, layer {layer}", since, now)
+
+    def computed(self, layer: int, experts: int, since: float) -> None:
+        now = time.perf_counter()
+        self.counters.computed_s += now - since
+        if self.timeline is not None:
+            self.timeline.add("compute", f"layer {layer}: {experts} experts", since, now)
 
 
 def peak_rss_bytes() -> int:

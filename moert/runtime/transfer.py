@@ -7,29 +7,31 @@ Where a file system refuses it, reads are buffered and the pages are given back 
 from __future__ import annotations
 
 import os
-import queue
 import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moert.errors import StoreError
 
 READERS = 2  # one or two saturate a disk at these sizes; more only compete with computing
+CHUNK_BYTES = 1 << 20  # what a demand may have to wait for; at 256 KiB these disks are no slower, but Python is
 MAX_IOV = 1024  # buffers that one preadv call may take (IOV_MAX on Linux)
 
 
 def direct_io_works(file: Path) -> bool:
     """Whether `file` can be read with O_DIRECT."""
-    reader = _File(file)
+    reader = File(file)
     try:
         return reader.direct
     finally:
         reader.close()
 
 
-class _File:
+class File:
     """One open expert file."""
 
     def __init__(self, path: Path) -> None:
@@ -57,9 +59,10 @@ class _File:
 
 @dataclass(eq=False)
 class Read:
-    """One read in flight: `buffers` are filled in order from `offset` of `path`.
+    """One read: `buffers` are filled in order from `offset` of `path`.
 
     checksums: CRC-32 that each buffer must have, or None where it was checked before. `what`: the expert, for errors.
+    seconds: how long it took, once it is done, from the first of its bytes that was asked for.
     """
 
     path: Path
@@ -68,7 +71,15 @@ class Read:
     checksums: Sequence[int | None]
     what: str
     error: Exception | None = None
+    begun: float = 0.0
+    ended: float = 0.0
+    _left: int = 0  # chunks that are not read yet
+    _started: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.buffers))
 
     @property
     def done(self) -> bool:
@@ -81,34 +92,79 @@ class Read:
             raise self.error
 
 
-class SliceReader:
-    """Reading threads and the files that they keep open."""
+_Chunk = tuple[Read, int, int]  # of which read, from and to which of its bytes
 
-    def __init__(self, threads: int = READERS) -> None:
-        self._queue: queue.SimpleQueue[Read | threading.Barrier | None] = queue.SimpleQueue()
-        self._files: dict[Path, _File] = {}
-        self._lock = threading.Lock()
+
+class SliceReader:
+    """Reading threads and the files that they keep open.
+
+    Reads are cut into chunks. What somebody waits for goes first, so it waits for one chunk of each thread at most.
+    opener: opens a file, for tests.
+    """
+
+    def __init__(self, threads: int = READERS, opener: Callable[[Path], File] | None = None) -> None:
+        self._opener = opener or File
+        self._demanded: deque[_Chunk] = deque()
+        self._ahead: deque[_Chunk] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._busy = 0  # threads that read
+        self._closed = False
+        self._files: dict[Path, File] = {}
         self._threads = [
             threading.Thread(target=self._work, name=f"moert-read-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, read: Read) -> None:
-        """Start a read; `read.wait()` tells when it has ended."""
-        self._queue.put(read)
+    def submit(self, read: Read, ahead: bool = False) -> None:
+        """Start a read; `read.wait()` tells when it has ended. ahead: nobody waits for it, others go first."""
+        total = read.nbytes
+        starts = range(0, total, CHUNK_BYTES)
+        read._left = len(starts)
+        chunks = [(read, at, min(at + CHUNK_BYTES, total)) for at in starts]
+        with self._changed:
+            (self._ahead if ahead else self._demanded).extend(chunks)
+            self._changed.notify(len(chunks))
+
+    def hurry(self, read: Read) -> None:
+        """Somebody waits for it now."""
+        with self._changed:
+            chunks = [chunk for chunk in self._ahead if chunk[0] is read]
+            for chunk in chunks:
+                self._ahead.remove(chunk)
+            self._demanded.extend(chunks)
+
+    def cancel(self, read: Read) -> bool:
+        """Drop a read of which nothing was asked from the disk yet; False where it is too late for that."""
+        with self._changed:
+            if read._started:
+                return False
+            for waiting in (self._ahead, self._demanded):
+                for chunk in [chunk for chunk in waiting if chunk[0] is read]:
+                    waiting.remove(chunk)
+            read._done.set()
+            return True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being read or about to be."""
+        return not (self._busy or self._demanded or self._ahead)
 
     def drain(self) -> None:
-        """Block until everything submitted so far has ended: nothing writes to any buffer any more."""
-        barrier = threading.Barrier(len(self._threads) + 1)
-        for _ in self._threads:
-            self._queue.put(barrier)
-        barrier.wait()
+        """Drop what has not begun and block until the rest has ended: nothing writes to any buffer any more."""
+        with self._changed:
+            for chunk in [*self._demanded, *self._ahead]:
+                if not chunk[0]._started:
+                    chunk[0]._done.set()
+            self._demanded = deque(chunk for chunk in self._demanded if chunk[0]._started)
+            self._ahead = deque(chunk for chunk in self._ahead if chunk[0]._started)
+            self._changed.wait_for(lambda: self.idle)
 
     def close(self) -> None:
         """Let the threads end after what is queued, and close the files."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         for file in self._files.values():
@@ -116,32 +172,60 @@ class SliceReader:
         self._files.clear()
 
     def _work(self) -> None:
-        while (read := self._queue.get()) is not None:
-            if isinstance(read, threading.Barrier):
-                read.wait()
-                continue
+        while (chunk := self._next()) is not None:
+            read, first, last = chunk
+            error: Exception | None = None
             try:
-                self._fill(read)
-                self._check(read)
-            except Exception as error:  # whatever it is, it must reach the caller, who waits
-                read.error = error
-            finally:
-                read._done.set()
+                if read.error is None:  # the rest of what has failed is of no use
+                    self._fill(read, first, last)
+            except Exception as failure:  # whatever it is, it must reach the caller, who waits
+                error = failure
+            with self._changed:
+                read.error = read.error or error
+                read._left -= 1
+                whole = read._left == 0
+            if whole:
+                self._finish(read)
+            with self._changed:
+                self._busy -= 1
+                if self._busy == 0:
+                    self._changed.notify_all()  # drain may wait for it
 
-    def _file(self, path: Path) -> _File:
-        with self._lock:
+    def _next(self) -> _Chunk | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._demanded or self._ahead or self._closed)
+            waiting = self._demanded or self._ahead
+            if not waiting:
+                return None
+            chunk = waiting.popleft()
+            self._busy += 1
+            if not chunk[0]._started:
+                chunk[0]._started = True
+                chunk[0].begun = time.perf_counter()
+            return chunk
+
+    def _finish(self, read: Read) -> None:
+        try:
+            if read.error is None:
+                self._check(read)
+        except Exception as failure:
+            read.error = failure
+        read.ended = time.perf_counter()
+        read._done.set()
+
+    def _file(self, path: Path) -> File:
+        with self._changed:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = _File(path)
+                file = self._files[path] = self._opener(path)
             return file
 
-    def _fill(self, read: Read) -> None:
-        total = sum(len(b) for b in read.buffers)
+    def _fill(self, read: Read, first: int, last: int) -> None:
         try:
             file = self._file(read.path)
-            done = 0
-            while done < total:
-                got = file.read(_remaining(read.buffers, done), read.offset + done)
+            done = first
+            while done < last:
+                got = file.read(_part(read.buffers, done, last), read.offset + done)
                 if got == 0:
                     raise StoreError(f"{read.path} ends before {read.what}: convert the model again.")
                 done += got
@@ -157,12 +241,12 @@ class SliceReader:
                 )
 
 
-def _remaining(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    rest = []
+def _part(buffers: Sequence[memoryview], first: int, last: int) -> list[memoryview]:
+    """The bytes first .. last of buffers that follow one another."""
+    part, begin = [], 0
     for buffer in buffers:
-        if done >= len(buffer):
-            done -= len(buffer)
-        else:
-            rest.append(buffer[done:])
-            done = 0
-    return rest
+        end = begin + len(buffer)
+        if begin < last and end > first:
+            part.append(buffer[max(first - begin, 0) : last - begin])
+        begin = end
+    return part
