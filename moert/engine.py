@@ -122,6 +122,8 @@ class Engine:
         self._most_slices = slices
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
+        if slots[0] < num_experts:
+            self._decoder.watch(self._runner)
         self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config.kv_bits))
         self.tokens: list[int] = []
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
 from moert.scheduler.types import ExpertKey, RoutedExpert
+
+_QUEUE = 64  # experts whose turn to be evicted is known at a time
 
 
 class CachePolicy(Protocol):
@@ -155,34 +157,39 @@ class RecentScore(_Baseline):
         L, E, S = len(layers), num_experts, num_slices
         self._layers, self._row = list(layers), {layer: row for row, layer in enumerate(layers)}
         self._num_experts, self._rate = E, rate
-        self._use = np.zeros((S, L, E), np.float32)
-        self._foreseen = np.zeros((L, E), np.float32)
+        # Means times `scale` of their layer, which grows with every use: so a use changes only what is used.
+        self._use = np.zeros((S, L, E))
+        self._scale = np.ones((L, 1))
+        self._foreseen = np.zeros((L, E))
         self._held = np.zeros((S, L, E), bool)
+        self._visit, self._last_visit = 0, np.zeros((L, E), np.int64)
         ahead = (np.arange(L)[None] - np.arange(L)[:, None] - 1) % L  # [now, of what]: layers until its turn
-        self._discount = (patience ** (ahead / L)).astype(np.float32)[..., None]
+        self._discount = (patience ** (ahead / L))[..., None]
         self._now = 0
-        self._fresh: dict[int, Iterator[ExpertKey]] = {}  # orders that still hold, by slice
+        self._queues: dict[int, tuple[int, list[ExpertKey]]] = {}  # by slice: since when, the next to evict at the end
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
         row = self._now = self._row[layer]
+        self._visit += 1
         kept = (1 - self._rate) ** tokens
-        use = self._use[:, row]
-        use *= kept
-        share = (1 - kept) / tokens
-        if tokens == 1 and len({r.slices for r in routed}) == 1:
-            use[: routed[0].slices, [r.expert for r in routed]] += share
+        scale = self._scale[row, 0] / kept
+        if scale > 1e100:
+            self._use[:, row] /= scale
+            scale = 1.0
+        self._scale[row, 0] = scale
+        share = (1 - kept) / tokens * scale
+        if tokens == 1 and all(r.slices == routed[0].slices for r in routed):
+            self._use[: routed[0].slices, row, [r.expert for r in routed]] += share
         else:
             for r in routed:
-                use[: r.slices, r.expert] += share * np.array(r.waiting or (r.tokens,) * r.slices)
+                self._use[: r.slices, row, r.expert] += share * np.array(r.waiting or (r.tokens,) * r.slices)
+        self._last_visit[row, [r.expert for r in routed]] = self._visit
         self._foreseen[row] = 0
-        self._fresh.clear()
 
     def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
         row = self._foreseen[self._row[layer]]
         row[:] = 0
-        for expert, probability in probabilities.items():
-            row[expert] = probability
-        self._fresh.clear()
+        row[list(probabilities)] = list(probabilities.values())
 
     def loaded(self, key: ExpertKey, index: int) -> None:
         self._held[index, self._row[key[0]], key[1]] = True
@@ -191,15 +198,23 @@ class RecentScore(_Baseline):
         self._held[index, self._row[key[0]], key[1]] = False
 
     def eviction_order(self, index: int) -> Iterator[ExpertKey]:
-        """The same iterator until scores change: what it has given was evicted, or is wanted now."""
-        if index not in self._fresh:
-            self._fresh[index] = self._order(index)
-        return chain(self._fresh[index], self._order(index))  # at last those that were passed over
+        """The lowest scores are sorted once per cycle of layers; what was used or named since then is passed over."""
+        since, queue = self._queues.get(index, (0, []))
+        if not queue or self._visit - since > len(self._layers):
+            queue = list(islice(self._order(index), _QUEUE))[::-1]
+            since = self._visit
+            self._queues[index] = since, queue
+        while queue:
+            key = queue.pop()
+            row, expert = self._row[key.layer], key.expert
+            if self._last_visit[row, expert] <= since and not self._foreseen[row, expert]:
+                yield key
+        yield from self._order(index)
 
     def _order(self, index: int) -> Iterator[ExpertKey]:
-        scores = np.maximum(self._use[index], self._foreseen) * self._discount[self._now]
+        scores = np.maximum(self._use[index] / self._scale, self._foreseen) * self._discount[self._now]
         flat = np.where(self._held[index], scores, np.inf).ravel()
-        few = min(32, flat.size - 1)  # more than most plans evict; who needs others waits for all to be sorted
+        few = min(_QUEUE, flat.size - 1)
         first = np.argpartition(flat, few)[:few]
         yield from map(self._key, first[np.argsort(flat[first], kind="stable")].tolist())
         yield from map(self._key, np.argsort(flat, kind="stable").tolist())
@@ -209,8 +224,8 @@ class RecentScore(_Baseline):
         return ExpertKey(self._layers[row], expert)
 
     def worth(self, key: ExpertKey, index: int) -> float:
-        row = self._row[key[0]]
-        return float(max(self._use[index, row, key[1]], self._foreseen[row, key[1]]))
+        row, expert = self._row[key[0]], key[1]
+        return float(max(self._use[index, row, expert] / self._scale[row, 0], self._foreseen[row, expert]))
 
 
 # For a model with these layers, experts per layer and slices per expert.

@@ -6,7 +6,7 @@ what it is told, in which order, decides what it says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -106,16 +106,18 @@ class Scheduler:
         plan.slices.update((r.expert, 0) for r in left_out)
         return plan
 
-    def prefetch(self, predictions: Sequence[Prediction]) -> Prefetch:
+    def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> Prefetch:
         """What to read ahead of what the layers to come are predicted to want, and protect what of it is there.
 
-        Likeliest first; each evicts only what is less likely to be used.
+        `predictions` come layer by layer. Likeliest first; each evicts only what is less likely to be used, and nothing
+        that is `busy`.
         """
-        for layer, group in groupby(sorted(predictions), key=lambda p: p.layer):
+        for layer, group in groupby(predictions, key=lambda p: p.layer):
             self.cache.policy.foreseen(layer, {p.expert: p.probability for p in group})
         evictions: list[SliceKey] = []
         loads: list[Load] = []
-        keep = {ExpertKey(p.layer, p.expert) for p in predictions}
+        predictions = [p for p in predictions if p.slices > self.cache.resident(p.layer, p.expert)]
+        keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy) if predictions else ()
         room = self.ahead - sum(map(self._nbytes, self._underway.values()))
         for p in sorted(predictions, key=lambda p: -p.probability):
             key = ExpertKey(p.layer, p.expert)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from moert.models.foresight import Guess
 from moert.quant.format import MAX_WIDTH
 from moert.quant.rows import add_rows, combine
 from moert.runtime.loading import Loader
@@ -23,7 +25,8 @@ from moert.scheduler.eviction import POLICIES, RecentScore
 from moert.scheduler.hebf import ORDERS
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
-from moert.scheduler.types import Plan, RoutedExpert
+from moert.scheduler.odds import Odds
+from moert.scheduler.types import ExpertKey, Plan, Prediction, RoutedExpert
 from moert.store.reader import Store
 
 _Places: TypeAlias = dict[int, dict[int, Tensor]]
@@ -45,12 +48,15 @@ class _Step:
     computed: list[Tensor] = field(default_factory=list)
 
 
+MINP=float(os.environ.get("MINP","0.5"))
 @dataclass(frozen=True, slots=True)
 class Policies:
     """Which policies decide, by name. cache: see `POLICIES`. order: see `ORDERS`."""
 
     cache: str = RecentScore.name
     order: str = "hottest"
+    horizon: int = int(os.environ.get("HZ", "1"))
+    ahead: int = int(float(os.environ.get("AH", "12")) * 2**20)
 
 
 class ExpertRunner:
@@ -71,13 +77,17 @@ class ExpertRunner:
         self._parts = torch.empty(0)
         # layer, experts, weights and slices
         self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int]]] = deque()
-        self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order])
+        self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=self._policies.ahead)
+        self._guesses: Sequence[Guess] = ()
+        self._odds = Odds()
+        self.horizon = self._policies.horizon
         self.use(precision)
 
     def _new_cache(self) -> SliceCache:
         kept = self._store.kept
         policy = POLICIES[self._policies.cache](list(kept), max(map(len, kept.values())), len(self._slots))
-        return SliceCache(self._slots, policy)
+        sizes = self._layout.slice_sizes
+        return SliceCache([n * size for n, size in zip(self._slots, sizes, strict=True)], policy, dict.fromkeys(kept, sizes))
 
     @property
     def counters(self) -> Counters:
@@ -151,18 +161,52 @@ class ExpertRunner:
         """
         before = time.perf_counter()
         counts = self._chooser.one(layer, experts, weights)
-        if self._loader.table.add(layer, experts, counts, weights, x, out):
-            self.telemetry.computed(layer, len(experts), before)
-            self._unplanned.append((layer, experts, weights, counts))
-            return
-        self._catch_up()
         try:
-            self._arrived()
+            if self._guesses:
+                self._catch_up()  # what a prefetch evicts must not be planned afterwards
+                self._arrived()
+                if not self._loader.table.missing(layer, experts, counts):
+                    self._look_ahead(layer, experts)
+            if self._loader.table.add(layer, experts, counts, weights, x, out):
+                self.telemetry.computed(layer, len(experts), before)
+                self._unplanned.append((layer, experts, weights, counts))
+                return
+            self._catch_up()
             plan = self._plan_one(layer, experts, weights, counts)
             self._run_one(plan, x, experts, weights, out)
         except BaseException:
             self._recover()
             raise
+
+    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+        """Told before the experts of `layer` are computed what the next layers will probably ask for."""
+        self._guesses = guesses
+
+    def _look_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Prefetch what was guessed, now that all that `layer` waits for has been asked for."""
+        guesses, self._guesses = self._guesses, ()
+        for load in self._loader.unwanted(layer, experts):
+            self._scheduler.cancel(load)
+        odds = self._odds
+        odds.learn(layer, experts)
+        predictions = []
+        for ahead, guess in enumerate(guesses):
+            counts = self._chooser.one(guess.layer, guess.experts, guess.weights)
+            if self._scheduler.ladder is not None:
+                counts = [1] * len(counts)
+            missing = self._loader.table.missing(guess.layer, guess.experts, counts)
+            odds.watch(ahead, guess.layer, [(rank, guess.experts[rank]) for rank in missing])
+            lacking = set(missing)
+            for rank, expert in enumerate(guess.experts):
+                if rank not in lacking:
+                    if rank < len(experts):
+                        predictions.append(Prediction(guess.layer, expert, 1.0, 0))
+                elif (probability := odds.of(ahead, rank)) >= MINP:
+                    predictions.append(Prediction(guess.layer, expert, probability, counts[rank]))
+        prefetch = self._scheduler.prefetch(predictions, [ExpertKey(layer, e) for e in experts])
+        self._loader.release(prefetch.evictions)
+        for load in prefetch.loads:
+            self._loader.start(load, ahead=True)
 
     def _arrived(self) -> None:
         """Take note of what was prefetched meanwhile."""
@@ -210,8 +254,9 @@ class ExpertRunner:
                 self._loader.table.compute_one(layer, now, [slices[e] for e in now], ranks, x, parts)
                 self.telemetry.computed(layer, len(now), before)
 
-        for wave in plan.waves:
-            self._loader.run(wave, layer, compute)
+        for number, wave in enumerate(plan.waves):
+            look = functools.partial(self._look_ahead, layer, experts) if number == 0 and self._guesses else None
+            self._loader.run(wave, layer, compute, look)
         add_rows(parts, rows, [weights[rank] for rank in rows], out)
 
     def _room(self, rows: int, size: int) -> Tensor:
@@ -255,7 +300,7 @@ class ExpertRunner:
         """
         prefixes = self._loader.recover()
         self._unplanned.clear()
-        self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder)
+        self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder, self._policies.ahead)
         for expert, count in prefixes.items():
             self._scheduler.cache.insert(expert, count, ())
 

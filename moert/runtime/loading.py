@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from moert.quant.expert_table import ExpertTable
 from moert.runtime.residency import Arena
 from moert.runtime.telemetry import Telemetry
-from moert.runtime.transfer import Read, SliceReader
+from moert.runtime.transfer import Read, make_reader
 from moert.scheduler.types import ExpertKey, Load, SliceKey, Wave
 from moert.store.reader import Location, Store
 
@@ -21,7 +21,7 @@ class Loader:
         self._activation, self._telemetry = activation, telemetry
         self.arena = Arena(slots, store.layout.slice_sizes)
         self.table = ExpertTable(store.layout, activation)
-        self.reader = SliceReader()
+        self.reader = make_reader()
         self._locations: dict[tuple[int, int], Location] = {}
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._underway: dict[SliceKey, Read] = {}  # slices whose bytes are not there yet
@@ -104,14 +104,30 @@ class Loader:
         self._telemetry.dropped(load, read)
         return True
 
-    def run(self, wave: Wave, layer: int, use: Callable[[dict[int, int]], None]) -> None:
-        """Do what a wave says; `use` gets experts that can be computed, and with how many slices, as they come."""
+    def run(
+        self,
+        wave: Wave,
+        layer: int,
+        use: Callable[[dict[int, int]], None],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """Do what a wave says; `use` gets experts that can be computed, and with how many slices, as they come.
+
+        meanwhile: what else to do once everything is asked for.
+        """
         self.release(wave.evictions)
         reads = [(load, self.start(load)) for load in wave.loads]
         ready = dict.fromkeys(wave.resident, self._layout.num_slices)
-        ready |= {load.expert: load.first for load in reversed(wave.loads) if load.expert not in wave.awaited}
+        partly = {load.expert: load.first for load in reversed(wave.loads)}
         if wave.awaited:
-            reads = self._hurry(layer, wave.awaited) + reads
+            underway = self._hurry(layer, wave.awaited)
+            reads = underway + reads
+            still = {load.expert for load, _ in underway}
+            ready |= {e: partly.get(e, self._layout.num_slices) for e in wave.awaited if e not in still}
+            partly = {e: n for e, n in partly.items() if e not in still}
+        ready |= partly
+        if meanwhile is not None:
+            meanwhile()
         use(ready)
         while reads:
             before = time.perf_counter()

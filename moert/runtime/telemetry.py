@@ -69,11 +69,11 @@ class Telemetry:
         counters, bits = self.counters, self._bits
         counters.expert_uses += len(plan.slices)
         counters.expert_hits += len(plan.waves[0].resident)
-        for expert, n in plan.slices.items():
-            counters.width_sum += bits[n]
-            if self._unused:
-                for index in range(n):
-                    counters.bytes_used += self._unused.pop(SliceKey(plan.layer, expert, index), 0)
+        counters.width_sum += sum([bits[n] for n in plan.slices.values()])
+        if self._unused:
+            layer, unused = plan.layer, self._unused
+            for key in [(layer, e, i) for e, n in plan.slices.items() for i in range(n) if (layer, e, i) in unused]:
+                counters.bytes_used += unused.pop(key)  # type: ignore[call-overload]
         for n, count in tokens:
             counters.token_uses[n] += count
 

@@ -6,19 +6,24 @@ Where a file system refuses it, reads are buffered and the pages are given back 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
 from moert.errors import StoreError
+from moert.quant.dispatch import compiled
 
 READERS = 2  # one or two saturate a disk at these sizes; more only compete with computing
 CHUNK_BYTES = 1 << 20  # what a demand may have to wait for; at 256 KiB these disks are no slower, but Python is
+_SHORT, _DAMAGED = -1, -2  # outcomes of the compiled module's reads
 MAX_IOV = 1024  # buffers that one preadv call may take (IOV_MAX on Linux)
 
 
@@ -62,7 +67,7 @@ class Read:
     """One read: `buffers` are filled in order from `offset` of `path`.
 
     checksums: CRC-32 that each buffer must have, or None where it was checked before. `what`: the expert, for errors.
-    seconds: how long it took, once it is done, from the first of its bytes that was asked for.
+    begun, ended: when the disk was asked for the first of its bytes, and when all were there and checked.
     """
 
     path: Path
@@ -76,6 +81,8 @@ class Read:
     _left: int = 0  # chunks that are not read yet
     _started: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
+    _job: Any = None  # where the compiled module reads
+    _reader: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -83,33 +90,127 @@ class Read:
 
     @property
     def done(self) -> bool:
-        return self._done.is_set()
+        return self._done.is_set() if self._job is None else self._reader.done(self._job)
 
     def wait(self) -> None:
         """Block until the bytes are there and checked. Raises StoreError where they could not be had."""
-        self._done.wait()
+        if self._job is None:
+            self._done.wait()
+        else:
+            self._reader.wait(self._job)
+            self.begun, self.ended = self._job.begun, self._job.ended
+            self.error = self._failure(self._job.outcome, self._job.damaged)
         if self.error is not None:
             raise self.error
+
+    def _failure(self, outcome: int, part: int) -> StoreError | None:
+        """The error behind a number: an errno, or what the compiled module calls kShort and kDamaged."""
+        if outcome > 0:
+            return StoreError(f"Reading {self.what} from {self.path} failed: {os.strerror(outcome)}.")
+        if outcome == _SHORT:
+            return StoreError(f"{self.path} ends before {self.what}: convert the model again.")
+        if outcome == _DAMAGED:
+            return StoreError(
+                f"{self.path}: {self.what} is damaged (checksum of part {part} differs): convert the model again."
+            )
+        return None
+
+
+class Reader(Protocol):
+    """Reads in the background. Reads are cut into chunks; what somebody waits for goes first, so that it waits for one
+    chunk of each thread at most."""
+
+    def submit(self, read: Read, ahead: bool = False) -> None:
+        """Start a read; `read.wait()` tells when it has ended. ahead: nobody waits for it, others go first."""
+
+    def hurry(self, read: Read) -> None:
+        """Somebody waits for it now."""
+
+    def cancel(self, read: Read) -> bool:
+        """Drop a read of which nothing was asked from the disk yet; False where it is too late for that."""
+
+    def drain(self) -> None:
+        """Drop what has not begun and block until the rest has ended: nothing writes to any buffer any more."""
+
+    def close(self) -> None:
+        """Let the threads end after what is queued, and close the files."""
+
+
+def make_reader() -> Reader:
+    """The compiled module's threads, which need no interpreter, or Python's."""
+    module = compiled()
+    return SliceReader() if module is None else NativeReader(module)
+
+
+class _Files:
+    """Files that stay open."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, File] = {}
+
+    def __getitem__(self, path: Path) -> File:
+        """Raises OSError where it cannot be opened."""
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = File(path)
+        return file
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+class NativeReader:
+    """Threads of the compiled module."""
+
+    def __init__(self, module: ModuleType, threads: int = READERS) -> None:
+        self._native = module.Reader(threads, CHUNK_BYTES)
+        self._files = _Files()
+
+    def submit(self, read: Read, ahead: bool = False) -> None:
+        try:
+            file = self._files[read.path]
+        except OSError as error:
+            raise StoreError(f"Reading {read.what} from {read.path} failed: {error.strerror}.") from error
+        parts = [
+            (_address(buffer), len(buffer), -1 if checksum is None else checksum)
+            for buffer, checksum in zip(read.buffers, read.checksums, strict=True)
+        ]
+        read._reader = self._native
+        read._job = self._native.submit(file.fd, not file.direct, read.offset, parts, ahead)
+
+    def hurry(self, read: Read) -> None:
+        self._native.hurry(read._job)
+
+    def cancel(self, read: Read) -> bool:
+        return read._job is None or bool(self._native.cancel(read._job))
+
+    def drain(self) -> None:
+        self._native.drain()
+
+    def close(self) -> None:
+        self._native.close()
+        self._files.close()
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 _Chunk = tuple[Read, int, int]  # of which read, from and to which of its bytes
 
 
 class SliceReader:
-    """Reading threads and the files that they keep open.
+    """Python's threads, where the compiled module is not in use."""
 
-    Reads are cut into chunks. What somebody waits for goes first, so it waits for one chunk of each thread at most.
-    opener: opens a file, for tests.
-    """
-
-    def __init__(self, threads: int = READERS, opener: Callable[[Path], File] | None = None) -> None:
-        self._opener = opener or File
+    def __init__(self, threads: int = READERS) -> None:
         self._demanded: deque[_Chunk] = deque()
         self._ahead: deque[_Chunk] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._busy = 0  # threads that read
         self._closed = False
-        self._files: dict[Path, File] = {}
+        self._files = _Files()
         self._threads = [
             threading.Thread(target=self._work, name=f"moert-read-{i}", daemon=True) for i in range(threads)
         ]
@@ -117,7 +218,6 @@ class SliceReader:
             thread.start()
 
     def submit(self, read: Read, ahead: bool = False) -> None:
-        """Start a read; `read.wait()` tells when it has ended. ahead: nobody waits for it, others go first."""
         total = read.nbytes
         starts = range(0, total, CHUNK_BYTES)
         read._left = len(starts)
@@ -127,7 +227,6 @@ class SliceReader:
             self._changed.notify(len(chunks))
 
     def hurry(self, read: Read) -> None:
-        """Somebody waits for it now."""
         with self._changed:
             chunks = [chunk for chunk in self._ahead if chunk[0] is read]
             for chunk in chunks:
@@ -135,7 +234,6 @@ class SliceReader:
             self._demanded.extend(chunks)
 
     def cancel(self, read: Read) -> bool:
-        """Drop a read of which nothing was asked from the disk yet; False where it is too late for that."""
         with self._changed:
             if read._started:
                 return False
@@ -145,31 +243,22 @@ class SliceReader:
             read._done.set()
             return True
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is being read or about to be."""
-        return not (self._busy or self._demanded or self._ahead)
-
     def drain(self) -> None:
-        """Drop what has not begun and block until the rest has ended: nothing writes to any buffer any more."""
         with self._changed:
             for chunk in [*self._demanded, *self._ahead]:
                 if not chunk[0]._started:
                     chunk[0]._done.set()
             self._demanded = deque(chunk for chunk in self._demanded if chunk[0]._started)
             self._ahead = deque(chunk for chunk in self._ahead if chunk[0]._started)
-            self._changed.wait_for(lambda: self.idle)
+            self._changed.wait_for(lambda: not (self._busy or self._demanded or self._ahead))
 
     def close(self) -> None:
-        """Let the threads end after what is queued, and close the files."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     def _work(self) -> None:
         while (chunk := self._next()) is not None:
@@ -213,22 +302,16 @@ class SliceReader:
         read.ended = time.perf_counter()
         read._done.set()
 
-    def _file(self, path: Path) -> File:
-        with self._changed:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = self._opener(path)
-            return file
-
     def _fill(self, read: Read, first: int, last: int) -> None:
         try:
-            file = self._file(read.path)
-            done = first
-            while done < last:
-                got = file.read(_part(read.buffers, done, last), read.offset + done)
+            with self._changed:
+                file = self._files[read.path]
+            while first < last:
+                got = file.read(_part(read.buffers, first, last), read.offset + first)
                 if got == 0:
-                    raise StoreError(f"{read.path} ends before {read.what}: convert the model again.")
-                done += got
+                    read.error = read._failure(_SHORT, -1)
+                    return
+                first += got
         except OSError as error:
             raise StoreError(f"Reading {read.what} from {read.path} failed: {error.strerror or error}.") from error
 
@@ -236,9 +319,8 @@ class SliceReader:
     def _check(read: Read) -> None:
         for index, (buffer, expected) in enumerate(zip(read.buffers, read.checksums, strict=True)):
             if expected is not None and zlib.crc32(buffer) != expected:
-                raise StoreError(
-                    f"{read.path}: {read.what} is damaged (checksum of part {index} differs): convert the model again."
-                )
+                read.error = read._failure(_DAMAGED, index)
+                return
 
 
 def _part(buffers: Sequence[memoryview], first: int, last: int) -> list[memoryview]:

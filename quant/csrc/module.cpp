@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "ahead.h"
+#include "bind_reader.h"
 #include "busy.h"
 #include "calibrate.h"
 #include "expert_table.h"
@@ -299,7 +300,9 @@ Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& plac
 NB_MODULE(_native, m) {
   using namespace moert;
   active = supported_kernels().front();
-  m.doc() = "Kernels for nested-bit products.";
+  m.doc() = "Kernels for nested-bit products, and threads that read slices.";
+  nb::set_leak_warnings(false);  // what lives until the interpreter ends is no leak
+  bind_reader(m);
   nb::class_<Matrix>(m, "Matrix", "Nested-bit weights at one width, or raw weights; it does not own the memory.")
       .def("__init__", &set_matrix)
       .def("__init__", &set_raw_matrix);
