@@ -103,9 +103,7 @@ class ExpertTable:
             return
         x, order = x.contiguous(), torch.cat(list(tokens_of))
         counts = [len(tokens) for tokens in tokens_of]
-        self._native.compute(
-            layer, experts, slices, counts, order.data_ptr(), x.data_ptr(), x.shape[0], out.data_ptr()
-        )
+        self._native.compute(layer, experts, slices, counts, order.data_ptr(), x.data_ptr(), x.shape[0], out.data_ptr())
 
 
 def _places(layout: ExpertLayout) -> list[list[Any]]:

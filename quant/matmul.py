@@ -58,8 +58,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def placed_planes(layout: MatrixLayout, places: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
     """A matrix as the compiled module describes it, of which the i-th slice lies at places[i]: (number, offset).
 
-    Returns planes (number, offset, stride, bits, shift) from the most significant, (number, offset) of the scales, rows,
-    groups and group size.
+    Returns planes (number, offset, stride, bits, shift) from the most significant, (number, offset) of the scales,
+    rows, groups and group size.
     """
     last = len(places) - 1
     shift = layout.widths[last]

@@ -40,6 +40,7 @@ class Ladder:
     damage[layer][e]: harm of expert e at each width that it has. allowed[layer][e]: what the bound allows it.
     sizes[i]: bytes of slice i. skip: experts may be left out whose share of their token's weight is below this, if they
     have no slice in memory (0: none is). free: bytes that can be read without waiting, told before each `settle`.
+    left: what the last `settle` decided against: error saved per byte, expert, slice.
     """
 
     damage: Mapping[int, Sequence[Sequence[float]]]
@@ -49,7 +50,7 @@ class Ladder:
     free: float = 0.0
     spent: float = 0.0
     granted: float = 0.0
-    wishes: dict[tuple[int, int], float] = field(default_factory=dict)
+    left: list[tuple[float, int, int]] = field(default_factory=list)
     _saved: float = 0.0
 
     def settle(
@@ -68,7 +69,7 @@ class Ladder:
                 counts[k] = 0
         harm = [s * self._harm(curves[r.expert], n) for r, s, n in zip(routed, squares, counts, strict=True)]
         total, limit = sum(harm), self._saved + grant
-        steps = self._steps(routed, squares, counts, curves)
+        steps = [step for k, r in enumerate(routed) for step in self._step(k, r, squares[k], counts[k], curves)]
         free = self.free
         while steps:
             rate, k = max(steps)
@@ -84,7 +85,7 @@ class Ladder:
         total = sum(harm)
         self.spent, self.granted = self.spent + total, self.granted + grant
         self._saved = min(limit - total, _SAVED * grant)
-        self._wish(layer, routed, squares, counts, curves)
+        self.left = [(rate, routed[k].expert, counts[k]) for rate, k in steps if counts[k] and rate > 0]
         return counts
 
     @staticmethod
@@ -99,33 +100,3 @@ class Ladder:
             return []
         curve = curves[r.expert]
         return [(square * (self._harm(curve, n) - curve[n]) / self.sizes[n], k)]
-
-    def _steps(
-        self,
-        routed: Sequence[RoutedExpert],
-        squares: Sequence[float],
-        counts: Sequence[int],
-        curves: Sequence[Sequence[float]],
-    ) -> list[tuple[float, int]]:
-        return [
-            step
-            for k, (r, s, n) in enumerate(zip(routed, squares, counts, strict=True))
-            for step in self._step(k, r, s, n, curves)
-        ]
-
-    def _wish(
-        self,
-        layer: int,
-        routed: Sequence[RoutedExpert],
-        squares: Sequence[float],
-        counts: Sequence[int],
-        curves: Sequence[Sequence[float]],
-    ) -> None:
-        """Remember what would have been worth more bits: it is refined while the disk is idle."""
-        for rate, k in self._steps(routed, squares, counts, curves):
-            if counts[k] and rate > 0:
-                key = (layer, routed[k].expert)
-                self.wishes.pop(key, None)  # the latest at the end
-                self.wishes[key] = rate / routed[k].tokens
-        while len(self.wishes) > 256:
-            del self.wishes[next(iter(self.wishes))]

@@ -42,7 +42,7 @@ class CachePolicy(Protocol):
         """Experts of which slice `index` is resident, the one to evict first at the front. Others may be among them."""
 
     def worth(self, key: ExpertKey, index: int) -> float:
-        """How often a token is expected to use slice `index` of an expert: what a prefetch must be worth to evict it."""
+        """How often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
 
 
 class _Baseline:
@@ -178,8 +178,9 @@ class RecentScore(_Baseline):
             scale = 1.0
         self._scale[row, 0] = scale
         share = (1 - kept) / tokens * scale
-        if tokens == 1 and all(r.slices == routed[0].slices for r in routed):
-            self._use[: routed[0].slices, row, [r.expert for r in routed]] += share
+        if tokens == 1:
+            begin, size = row * self._num_experts, self._last_visit.size
+            self._use.reshape(-1)[[begin + r.expert + i * size for r in routed for i in range(r.slices)]] += share
         else:
             for r in routed:
                 self._use[: r.slices, row, r.expert] += share * np.array(r.waiting or (r.tokens,) * r.slices)

@@ -22,7 +22,7 @@ def plan_layer(
     cache: SliceCache,
     order: Order = hottest_bit_first,
     tokens: int = 1,
-    underway: frozenset[ExpertKey] = frozenset(),
+    underway: Collection[ExpertKey] = (),
 ) -> Plan:
     """Plan one layer of one step of `tokens` tokens; `cache` is advanced to the state in which the plan leaves it.
 
@@ -33,6 +33,16 @@ def plan_layer(
     if any(r.tokens < 1 or r.slices < 1 for r in routed):
         raise ValueError(f"layer {layer}: an expert with no tokens or no slices among {list(routed)}")
     cache.policy.used(layer, routed, tokens)
+    return _plan(layer, routed, cache, order, underway)
+
+
+def _plan(
+    layer: int,
+    routed: Sequence[RoutedExpert],
+    cache: SliceCache,
+    order: Order,
+    underway: Collection[ExpertKey],
+) -> Plan:
     resident: list[RoutedExpert] = []
     missing: list[RoutedExpert] = []
     awaited: list[int] = []
@@ -84,30 +94,37 @@ class Scheduler:
     ladder: Ladder | None = None
     ahead: int = 0
     _underway: dict[ExpertKey, Load] = field(default_factory=dict)
+    _planned: int = 0  # the layer of the last plan
 
-    def plan(
-        self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()
-    ) -> Plan:
+    def plan(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()) -> Plan:
         """Plan a layer of a step of `tokens` tokens.
 
         squares: for each routed expert the sum of its tokens' squared router weights, which `ladder` wants.
         """
-        left_out: list[RoutedExpert] = []
-        if self.ladder is not None:
+        self._planned = layer
+        if self.ladder is None:
+            plan = plan_layer(layer, routed, self.cache, self.order, tokens, self._underway)
+        else:
+            self.cache.policy.used(layer, routed, tokens)  # what is wanted: what is granted depends on the cache
             have = [self.cache.resident(layer, r.expert) for r in routed]
             counts = self.ladder.settle(layer, routed, squares, have)
-            left_out = [r for r, n in zip(routed, counts, strict=True) if n == 0]
-            routed = [
-                r._replace(slices=n, waiting=r.waiting[:n]) for r, n in zip(routed, counts, strict=True) if n > 0
+            kept = [
+                RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
+                for r, n in zip(routed, counts, strict=True)
+                if n > 0
             ]
-        plan = plan_layer(layer, routed, self.cache, self.order, tokens, frozenset(self._underway))
-        for wave in plan.waves:
-            self._forget(wave.evictions)
-        plan.slices.update((r.expert, 0) for r in left_out)
+            plan = _plan(layer, kept, self.cache, self.order, self._underway)
+            if len(kept) < len(routed):
+                plan.slices.update((r.expert, 0) for r, n in zip(routed, counts, strict=True) if n == 0)
+        if self._underway:
+            for wave in plan.waves:
+                self._forget(wave.evictions)
         return plan
 
     def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> Prefetch:
         """What to read ahead of what the layers to come are predicted to want, and protect what of it is there.
+
+        After that come refinements of what the layer just planned computed with fewer slices than it wanted.
 
         `predictions` come layer by layer. Likeliest first; each evicts only what is less likely to be used, and nothing
         that is `busy`.
@@ -119,12 +136,15 @@ class Scheduler:
         predictions = [p for p in predictions if p.slices > self.cache.resident(p.layer, p.expert)]
         keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy) if predictions else ()
         room = self.ahead - sum(map(self._nbytes, self._underway.values()))
-        for p in sorted(predictions, key=lambda p: -p.probability):
-            key = ExpertKey(p.layer, p.expert)
-            load = Load(*key, self.cache.resident(*key), p.slices)
-            if key in self._underway or load.first >= load.last or self._nbytes(load) > room:
+        wanted = [
+            (p.probability, Load(p.layer, p.expert, self.cache.resident(p.layer, p.expert), p.slices))
+            for p in sorted(predictions, key=lambda p: -p.probability)
+        ]
+        for worth, load in wanted + self._refinements():
+            key = ExpertKey(load.layer, load.expert)
+            if key in self._underway or self._nbytes(load) > room:
                 continue
-            evicted = self.cache.insert(key, load.last, keep, worth=p.probability)
+            evicted = self.cache.insert(key, load.last, keep, worth)
             if evicted is None:
                 continue
             room -= self._nbytes(load)
@@ -133,6 +153,18 @@ class Scheduler:
             loads.append(load)
             self._underway[key] = load
         return Prefetch(tuple(evictions), tuple(loads))
+
+    def _refinements(self) -> list[tuple[float, Load]]:
+        """Slices that the layer just planned did not wait for: the next token may want them."""
+        if self.ladder is None:
+            return []
+        layer, policy = self._planned, self.cache.policy
+        best = sorted(self.ladder.left, reverse=True)[:2]
+        return [
+            (policy.worth(ExpertKey(layer, expert), index), Load(layer, expert, index, index + 1))
+            for _, expert, index in best
+            if self.cache.resident(layer, expert) == index
+        ]
 
     def arrived(self, load: Load) -> None:
         """A prefetch has been read."""

@@ -50,9 +50,7 @@ class Precision(Protocol):
         """For each of those `slices`, the share of uses of experts that is expected to need it; the first: 1."""
         ...
 
-    def ladder(
-        self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]
-    ) -> Ladder | None:
+    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> Ladder | None:
         """What computes with fewer slices where some are missing, of sizes[i] bytes; None where the text must not
         depend on that."""
         ...
@@ -259,9 +257,7 @@ def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter |
     if text is None:
         return FixedPrecision(widths[-1])
     stored = ", ".join(str(b) for b in widths)
-    match = re.fullmatch(
-        r"fixed:(\d+)|(routed|elastic)(?::(\d+(?:\.\d*)?))?(?:,skip=(\d*\.?\d+))?", text
-    )
+    match = re.fullmatch(r"fixed:(\d+)|(routed|elastic)(?::(\d+(?:\.\d*)?))?(?:,skip=(\d*\.?\d+))?", text)
     if match is None or (match[4] and match[2] != "elastic"):
         raise ValueError(
             f"precision {text!r} is not known; use fixed:B with B one of {stored}, routed, routed:B with any mean B, "

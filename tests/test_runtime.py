@@ -15,7 +15,7 @@ from moert.errors import StoreError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
-from moert.runtime import transfer
+from moert.runtime import loading, transfer
 from moert.runtime.experts import ExpertRunner
 from moert.runtime.residency import Arena, slots_for
 from moert.runtime.transfer import Read, SliceReader
@@ -45,6 +45,12 @@ def store(tmp_path):
         location=lambda layer, expert: SimpleNamespace(file=file, offset=expert * size),
         checksum=lambda layer, expert, index: zlib.crc32(experts[expert][index].numpy()),
     )
+
+
+@pytest.fixture
+def python_reader(monkeypatch):
+    """Reading threads into which `inject` can put faults."""
+    monkeypatch.setattr(loading, "make_reader", SliceReader)
 
 
 @pytest.fixture
@@ -157,7 +163,9 @@ def assert_usable(store, runner):
 
 @pytest.mark.parametrize("capacity", [1, 4])
 @pytest.mark.parametrize("failing", [0, 1, 3])
-def test_a_read_error_reaches_the_caller_and_leaves_it_usable(store, make_runner, monkeypatch, failing, capacity):
+def test_a_read_error_reaches_the_caller_and_leaves_it_usable(
+    store, python_reader, make_runner, monkeypatch, failing, capacity
+):
     def fault(call, real):
         if call == failing:
             raise OSError(errno.EIO, "Input/output error")
@@ -171,7 +179,7 @@ def test_a_read_error_reaches_the_caller_and_leaves_it_usable(store, make_runner
     assert_usable(store, runner)
 
 
-def test_short_reads_are_continued(store, make_runner, monkeypatch):
+def test_short_reads_are_continued(store, python_reader, make_runner, monkeypatch):
     def one_buffer(self, buffers, offset):
         return os.preadv(self.fd, [buffers[0][:4096]], offset)
 
@@ -245,7 +253,7 @@ def test_ctrl_c_anywhere_in_a_step_never_leaves_wrong_experts(store, make_runner
     assert struck > 20
 
 
-def test_a_slow_read_delays_only_its_own_expert(store, make_runner, monkeypatch):
+def test_a_slow_read_delays_only_its_own_expert(store, python_reader, make_runner, monkeypatch):
     """Resident experts compute while the reads of the same layer are under way."""
     runner = make_runner(EXPERTS)
     x, indices, weights = routing(1, 3)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES
-from moert.scheduler.hebf import ORDERS, hottest_bit_first, hottest_first
-from moert.scheduler.planner import Scheduler, plan_layer
+from moert.scheduler.hebf import ORDERS, hottest_first
+from moert.scheduler.planner import plan_layer
 from moert.scheduler.precision import parse_precision
 from moert.scheduler.types import ExpertKey, RoutedExpert, SliceKey
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,11 +22,17 @@ from moert.runtime.telemetry import Counters, Telemetry
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES, RecentScore
 from moert.scheduler.hebf import ORDERS
+from moert.scheduler.odds import Odds
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
-from moert.scheduler.odds import Odds
+from moert.scheduler.trial import Trial
 from moert.scheduler.types import ExpertKey, Plan, Prediction, RoutedExpert
 from moert.store.reader import Store
+
+# Measured on a 12-layer model with a quarter of its experts in memory: from 4 to 24 MiB and from 0.3 to 0.5 it makes no
+# difference beyond the noise; a quarter of what is read for odds of 0.3 is never used.
+_AHEAD_BYTES = 12 << 20
+_LEAST_ODDS = 0.3
 
 _Places: TypeAlias = dict[int, dict[int, Tensor]]
 
@@ -48,15 +53,19 @@ class _Step:
     computed: list[Tensor] = field(default_factory=list)
 
 
-MINP=float(os.environ.get("MINP","0.5"))
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """Which policies decide, by name. cache: see `POLICIES`. order: see `ORDERS`."""
+    """Which policies decide.
+
+    cache: a name in `POLICIES`. order: one in `ORDERS`. horizons: how many layers to look ahead; of several numbers the
+    one is used that is measured to be fastest. overlap: whether experts compute while others are read (False is a
+    baseline to measure against).
+    """
 
     cache: str = RecentScore.name
     order: str = "hottest"
-    horizon: int = int(os.environ.get("HZ", "1"))
-    ahead: int = int(float(os.environ.get("AH", "12")) * 2**20)
+    horizons: tuple[int, ...] = (0, 1)
+    overlap: bool = True
 
 
 class ExpertRunner:
@@ -73,21 +82,24 @@ class ExpertRunner:
         self._store, self._layout, self._slots = store, store.layout, tuple(slots)
         self._policies = policies or Policies()
         self.telemetry = Telemetry(store.layout.widths)
-        self._loader = Loader(store, slots, activation, self.telemetry)
+        self._loader = Loader(store, slots, activation, self.telemetry, self._policies.overlap)
         self._parts = torch.empty(0)
         # layer, experts, weights and slices
         self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int]]] = deque()
-        self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=self._policies.ahead)
+        self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=_AHEAD_BYTES)
         self._guesses: Sequence[Guess] = ()
         self._odds = Odds()
-        self.horizon = self._policies.horizon
+        self._trial = Trial(self._policies.horizons)
+        self.horizon, self._step_began, self._stepped = self._trial.choice, 0.0, False
+        self._first_layer = min(store.kept)
         self.use(precision)
 
     def _new_cache(self) -> SliceCache:
         kept = self._store.kept
         policy = POLICIES[self._policies.cache](list(kept), max(map(len, kept.values())), len(self._slots))
         sizes = self._layout.slice_sizes
-        return SliceCache([n * size for n, size in zip(self._slots, sizes, strict=True)], policy, dict.fromkeys(kept, sizes))
+        capacity = [n * size for n, size in zip(self._slots, sizes, strict=True)]
+        return SliceCache(capacity, policy, dict.fromkeys(kept, sizes))
 
     @property
     def counters(self) -> Counters:
@@ -131,6 +143,7 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         self._catch_up()
+        self._stepped = False  # a prompt is no token
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
         places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
         routed = [
@@ -144,9 +157,7 @@ class ExpertRunner:
         try:
             self._arrived()
             plan = self._scheduler.plan(layer, routed, len(x), squares)
-            tokens = (
-                (min(n, plan.slices[e]), at.shape[0]) for e, groups in places.items() for n, at in groups.items()
-            )
+            tokens = ((min(n, plan.slices[e]), at.shape[0]) for e, groups in places.items() for n, at in groups.items())
             self.telemetry.planned(plan, tokens)
             return self._run(plan, x, places, weights)
         except BaseException:  # Ctrl-C too, wherever it strikes
@@ -161,6 +172,10 @@ class ExpertRunner:
         """
         before = time.perf_counter()
         counts = self._chooser.one(layer, experts, weights)
+        if layer == self._first_layer:
+            if self._stepped:
+                self.horizon = self._trial.step(before - self._step_began)
+            self._step_began, self._stepped = before, True
         try:
             if self._guesses:
                 self._catch_up()  # what a prefetch evicts must not be planned afterwards
@@ -201,7 +216,7 @@ class ExpertRunner:
                 if rank not in lacking:
                     if rank < len(experts):
                         predictions.append(Prediction(guess.layer, expert, 1.0, 0))
-                elif (probability := odds.of(ahead, rank)) >= MINP:
+                elif (probability := odds.of(ahead, rank)) >= _LEAST_ODDS:
                     predictions.append(Prediction(guess.layer, expert, probability, counts[rank]))
         prefetch = self._scheduler.prefetch(predictions, [ExpertKey(layer, e) for e in experts])
         self._loader.release(prefetch.evictions)
@@ -237,9 +252,7 @@ class ExpertRunner:
         order = torch.cat(step.computed)
         return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))), weights)
 
-    def _run_one(
-        self, plan: Plan, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor
-    ) -> None:
+    def _run_one(self, plan: Plan, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """The same for a single token, without a tensor for each expert."""
         layer, slices = plan.layer, plan.slices
         parts = self._room(len(experts), x.shape[1])
@@ -300,7 +313,7 @@ class ExpertRunner:
         """
         prefixes = self._loader.recover()
         self._unplanned.clear()
-        self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder, self._policies.ahead)
+        self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder, _AHEAD_BYTES)
         for expert, count in prefixes.items():
             self._scheduler.cache.insert(expert, count, ())
 

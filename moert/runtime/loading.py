@@ -16,9 +16,11 @@ from moert.store.reader import Location, Store
 class Loader:
     """Arena, reading threads, and the table of experts that can be computed."""
 
-    def __init__(self, store: Store, slots: Sequence[int], activation: str, telemetry: Telemetry) -> None:
+    def __init__(
+        self, store: Store, slots: Sequence[int], activation: str, telemetry: Telemetry, overlap: bool = True
+    ) -> None:
         self._store, self._layout = store, store.layout
-        self._activation, self._telemetry = activation, telemetry
+        self._activation, self._telemetry, self._overlap = activation, telemetry, overlap
         self.arena = Arena(slots, store.layout.slice_sizes)
         self.table = ExpertTable(store.layout, activation)
         self.reader = make_reader()
@@ -81,7 +83,7 @@ class Loader:
         return dropped
 
     def release(self, keys: Sequence[SliceKey]) -> None:
-        """Free the slots of slices that were evicted; a prefetch that was about to fill one is dropped or waited for."""
+        """Free the slots of slices that were evicted; a prefetch that was to fill one is dropped or waited for."""
         evicted = set(keys)
         for key in keys:
             if key in self._underway:
@@ -128,12 +130,15 @@ class Loader:
         ready |= partly
         if meanwhile is not None:
             meanwhile()
-        use(ready)
+        if self._overlap:
+            use(ready)
+            ready = {}
         while reads:
             before = time.perf_counter()
-            reads[0][1].wait()
+            for _, read in reads[: 1 if self._overlap else None]:
+                read.wait()
             self._telemetry.waited(layer, before)
-            ready, behind, rest = {}, set(), []
+            behind, rest = set(), []
             for load, read in reads:
                 if read.done and load.expert not in behind:
                     self.arrived(load, read)
@@ -142,6 +147,9 @@ class Loader:
                     behind.add(load.expert)  # a refinement is of no use before its base
                     rest.append((load, read))
             reads = rest
+            use(ready)
+            ready = {}
+        if ready:
             use(ready)
 
     def _hurry(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:

@@ -17,9 +17,7 @@ class Timeline:
     def __init__(self) -> None:
         self._events: list[tuple[str, str, float, float, Mapping[str, Any] | None]] = []
 
-    def add(
-        self, track: str, name: str, begin: float, end: float, details: Mapping[str, Any] | None = None
-    ) -> None:
+    def add(self, track: str, name: str, begin: float, end: float, details: Mapping[str, Any] | None = None) -> None:
         """Something took from `begin` to `end`. track: `compute` or `disk`."""
         if len(self._events) < MOST_EVENTS:
             self._events.append((track, name, begin, end, details))
