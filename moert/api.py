@@ -81,8 +81,8 @@ class LLM:
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
     ships with the package. memory_budget: for everything, `"2GiB"` or bytes. expert_budget: for the expert arena
     alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored.
-    kv_bits: 8 or 16, of the KV cache. cache_policy, load_order, prefetch and overlap: see `EngineConfig`. on_status gets
-    lines that say what was chosen.
+    kv_bits: 8 or 16, of the KV cache. cache_policy, load_order, prefetch and overlap: see `EngineConfig`. on_status
+    gets lines that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 

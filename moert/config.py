@@ -42,8 +42,8 @@ class EngineConfig:
     """What the user asked for; None means: choose.
 
     memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
-    `fixed:4` or `routed:3`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16, of the KV
-    cache. cache_policy, load_order: which slices go first when room is needed, and in which order they are read.
+    `fixed:4` or `routed:3`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16, of the
+    KV cache. cache_policy, load_order: which slices go first when room is needed, and in which order they are read.
     prefetch: `auto`, `off`, or for how many layers ahead. overlap: whether experts compute while others are read.
     Raises UsageError for bad values.
     """
