@@ -22,17 +22,20 @@ class ExpertTable:
     reference kernel) they are kept as `PackedExpert`.
     """
 
-    def __init__(self, layout: ExpertLayout, activation: str) -> None:
-        self._layout, self._activation = layout, activation
+    def __init__(self, layout: ExpertLayout, activation: str, memory: Tensor) -> None:
+        """memory: contiguous uint8, in which all slices lie."""
+        self._layout, self._activation, self._memory = layout, activation, memory
         self._packed: dict[tuple[int, int, int], PackedExpert] = {}
         module = compiled() if activation == "silu" and not layout.raw else None
-        self._native: Any = None if module is None else module.ExpertTable(_places(layout))
+        self._native: Any = None if module is None else module.ExpertTable(_places(layout), memory.data_ptr())
 
-    def put(self, layer: int, expert: int, slices: Sequence[Tensor]) -> None:
-        """Enter the first slices of an expert, which must stay where they are until `keep` forgets them."""
+    def put(self, layer: int, expert: int, offsets: Sequence[int]) -> None:
+        """Enter the first slices of an expert, which must stay at these offsets in memory until `keep` forgets them."""
         if self._native is not None:
-            self._native.put(layer, expert, [s.data_ptr() for s in slices])
+            self._native.put(layer, expert, offsets)
             return
+        sizes = self._layout.slice_sizes
+        slices = [self._memory[at : at + size] for at, size in zip(offsets, sizes, strict=False)]
         for n in range(1, len(slices) + 1):
             self._packed[layer, expert, n] = PackedExpert.from_slices(slices[:n], self._layout)
 
@@ -42,6 +45,14 @@ class ExpertTable:
             self._native.keep(layer, expert, count)
         for n in range(count + 1, self._layout.num_slices + 1):
             self._packed.pop((layer, expert, n), None)
+
+    def held(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """With how many slices each of `experts` could be computed now."""
+        if self._native is not None:
+            counts: list[int] = self._native.held(layer, experts)
+            return counts
+        most = self._layout.num_slices
+        return [sum((layer, e, n) in self._packed for n in range(1, most + 1)) for e in experts]
 
     def missing(self, layer: int, experts: Sequence[int], slices: Sequence[int]) -> list[int]:
         """Positions in `experts` of those that are not there with so many slices."""

@@ -30,10 +30,14 @@ def plan_layer(
     read once. underway: experts of which the last resident slices are still being read. Deterministic. Raises
     ValueError for an expert without tokens or slices, and where the room cannot hold a single one of the experts.
     """
-    if any(r.tokens < 1 or r.slices < 1 for r in routed):
-        raise ValueError(f"layer {layer}: an expert with no tokens or no slices among {list(routed)}")
+    _check(layer, routed)
     cache.policy.used(layer, routed, tokens)
     return _plan(layer, routed, cache, order, underway)
+
+
+def _check(layer: int, routed: Sequence[RoutedExpert]) -> None:
+    if any(r.tokens < 1 or r.slices < 1 for r in routed):
+        raise ValueError(f"layer {layer}: an expert with no tokens or no slices among {list(routed)}")
 
 
 def _plan(
@@ -101,21 +105,35 @@ class Scheduler:
 
         squares: for each routed expert the sum of its tokens' squared router weights, which `ladder` wants.
         """
-        self._planned = layer
-        if self.ladder is None:
-            plan = plan_layer(layer, routed, self.cache, self.order, tokens, self._underway)
-        else:
-            self.cache.policy.used(layer, routed, tokens)  # what is wanted: what is granted depends on the cache
+        _check(layer, routed)
+        self.used(layer, routed, tokens)
+        counts = [r.slices for r in routed]
+        if self.ladder is not None:
             have = [self.cache.resident(layer, r.expert) for r in routed]
-            counts = self.ladder.settle(layer, routed, squares, have)
-            kept = [
+            counts = self.settle(layer, routed, squares, have)
+        return self.plan_settled(layer, routed, counts)
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1) -> None:
+        """What the router asks of a layer. Where all of it is in memory, this is all that there is to plan."""
+        self.cache.policy.used(layer, routed, tokens)
+
+    def settle(
+        self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int]
+    ) -> list[int]:
+        """With how many slices each expert is computed, where it has so many in memory."""
+        self._planned = layer
+        assert self.ladder is not None
+        return self.ladder.settle(layer, routed, squares, have)
+
+    def plan_settled(self, layer: int, routed: Sequence[RoutedExpert], counts: Sequence[int]) -> Plan:
+        """Plan a layer whose use and numbers of slices are settled."""
+        if self.ladder is not None:
+            routed = [
                 RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
                 for r, n in zip(routed, counts, strict=True)
-                if n > 0
             ]
-            plan = _plan(layer, kept, self.cache, self.order, self._underway)
-            if len(kept) < len(routed):
-                plan.slices.update((r.expert, 0) for r, n in zip(routed, counts, strict=True) if n == 0)
+        plan = _plan(layer, [r for r in routed if r.slices], self.cache, self.order, self._underway)
+        plan.slices.update((r.expert, 0) for r in routed if not r.slices)
         if self._underway:
             for wave in plan.waves:
                 self._forget(wave.evictions)
@@ -134,7 +152,9 @@ class Scheduler:
         evictions: list[SliceKey] = []
         loads: list[Load] = []
         predictions = [p for p in predictions if p.slices > self.cache.resident(p.layer, p.expert)]
-        keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy) if predictions else ()
+        if not predictions and self.ladder is None:
+            return Prefetch((), ())
+        keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy)
         room = self.ahead - sum(map(self._nbytes, self._underway.values()))
         wanted = [
             (p.probability, Load(p.layer, p.expert, self.cache.resident(p.layer, p.expert), p.slices))

@@ -293,8 +293,8 @@ def test_unexpected_errors_in_a_reading_thread_reach_the_caller(store, monkeypat
         raise RuntimeError("boom")
 
     inject(monkeypatch, broken)
-    reader = SliceReader()
-    read = Read(store.file, 0, [memoryview(bytearray(4096))], [None], "expert 0 of layer 0")
+    reader = SliceReader(torch.zeros(4096, dtype=torch.uint8))
+    read = Read(store.file, 0, [(0, 4096, -1)], "expert 0 of layer 0")
     reader.submit(read)
     with pytest.raises(RuntimeError, match="boom"):
         read.wait()
@@ -304,13 +304,9 @@ def test_unexpected_errors_in_a_reading_thread_reach_the_caller(store, monkeypat
 
 def test_close_waits_for_what_is_queued(store, monkeypatch):
     inject(monkeypatch, lambda call, real: (time.sleep(0.05), real())[1])
-    reader = SliceReader(threads=1)
-    # A buffer for O_DIRECT must be aligned, as those of the arena are.
-    arena = Arena((3,), (4096,))
-    keys = [SliceKey(0, i, 0) for i in range(3)]
-    for key in keys:
-        arena.take(key)
-    reads = [Read(store.file, 0, [arena.buffer(key)], [None], "x") for key in keys]
+    # Memory for O_DIRECT must be aligned, as that of the arena is.
+    reader = SliceReader(Arena((3,), (4096,)).memory, threads=1)
+    reads = [Read(store.file, 0, [(4096 * i, 4096, -1)], "x") for i in range(3)]
     for read in reads:
         reader.submit(read)
     reader.close()
@@ -347,10 +343,12 @@ def test_arena_buffers_are_aligned_and_apart():
     arena = Arena((2, 1), (8192, 4096))
     keys = [SliceKey(0, 0, 0), SliceKey(0, 1, 0), SliceKey(0, 0, 1)]
     for number, key in enumerate(keys):
-        arena.take(key)
-        arena.buffer(key)[:] = bytes([number + 1]) * len(arena.buffer(key))
-        assert arena.view(key).data_ptr() % 4096 == 0
-    assert [set(arena.view(key).tolist()) for key in keys] == [{1}, {2}, {3}]
+        at = arena.take(key)
+        assert at == arena.offset(key)
+        assert (arena.memory.data_ptr() + at) % 4096 == 0
+        arena.memory[at : at + arena.sizes[key.slice]] = number + 1
+    places = [(arena.offset(key), arena.sizes[key.slice]) for key in keys]
+    assert [set(arena.memory[at : at + size].tolist()) for at, size in places] == [{1}, {2}, {3}]
     with pytest.raises(IndexError):
         arena.take(SliceKey(0, 2, 0))
     arena.release(keys[0])

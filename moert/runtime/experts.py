@@ -84,8 +84,8 @@ class ExpertRunner:
         self.telemetry = Telemetry(store.layout.widths)
         self._loader = Loader(store, slots, activation, self.telemetry, self._policies.overlap)
         self._parts = torch.empty(0)
-        # layer, experts, weights and slices
-        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int]]] = deque()
+        # layer, experts, weights, and the slices that were wanted and used
+        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int], Sequence[int]]] = deque()
         self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=_AHEAD_BYTES)
         self._guesses: Sequence[Guess] = ()
         self._odds = Odds()
@@ -158,7 +158,7 @@ class ExpertRunner:
             self._arrived()
             plan = self._scheduler.plan(layer, routed, len(x), squares)
             tokens = ((min(n, plan.slices[e]), at.shape[0]) for e, groups in places.items() for n, at in groups.items())
-            self.telemetry.planned(plan, tokens)
+            self.telemetry.planned(layer, plan.slices, len(plan.waves[0].resident), tokens)
             return self._run(plan, x, places, weights)
         except BaseException:  # Ctrl-C too, wherever it strikes
             self._recover()
@@ -167,27 +167,35 @@ class ExpertRunner:
     def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """The same for a single token, added to `out`: x and out float32 contiguous [1, D].
 
-        What decoding calls. Where all experts are in memory, their plan is to compute them, so they are computed at
-        once; it is made later, for several layers at a time, while Python's own data are in the processor's caches.
+        What decoding calls. Where all experts are in memory, there is nothing to plan: they are computed at once, and
+        the cache learns of it later, for several layers at a time, while Python's own data are in the processor's
+        caches.
         """
         before = time.perf_counter()
-        counts = self._chooser.one(layer, experts, weights)
         if layer == self._first_layer:
             if self._stepped:
                 self.horizon = self._trial.step(before - self._step_began)
             self._step_began, self._stepped = before, True
+        wanted, table = self._chooser.one(layer, experts, weights), self._loader.table
         try:
             if self._guesses:
                 self._catch_up()  # what a prefetch evicts must not be planned afterwards
                 self._arrived()
-                if not self._loader.table.missing(layer, experts, counts):
-                    self._look_ahead(layer, experts)
-            if self._loader.table.add(layer, experts, counts, weights, x, out):
+            counts = wanted
+            if self._scheduler.ladder is not None:
+                held, squares = table.held(layer, experts), [w * w for w in weights]
+                counts = self._scheduler.settle(layer, _routed(experts, weights, wanted), squares, held)
+            if self._guesses and not table.missing(layer, experts, counts):
+                self._look_ahead(layer, experts)
+            if table.add(layer, experts, counts, weights, x, out):
                 self.telemetry.computed(layer, len(experts), before)
-                self._unplanned.append((layer, experts, weights, counts))
+                self._unplanned.append((layer, experts, weights, wanted, counts))
                 return
             self._catch_up()
-            plan = self._plan_one(layer, experts, weights, counts)
+            routed = _routed(experts, weights, wanted)
+            self._scheduler.used(layer, routed)
+            plan = self._scheduler.plan_settled(layer, routed, counts)
+            self.telemetry.planned(layer, plan.slices, len(plan.waves[0].resident), ((n, 1) for n in counts))
             self._run_one(plan, x, experts, weights, out)
         except BaseException:
             self._recover()
@@ -229,17 +237,12 @@ class ExpertRunner:
             self._scheduler.arrived(load)
 
     def _catch_up(self) -> None:
-        """Plan the layers that were computed without a plan: nothing is loaded, but the cache learns of the use."""
+        """Take note of the layers that were computed at once: nothing is loaded, but the cache learns of the use."""
         while self._unplanned:
-            self._plan_one(*self._unplanned.popleft())
-
-    def _plan_one(self, layer: int, experts: Sequence[int], weights: Sequence[float], counts: Sequence[int]) -> Plan:
-        """Plan what the router asks for a single token."""
-        routed = [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, counts, strict=True)]
-        squares = [w * w for w in weights] if self._scheduler.ladder is not None else ()
-        plan = self._scheduler.plan(layer, routed, 1, squares)
-        self.telemetry.planned(plan, ((n, 1) for n in plan.slices.values()))
-        return plan
+            layer, experts, weights, wanted, counts = self._unplanned.popleft()
+            self._scheduler.used(layer, _routed(experts, weights, wanted))
+            slices = dict(zip(experts, counts, strict=True))
+            self.telemetry.planned(layer, slices, len(slices), ((n, 1) for n in counts))
 
     def _run(self, plan: Plan, x: Tensor, places: _Places, weights: Tensor) -> Tensor:
         """Wave by wave."""
@@ -316,6 +319,11 @@ class ExpertRunner:
         self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder, _AHEAD_BYTES)
         for expert, count in prefixes.items():
             self._scheduler.cache.insert(expert, count, ())
+
+
+def _routed(experts: Sequence[int], weights: Sequence[float], slices: Sequence[int]) -> list[RoutedExpert]:
+    """What a single token asks of a layer."""
+    return [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, slices, strict=True)]
 
 
 def _places_by_expert(indices: Tensor, counts: Tensor) -> _Places:

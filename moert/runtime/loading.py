@@ -22,8 +22,8 @@ class Loader:
         self._store, self._layout = store, store.layout
         self._activation, self._telemetry, self._overlap = activation, telemetry, overlap
         self.arena = Arena(slots, store.layout.slice_sizes)
-        self.table = ExpertTable(store.layout, activation)
-        self.reader = make_reader()
+        self.table = ExpertTable(store.layout, activation, self.arena.memory)
+        self.reader = make_reader(self.arena.memory)
         self._locations: dict[tuple[int, int], Location] = {}
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._underway: dict[SliceKey, Read] = {}  # slices whose bytes are not there yet
@@ -32,20 +32,17 @@ class Loader:
 
     def start(self, load: Load, ahead: bool = False) -> Read:
         """Begin to read; `arrived` when it is done."""
-        keys = _slices(load)
+        keys, sizes = _slices(load), self._layout.slice_sizes
         location = self._locations.get(load[:2])
         if location is None:
             location = self._locations[load[:2]] = self._store.location(load.layer, load.expert)
-        read = Read(
-            location.file,
-            location.offset + sum(self._layout.slice_sizes[: load.first]),
-            [],
-            [None if key in self._checked else self._store.checksum(*key) for key in keys],
-            f"expert {load.expert} of layer {load.layer}",
-        )
-        for key in keys:  # known as underway before it can be taken for filled
-            self._underway[key] = read
-        read.buffers = [self.arena.take(key) for key in keys]
+        parts: list[tuple[int, int, int]] = []
+        what = f"expert {load.expert} of layer {load.layer}"
+        read = Read(location.file, location.offset + sum(sizes[: load.first]), parts, what)
+        for key in keys:
+            self._underway[key] = read  # before it can be taken for filled
+            checksum = -1 if key in self._checked else self._store.checksum(*key)
+            parts.append((self.arena.take(key), sizes[key[2]], checksum))
         if ahead:
             self._ahead[load] = read
         self.reader.submit(read, ahead)
@@ -61,7 +58,7 @@ class Loader:
         if ahead:
             self._finished.append(load)
         slices = [SliceKey(load.layer, load.expert, index) for index in range(load.last)]
-        self.table.put(load.layer, load.expert, [self.arena.view(key) for key in slices])
+        self.table.put(load.layer, load.expert, [self.arena.offset(key) for key in slices])
         for key in keys:
             self._underway.pop(key, None)
         self._telemetry.arrived(load, read, ahead)
@@ -178,9 +175,9 @@ class Loader:
         self._underway.clear()
         self._ahead.clear()
         self._finished.clear()
-        self.table = ExpertTable(self._layout, self._activation)
+        self.table = ExpertTable(self._layout, self._activation, self.arena.memory)
         for (layer, expert), count in prefixes.items():
-            self.table.put(layer, expert, [self.arena.view(SliceKey(layer, expert, i)) for i in range(count)])
+            self.table.put(layer, expert, [self.arena.offset(SliceKey(layer, expert, i)) for i in range(count)])
         return prefixes
 
     def close(self) -> None:

@@ -6,13 +6,13 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from moert.runtime.timeline import Timeline
 from moert.runtime.transfer import Read
-from moert.scheduler.types import Load, Plan, SliceKey
+from moert.scheduler.types import Load, SliceKey
 
 
 @dataclass(slots=True)
@@ -64,15 +64,15 @@ class Telemetry:
         self._bits = (0, *widths)  # by number of slices
         self._unused: dict[SliceKey, int] = {}  # prefetched slices that nobody wanted yet, with their bytes
 
-    def planned(self, plan: Plan, tokens: Iterable[tuple[int, int]]) -> None:
-        """tokens: how many (token, expert) there are with so many slices."""
+    def planned(self, layer: int, slices: Mapping[int, int], hits: int, tokens: Iterable[tuple[int, int]]) -> None:
+        """slices: of each expert that is computed. tokens: how many (token, expert) there are with so many slices."""
         counters, bits = self.counters, self._bits
-        counters.expert_uses += len(plan.slices)
-        counters.expert_hits += len(plan.waves[0].resident)
-        counters.width_sum += sum([bits[n] for n in plan.slices.values()])
+        counters.expert_uses += len(slices)
+        counters.expert_hits += hits
+        counters.width_sum += sum([bits[n] for n in slices.values()])
         if self._unused:
-            layer, unused = plan.layer, self._unused
-            for key in [(layer, e, i) for e, n in plan.slices.items() for i in range(n) if (layer, e, i) in unused]:
+            unused = self._unused
+            for key in [(layer, e, i) for e, n in slices.items() for i in range(n) if (layer, e, i) in unused]:
                 counters.bytes_used += unused.pop(key)  # type: ignore[call-overload]
         for n, count in tokens:
             counters.token_uses[n] += count
@@ -81,8 +81,8 @@ class Telemetry:
         """A read was submitted."""
         if ahead:
             self.counters.bytes_prefetched += read.nbytes
-            for index, buffer in enumerate(read.buffers, load.first):
-                self._unused[SliceKey(load.layer, load.expert, index)] = len(buffer)
+            for index, (_, size, _) in enumerate(read.parts, load.first):
+                self._unused[SliceKey(load.layer, load.expert, index)] = size
         self.counters.reads += 1
         self.counters.bytes_read += read.nbytes
 

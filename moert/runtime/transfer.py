@@ -6,7 +6,6 @@ Where a file system refuses it, reads are buffered and the pages are given back 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
@@ -18,8 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from moert.errors import StoreError
 from moert.quant.dispatch import compiled
+from moert.store.fileio import as_bytes
 
 READERS = 2  # one or two saturate a disk at these sizes; more only compete with computing
 CHUNK_BYTES = 1 << 20  # what a demand may have to wait for; at 256 KiB these disks are no slower, but Python is
@@ -64,16 +66,16 @@ class File:
 
 @dataclass(eq=False)
 class Read:
-    """One read: `buffers` are filled in order from `offset` of `path`.
+    """One read: `parts` are filled in order from `offset` of `path`.
 
-    checksums: CRC-32 that each buffer must have, or None where it was checked before. `what`: the expert, for errors.
-    begun, ended: when the disk was asked for the first of its bytes, and when all were there and checked.
+    parts: where each begins in the reader's memory, its bytes, and the CRC-32 that it must have, or -1 where it was
+    checked before. what: the expert, for errors. begun, ended: when the disk was asked for the first of its bytes, and
+    when all were there and checked.
     """
 
     path: Path
     offset: int
-    buffers: Sequence[memoryview]
-    checksums: Sequence[int | None]
+    parts: Sequence[tuple[int, int, int]]
     what: str
     error: Exception | None = None
     begun: float = 0.0
@@ -86,7 +88,7 @@ class Read:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(len, self.buffers))
+        return sum([size for _, size, _ in self.parts])
 
     @property
     def done(self) -> bool:
@@ -136,10 +138,10 @@ class Reader(Protocol):
         """Let the threads end after what is queued, and close the files."""
 
 
-def make_reader() -> Reader:
-    """The compiled module's threads, which need no interpreter, or Python's."""
+def make_reader(memory: Tensor) -> Reader:
+    """The compiled module's threads, which need no interpreter, or Python's. memory: uint8, what reads fill."""
     module = compiled()
-    return SliceReader() if module is None else NativeReader(module)
+    return SliceReader(memory) if module is None else NativeReader(memory, module)
 
 
 class _Files:
@@ -164,8 +166,8 @@ class _Files:
 class NativeReader:
     """Threads of the compiled module."""
 
-    def __init__(self, module: ModuleType, threads: int = READERS) -> None:
-        self._native = module.Reader(threads, CHUNK_BYTES)
+    def __init__(self, memory: Tensor, module: ModuleType, threads: int = READERS) -> None:
+        self._native, self._memory = module.Reader(memory.data_ptr(), threads, CHUNK_BYTES), memory
         self._files = _Files()
 
     def submit(self, read: Read, ahead: bool = False) -> None:
@@ -173,12 +175,8 @@ class NativeReader:
             file = self._files[read.path]
         except OSError as error:
             raise StoreError(f"Reading {read.what} from {read.path} failed: {error.strerror}.") from error
-        parts = [
-            (_address(buffer), len(buffer), -1 if checksum is None else checksum)
-            for buffer, checksum in zip(read.buffers, read.checksums, strict=True)
-        ]
         read._reader = self._native
-        read._job = self._native.submit(file.fd, not file.direct, read.offset, parts, ahead)
+        read._job = self._native.submit(file.fd, not file.direct, read.offset, read.parts, ahead)
 
     def hurry(self, read: Read) -> None:
         self._native.hurry(read._job)
@@ -194,17 +192,14 @@ class NativeReader:
         self._files.close()
 
 
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
 _Chunk = tuple[Read, int, int]  # of which read, from and to which of its bytes
 
 
 class SliceReader:
     """Python's threads, where the compiled module is not in use."""
 
-    def __init__(self, threads: int = READERS) -> None:
+    def __init__(self, memory: Tensor, threads: int = READERS) -> None:
+        self._memory = as_bytes(memory)
         self._demanded: deque[_Chunk] = deque()
         self._ahead: deque[_Chunk] = deque()
         self._changed = threading.Condition(threading.Lock())
@@ -307,7 +302,7 @@ class SliceReader:
             with self._changed:
                 file = self._files[read.path]
             while first < last:
-                got = file.read(_part(read.buffers, first, last), read.offset + first)
+                got = file.read(self._pieces(read, first, last), read.offset + first)
                 if got == 0:
                     read.error = read._failure(_SHORT, -1)
                     return
@@ -315,20 +310,17 @@ class SliceReader:
         except OSError as error:
             raise StoreError(f"Reading {read.what} from {read.path} failed: {error.strerror or error}.") from error
 
-    @staticmethod
-    def _check(read: Read) -> None:
-        for index, (buffer, expected) in enumerate(zip(read.buffers, read.checksums, strict=True)):
-            if expected is not None and zlib.crc32(buffer) != expected:
+    def _check(self, read: Read) -> None:
+        for index, (at, size, expected) in enumerate(read.parts):
+            if expected >= 0 and zlib.crc32(self._memory[at : at + size]) != expected:
                 read.error = read._failure(_DAMAGED, index)
                 return
 
-
-def _part(buffers: Sequence[memoryview], first: int, last: int) -> list[memoryview]:
-    """The bytes first .. last of buffers that follow one another."""
-    part, begin = [], 0
-    for buffer in buffers:
-        end = begin + len(buffer)
-        if begin < last and end > first:
-            part.append(buffer[max(first - begin, 0) : last - begin])
-        begin = end
-    return part
+    def _pieces(self, read: Read, first: int, last: int) -> list[memoryview]:
+        """The memory of bytes first .. last of a read."""
+        pieces, begin = [], 0
+        for at, size, _ in read.parts:
+            if begin < last and begin + size > first:
+                pieces.append(self._memory[at + max(first - begin, 0) : at + min(last - begin, size)])
+            begin += size
+        return pieces

@@ -42,13 +42,16 @@ NestedMatrix nested_matrix(const std::vector<PlaneTuple>& planes, uintptr_t scal
   return m;
 }
 
-ExpertTable::ExpertTable(std::vector<std::vector<PlacedMatrix>> places) : places_(std::move(places)) {
+ExpertTable::ExpertTable(std::vector<std::vector<PlacedMatrix>> places, uintptr_t memory)
+    : places_(std::move(places)), memory_(memory) {
   for (const auto& matrices : places_)
     if (matrices.size() != 3) throw std::invalid_argument("an expert has three matrices");
 }
 
-void ExpertTable::put(int layer, int expert, const std::vector<uintptr_t>& slices) {
-  if (slices.size() > places_.size()) throw std::invalid_argument("too many slices");
+void ExpertTable::put(int layer, int expert, const std::vector<size_t>& offsets) {
+  if (offsets.size() > places_.size()) throw std::invalid_argument("too many slices");
+  std::vector<uintptr_t> slices;
+  for (size_t offset : offsets) slices.push_back(memory_ + offset);
   for (size_t n = 0; n < slices.size(); n++) {
     const auto& p = places_[n];
     experts_[key(layer, expert, int(n) + 1)] = {placed(p[0], slices), placed(p[1], slices), placed(p[2], slices)};
@@ -57,6 +60,16 @@ void ExpertTable::put(int layer, int expert, const std::vector<uintptr_t>& slice
 
 void ExpertTable::keep(int layer, int expert, int count) {
   for (int n = count + 1; n <= int(places_.size()); n++) experts_.erase(key(layer, expert, n));
+}
+
+std::vector<int> ExpertTable::held(int layer, const std::vector<int>& experts) const {
+  std::vector<int> result;
+  for (int expert : experts) {
+    int count = 0;
+    while (experts_.count(key(layer, expert, count + 1)) != 0) count++;
+    result.push_back(count);
+  }
+  return result;
 }
 
 std::vector<int> ExpertTable::missing(int layer, const std::vector<int>& experts,

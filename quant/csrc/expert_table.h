@@ -26,13 +26,16 @@ using PlacedMatrix = std::tuple<std::vector<PlacedPlane>, std::tuple<size_t, siz
 class ExpertTable {
  public:
   // places[n]: gate, up and down of an expert used with n + 1 slices.
-  explicit ExpertTable(std::vector<std::vector<PlacedMatrix>> places);
+  ExpertTable(std::vector<std::vector<PlacedMatrix>> places, uintptr_t memory);
 
-  // Enters the expert whose slices lie at these addresses, with every number of them.
-  void put(int layer, int expert, const std::vector<uintptr_t>& slices);
+  // Enters the expert whose slices lie at these offsets in memory, with every number of them.
+  void put(int layer, int expert, const std::vector<size_t>& offsets);
 
   // Forgets an expert with more than `count` slices.
   void keep(int layer, int expert, int count);
+
+  // With how many slices each expert is there.
+  std::vector<int> held(int layer, const std::vector<int>& experts) const;
 
   // The positions of those that are not there.
   std::vector<int> missing(int layer, const std::vector<int>& experts, const std::vector<int>& slices) const;
@@ -42,6 +45,7 @@ class ExpertTable {
 
  private:
   std::vector<std::vector<PlacedMatrix>> places_;
+  uintptr_t memory_;
   std::unordered_map<uint64_t, ExpertMatrices> experts_;
   std::vector<ExpertMatrices> found_;
 };

@@ -314,9 +314,10 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear);
   m.def("experts", &experts);
   nb::class_<ExpertTable>(m, "ExpertTable", "Experts by layer, expert and number of slices.")
-      .def(nb::init<std::vector<std::vector<PlacedMatrix>>>())
+      .def(nb::init<std::vector<std::vector<PlacedMatrix>>, uintptr_t>())
       .def("put", &ExpertTable::put)
       .def("keep", &ExpertTable::keep)
+      .def("held", &ExpertTable::held)
       .def("missing", &ExpertTable::missing)
       .def("add", &table_add)
       .def("compute", &table_compute)

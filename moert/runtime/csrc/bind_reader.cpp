@@ -21,17 +21,16 @@ void bind_reader(nb::module_& m) {
       .def_ro("begun", &Job::begun)
       .def_ro("ended", &Job::ended);
   nb::class_<Reader>(m, "Reader", "Threads that read chunks, those first that somebody waits for.")
-      .def(nb::init<int, int64_t>())
-      // parts: (address, bytes, CRC-32 or a negative number)
+      .def(nb::init<uintptr_t, int, int64_t>())
+      // parts: (where in memory, bytes, CRC-32 or a negative number)
       .def("submit",
            [](Reader& self, int fd, bool cached, int64_t offset,
-              const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& parts, bool ahead) {
+              const std::vector<std::tuple<int64_t, int64_t, int64_t>>& parts, bool ahead) {
              auto job = std::make_shared<Job>();
              job->fd = fd;
              job->cached = cached;
              job->offset = offset;
-             for (auto [address, size, checksum] : parts)
-               job->parts.push_back({reinterpret_cast<uint8_t*>(address), size, checksum});
+             for (auto [at, size, checksum] : parts) job->parts.push_back({self.memory() + at, size, checksum});
              self.submit(job, ahead);
              return job;
            })

@@ -17,7 +17,8 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 }  // namespace
 
-Reader::Reader(int threads, int64_t chunk_bytes) : chunk_bytes_(chunk_bytes) {
+Reader::Reader(uintptr_t memory, int threads, int64_t chunk_bytes)
+    : memory_(reinterpret_cast<uint8_t*>(memory)), chunk_bytes_(chunk_bytes) {
   for (int i = 0; i < threads; i++) threads_.emplace_back([this] { work(); });
 }
 

@@ -38,9 +38,10 @@ struct Job {
 
 class Reader {
  public:
-  Reader(int threads, int64_t chunk_bytes);
+  Reader(uintptr_t memory, int threads, int64_t chunk_bytes);
   ~Reader();
 
+  uint8_t* memory() const { return memory_; }
   void submit(const std::shared_ptr<Job>& job, bool ahead);
   void hurry(const Job* job);   // somebody waits for it now
   bool cancel(Job* job);        // false where the disk was asked for some of it
@@ -59,6 +60,7 @@ class Reader {
   void finish(Job& job);
   static int fill(const Job& job, int64_t first, int64_t last);
 
+  uint8_t* const memory_;
   const int64_t chunk_bytes_;
   std::mutex lock_;
   std::condition_variable queued_, ended_;
