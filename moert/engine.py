@@ -21,9 +21,9 @@ from moert.models.kv_cache import KVCache
 from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.runtime.experts import ExpertRunner, Policies
-from moert.runtime.residency import slots_for
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import direct_io_works
+from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
