@@ -15,7 +15,7 @@ from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep
 from moert.scheduler.types import RoutedExpert
 
 PREFILL_CHUNK = 512  # tokens of a prompt that are planned together
-_QUANTILES = 2049
+_QUANTILES = 513
 
 
 def chunks(trace: Trace) -> Iterator[list[TraceStep]]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "measure speed, bytes and memory",
     "eval": "measure what a width costs in quality",
     "train-router": "learn where a calibrated store needs bits",
+    "simulate": "predict the speed on another device from a routing trace",
     "doctor": "check this machine and installation",
 }
 
