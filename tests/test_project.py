@@ -25,7 +25,11 @@ ALLOWED = {
     "store": {"errors", "memory", "quant", "models"},
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
-    "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models"},
+    "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models", "slots"},
+    "slots": {"models", "quant"},
+    "meter": {"engine", "runtime"},
+    "answer": {"errors", "meter", "sampling", "tokenizer"},
+    "batch": {"errors", "config", "scheduler", "sampling", "tokenizer", "engine", "slots", "meter", "answer"},
     "bench_kernels": {"errors", "budget", "quant"},
     "plot": {"errors"},
     "evaluate": {
