@@ -38,8 +38,9 @@ def test_no_command_unknown_commands_and_options(moert: Program) -> None:
     assert moert("chta") == (2, "", "moert: There is no command 'chta'; did you mean chat?\n")
     assert "see moert --help" in moert("zzz").err
     assert moert("--bogus", "chat").err == "moert: Options stand after the command: moert COMMAND --bogus ...\n"
+    required = {"convert": ["a", "b"], "simulate": ["--trace", "a"]}
     for command in main.COMMANDS:
-        result = moert(command, *(["a", "b"] if command == "convert" else []), "--bogus")
+        result = moert(command, *required.get(command, []), "--bogus")
         assert result.code == 2
         assert "--bogus" in result.err
         assert moert(command, "--help").out.startswith(f"usage: moert {command}")

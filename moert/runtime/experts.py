@@ -9,12 +9,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from moert.models.foresight import Guess
 from moert.quant.format import MAX_WIDTH
 from moert.quant.rows import add_rows, combine
 from moert.runtime.loading import Loader
@@ -33,6 +32,18 @@ from moert.store.reader import Store
 # difference beyond the noise; a quarter of what is read for odds of 0.3 is never used.
 _AHEAD_BYTES = 12 << 20
 _LEAST_ODDS = 0.3
+
+
+class Guess(Protocol):
+    """What is said of a layer to come: experts, the likeliest first, and their softmax over all."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def experts(self) -> Sequence[int]: ...
+    @property
+    def weights(self) -> Sequence[float]: ...
+
 
 _Places: TypeAlias = dict[int, dict[int, Tensor]]
 
