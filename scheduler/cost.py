@@ -87,9 +87,10 @@ class Disk:
             pass
 
     def wait(self, read: Read) -> float:
-        """When a read ends, if nothing else is submitted before that."""
+        """When a read ends, if nothing else is submitted before that. Raises ValueError for one that was dropped."""
         while read.done is None:
-            self._step(float("inf"))
+            if not self._step(float("inf")):
+                raise ValueError("a read that was dropped never ends")
         return read.done
 
     def busy_until(self, now: float) -> float:

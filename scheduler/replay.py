@@ -117,8 +117,10 @@ class Foreteller:
         missed = [slot for slot, draw in enumerate(self._rng.random(len(named))) if draw >= recall]
         others = self._popularity[layer].copy()
         others[named] = 0
-        possible = min(len(missed), int(np.count_nonzero(others)))
-        wrong = self._rng.choice(len(others), possible, replace=False, p=others / others.sum()) if possible else []
-        for slot, expert in zip(missed, wrong, strict=False):
-            named[slot] = int(expert)
+        if missed:
+            # Of exponential times with these rates, the earliest are a draw without replacement.
+            times = self._rng.exponential(size=len(others)) / np.maximum(others, 1e-30)
+            possible = min(len(missed), len(others) - len(named))
+            for slot, expert in zip(missed, np.argsort(times)[:possible].tolist(), strict=False):
+                named[slot] = expert
         return Guess(layer, tuple(named), routing.weights)

@@ -103,10 +103,9 @@ def test_missing_layers_and_overheads():
 
 
 def test_a_right_prediction_hides_reading_and_a_wrong_one_costs_one_chunk():
-    layers, device = ([(0, 1.0)], [(1, 1.0)]), DEVICE
-    trace = trace_of(step(*layers))
+    trace = trace_of(step([(0, 1.0)], [(1, 1.0)]))
     sizes = [(100,)] * 2
-    costs = Costs(device, sizes, trace.dense_bytes, (4,))
+    costs = Costs(DEVICE, sizes, trace.dense_bytes, (4,))
 
     def run(predicted):
         scheduler = Scheduler(SliceCache((300,), POLICIES["score"]([0, 1], 4, 1), dict(enumerate(sizes))), ahead=100)
@@ -130,9 +129,6 @@ def test_a_right_prediction_hides_reading_and_a_wrong_one_costs_one_chunk():
     time, totals = run(3)
     assert time == pytest.approx(alone + 0.5)
     assert totals.prefetched == 100
-    # One that has not begun when its layer knows better is dropped: nothing of it is read.
-    fast = dataclasses.replace(device, dense_s_per_byte=0.0)
-    costs = Costs(fast, sizes, trace.dense_bytes, (4,))
 
 
 def test_the_disk_reads_demands_first_and_drops_what_has_not_begun():
@@ -149,6 +145,8 @@ def test_the_disk_reads_demands_first_and_drops_what_has_not_begun():
     disk.hurry(20.5, late)
     assert disk.wait(late) == pytest.approx(24)
     assert disk.busy_until(22.0) == pytest.approx(7)
+    with pytest.raises(ValueError, match="dropped"):
+        disk.wait(other)
 
 
 def test_prompts_are_planned_in_chunks_by_turn():
@@ -243,7 +241,7 @@ def test_bounds_hold_and_sums_agree(trace, room, precision, policy):
     if precision.startswith("fixed"):
         assert found.belady.mean_width == found.run.mean_width == int(precision[-1])
     if precision == "fixed:2":  # one class of slices of one size
-        assert found.belady.bytes_read_per_token <= alone.run.bytes_read_per_token * (1 + 1e-9) or trace.steps[0].phase
+        assert found.belady.bytes_read_per_token <= alone.run.bytes_read_per_token * (1 + 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -280,7 +278,7 @@ def test_bytes_are_the_sum_of_loads(trace, room, predict):
 
 
 def test_the_foreteller_has_the_recall_that_is_asked_for():
-    trace = draw_trace(layers=4, num_experts=16, top_k=3, prompt=0, tokens=300)
+    trace = draw_trace(layers=4, num_experts=16, top_k=3, prompt=0, tokens=150)
     for recall in (0.0, 0.6, 1.0):
         teller = Foreteller(trace, (recall, 1.0), 1)
         shares = [
@@ -289,16 +287,16 @@ def test_the_foreteller_has_the_recall_that_is_asked_for():
             for layer in range(4)
             for guess in teller.guesses(s, layer)[:1]
         ]
-        assert len(shares) == 900
-        assert sum(shares) / len(shares) == pytest.approx(recall, abs=0.03)
+        assert len(shares) == 450
+        assert sum(shares) / len(shares) == pytest.approx(recall, abs=0.04)
         assert [g.layer for g in teller.guesses(trace.steps[0], 1)] == [2, 3]
     assert all(len(set(g.experts)) == 3 for s in trace.steps for g in Foreteller(trace, (0.5,), 0).guesses(s, 0))
 
 
 def test_routed_has_the_mean_that_is_asked_for():
-    trace = draw_trace(tokens=200, prompt=20, top_k=4)
+    trace = draw_trace(tokens=40, prompt=8, top_k=4, expert_bytes=475)
     for mean in (2.2, 3.0, 3.7):
-        result = simulate(trace, 60 << 20, f"routed:{mean}")
+        result = simulate(trace, 20000, f"routed:{mean}")
         assert result.run.mean_width == pytest.approx(mean, abs=0.02)
 
 
@@ -365,11 +363,11 @@ def test_precisions_that_are_not_known_are_refused():
 
 
 def test_too_little_room_is_refused():
-    trace = draw_trace(tokens=2)
-    with pytest.raises(ValueError, match="holds not one expert"):
-        simulate(trace, 1000)
+    trace = draw_trace(tokens=2, expert_bytes=475)
+    with pytest.raises(ValueError, match="holds not one expert; 475 bytes would"):
+        simulate(trace, 474)
     with pytest.raises(ValueError, match="no whole expert"):
-        simulate(trace, 600_000, "fixed:2")
+        simulate(trace, 300, "fixed:2")
     with pytest.raises(ValueError, match="no step of decoding"):
         Simulator(draw_trace(tokens=0), DEVICE)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_bytes
-from moert.errors import UsageError
+from moert.errors import MoertError, UsageError
 
 if TYPE_CHECKING:
     from moert.scheduler.profile import Profile
@@ -26,11 +26,11 @@ BOUNDS = ("belady", "perfect_prefetch", "lru")
 COLUMNS = ("budget", "run", "tokens/s", "hits", "read/token", "stalled", "mean width", "router mass at each width")
 
 
-class ProfileError(UsageError):
-    """A device is not known, or its profile is malformed."""
+class ProfileError(MoertError):
+    """A device profile is malformed."""
 
 
-class TraceError(UsageError):
+class TraceError(MoertError):
     """A routing trace is malformed, or has nothing to decode."""
 
 
@@ -182,7 +182,7 @@ def _profile(name: str) -> Profile:
     known = devices()
     path = known.get(name, Path(name))
     if not path.exists():
-        raise ProfileError(f"device {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
+        raise UsageError(f"device {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
     try:
         return read_profile(path)
     except ValueError as error:
