@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moert.errors import CheckpointError
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention, Span, span
+from moert.models.foresight import Foresight, Gate, Watcher
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
 from moert.models.moe import Experts, MoEBlock
@@ -39,6 +40,8 @@ class DecoderLayer(nn.Module):
             self.mlp = GatedMLP(dense, f"{name}.mlp", arch.hidden_act)
             self._add_one = self._add_mlp
         self.step = self._step(arch)
+        self.watcher: Watcher | None = None
+        self.foresight: Foresight | None = None
 
     def _step(self, arch: Architecture) -> LayerStep:
         attn, norms = self.self_attn, (self.input_layernorm.weight, self.post_attention_layernorm.weight)
@@ -52,6 +55,8 @@ class DecoderLayer(nn.Module):
     def decode(self, x: Tensor, cache: LayerCache, place: Place) -> None:
         """What the layer does with one token x [1, D], in place, where `step` can do it."""
         normed, experts, weights = self.step(x, cache, place)
+        if self.watcher is not None and self.watcher.horizon and self.foresight is not None:
+            self.foresight.tell(x, self.watcher)
         self._add_one(normed, experts, weights, x)
 
     def _add_mlp(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
@@ -86,6 +91,19 @@ class Decoder(nn.Module):
         self._most_tokens = min(layer.step.most_tokens for layer in layers)
         self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
         self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Tell `watcher` from now on what the next layers will probably ask for, whenever a single token is computed.
+
+        Only where the compiled module does a layer's step: without it decoding is slow in any case.
+        """
+        layers, gates = [cast(DecoderLayer, layer) for layer in self.layers], list[Gate]()
+        for index, layer in reversed(list(enumerate(layers))):
+            layer.watcher = watcher
+            arch = self.arch
+            layer.foresight = Foresight(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
+            if isinstance(layer.mlp, MoEBlock):
+                gates = [Gate(index, layer.post_attention_layernorm, layer.mlp), *gates]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:

@@ -14,6 +14,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "ahead.h"
+#include "busy.h"
 #include "calibrate.h"
 #include "layer_step.h"
 #include "kernel.h"
@@ -65,16 +67,6 @@ std::mutex& products_lock() {
   static std::mutex* instance = new std::mutex;
   return *instance;
 }
-
-// Adds the time from here to the end of the block to what the kernels have taken so far.
-class Busy {
- public:
-  ~Busy() { total += std::chrono::steady_clock::now() - begun_; }
-  inline static std::chrono::steady_clock::duration total{};  // changed under the interpreter's lock
-
- private:
-  std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
-};
 
 // (address, stride, bits, shift) from the most significant.
 using PlaneTuple = std::tuple<uintptr_t, size_t, int, int>;
@@ -348,6 +340,12 @@ NB_MODULE(_native, m) {
       .def("__init__", [](Place* self, uintptr_t cos, uintptr_t sin, int64_t tokens, int64_t position, int64_t window) {
         new (self) Place{at<const float>(cos), at<const float>(sin), tokens, position, window};
       });
+  bind_ahead(m, [](const std::function<void(const Kernel&, Products&)>& body) {
+    const Busy busy;
+    nb::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(products_lock());
+    body(*active, products());
+  });
   m.def("layer_step", &layer_step);
   m.def("layer_steps", [](const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed,
                           uintptr_t indices, uintptr_t weights) {
