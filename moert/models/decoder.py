@@ -91,6 +91,14 @@ class Decoder(nn.Module):
         self._most_tokens = min(layer.step.most_tokens for layer in layers)
         self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
         self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
+        self.on_tokens: list[Callable[[Tensor], object]] = []  # called with the tokens int64 [T] of a pass, before it
+        self._watched: tuple[Watcher, Foresight] | None = None
+
+    def wrap_experts(self, wrapper: Callable[[Experts], Experts]) -> None:
+        """Put what `wrapper` makes of the experts in their place."""
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoEBlock):
+                layer.mlp.experts = wrapper(layer.mlp.experts)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher` from now on what the next layers will probably ask for, whenever a single token is computed.
@@ -104,6 +112,8 @@ class Decoder(nn.Module):
             layer.foresight = Foresight(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
             if isinstance(layer.mlp, MoEBlock):
                 gates = [Gate(index, layer.post_attention_layernorm, layer.mlp), *gates]
+        first = Foresight(-1, gates, self.arch.rms_norm_eps, self.arch.top_k, self.arch.num_experts)
+        self._watched = None if watcher is None else (watcher, first)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:
@@ -119,8 +129,12 @@ class Decoder(nn.Module):
         rotation, windows = self.rotation.cos_sin(past, count), self.arch.sliding_windows
         places = {window: Place(rotation, past, window) for window in set(windows)}
         compiled = cache.steppable and count <= self._most_tokens
+        for told in self.on_tokens:
+            told(tokens)
         x = gather_rows(self.embed_tokens.weight, tokens)
         if compiled and count == 1:
+            if self._watched is not None and self._watched[0].horizon:
+                self._watched[1].tell(x, self._watched[0])
             for step, kept, window in zip(self._steps, cache.layers, windows, strict=True):
                 step(x, kept, places[window])
         else:
