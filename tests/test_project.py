@@ -28,6 +28,7 @@ ALLOWED = {
     "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models"},
     "bench_kernels": {"errors", "budget", "quant"},
     "plot": {"errors"},
+    "recording": {"models", "quant", "scheduler", "store"},
     "evaluate": {
         "errors",
         "config",
