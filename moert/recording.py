@@ -40,7 +40,7 @@ class Recorder:
     def __init__(self, store: Store, decoder: Decoder, path: Path) -> None:
         self._layers = len(store.moe_layers)
         open_file = gzip.open if path.suffix == ".gz" else open
-        self._file = open_file(path, "wt", encoding="utf-8")  # noqa: SIM115: until `close`
+        self._file = open_file(path, "wt", encoding="utf-8")
         self._write = writer(self._file, trace_shape(store))
         self._tokens: list[int] = []
         self._routes: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [T, K] each, of the pass that runs

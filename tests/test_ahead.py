@@ -98,7 +98,7 @@ class Listener:
 
 @pytest.mark.parametrize("dense_layers", [[], [0, 3]])
 def test_a_model_tells_what_its_next_layers_will_ask_for(store, monkeypatch, dense_layers):
-    """The guesses are those of the true routers on the residual stream behind the layer's attention, or the embedding."""
+    """The guesses are those of the true routers on the residual stream behind attention, or the embedding."""
     streams = []
     step = LayerStep.__call__
 

@@ -44,6 +44,7 @@ ALLOWED = {
         "tokenizer",
     },
     "train_router": {"errors", "config", "budget", "quant", "scheduler", "store", "models", "engine"},
+    "train_predictor": {"errors", "quant", "scheduler", "store"},
     "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
 }
 LINE_LIMIT, FAMILY_LIMIT = 400, 220
