@@ -46,6 +46,11 @@ def likely(probabilities: Floats, least: float) -> list[tuple[int, float]]:
     return list(zip(found.tolist(), probabilities[found].tolist(), strict=True))
 
 
+def _sigmoid(odds: Floats) -> Floats:
+    result: Floats = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
+    return result
+
+
 class Popularity:
     """The share of recent tokens that used each expert: a baseline."""
 
@@ -117,35 +122,45 @@ class GateAhead:
         prior = 1 / (1 + np.exp(-middles / np.arange(1, horizon + 1)[:, None]))
         self._tries = np.full((horizon, _BINS), 4.0, np.float32)
         self._hits = (4 * prior).astype(np.float32)
-        # Of the pass that runs: by layer, how many layers ahead, experts and bins, the newest last.
-        self._heard: dict[int, list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]] = {}
+        # Of the pass that runs: by layer, how many layers ahead, experts and their softmax, the newest last.
+        self._heard: dict[int, list[tuple[int, Sequence[int], Sequence[float]]]] = {}
+        self._turn = 0
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._heard = {}
+        self._turn += 1
 
     def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
-        K = self._top_k
         for ahead, (later, experts, weights) in enumerate(guesses[: len(self._tries)]):
-            scores = np.log(np.maximum(np.asarray(weights), 1e-30))
-            cut = scores[K - 1 : K + 1].mean()
-            bins = np.clip(np.rint((scores - cut) / _STEP) + _BINS / 2, 0, _BINS - 1).astype(np.int64)
-            self._heard.setdefault(later, []).append((ahead, np.asarray(experts), bins))
+            self._heard.setdefault(later, []).append((ahead, experts, weights))
+
+    def _bins(self, weights: Sequence[float]) -> NDArray[np.int64]:
+        scores = np.log(np.maximum(weights, 1e-30))
+        cut = (scores[self._top_k - 1] + scores[min(self._top_k, len(scores) - 1)]) / 2
+        return np.clip((scores - cut) / _STEP + (_BINS + 1) / 2, 0, _BINS - 1).astype(np.int64)
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
-        for ahead, guessed, bins in self._heard.pop(layer, ()):
-            np.add.at(self._tries[ahead], bins, 1)
-            np.add.at(self._hits[ahead], bins, np.isin(guessed, experts[-1]))
-            if self._tries[ahead].max() > 4096:  # what was seen long ago counts for less
-                self._tries[ahead] /= 2
-                self._hits[ahead] /= 2
+        heard = self._heard.pop(layer, None)
+        if not heard:
+            return
+        ahead, guessed, weights = heard[self._turn % len(heard)]  # one of them: what all have to teach takes long
+        asked = np.zeros(self._num_experts, bool)
+        asked[experts[-1]] = True
+        bins = self._bins(weights)
+        self._tries[ahead] += np.bincount(bins, minlength=_BINS)
+        self._hits[ahead] += np.bincount(bins, asked[np.asarray(guessed)], minlength=_BINS)
+        if self._turn % 512 == 0 and self._tries[ahead].max() > 4096:  # what was seen long ago counts for less
+            self._tries[ahead] /= 2
+            self._hits[ahead] /= 2
 
     def probabilities(self, layer: int) -> Floats | None:
         heard = self._heard.get(layer)
         if not heard:
             return None
-        ahead, experts, bins = heard[-1]
+        ahead, experts, weights = heard[-1]
+        bins = self._bins(weights)
         result = np.zeros(self._num_experts, np.float32)
-        result[experts] = self._hits[ahead, bins] / self._tries[ahead, bins]
+        result[np.asarray(experts)] = self._hits[ahead, bins] / self._tries[ahead, bins]
         return result
 
 
@@ -222,8 +237,7 @@ class RoutingPath:
         hidden = before @ w.context + w.routes[last].sum(0) @ w.summary + w.hidden_bias
         scores = (w.out @ np.maximum(hidden, 0) + w.out_bias).reshape(L, -1)
         scores += np.einsum("rle,lr->le", self._shares, w.recent)
-        result: Floats = 1 / (1 + np.exp(-scores))
-        return result
+        return _sigmoid(scores)
 
     def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
         pass
@@ -267,7 +281,7 @@ class Mixed:
         odds = np.log(odds / (1 - odds))
         key = (layer, *(i for i, p in enumerate(said) if p is not None))
         weights = self._weights.setdefault(key, np.full(len(voices), 1 / len(voices), np.float32))
-        result: Floats = 1 / (1 + np.exp(-(weights @ odds)))
+        result = _sigmoid(weights @ odds)
         self._said[layer] = key, odds, result
         return result
 
@@ -318,3 +332,24 @@ class Worth:
 
     def since(self, before: Worth) -> Worth:
         return Worth(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
+
+
+def make_predictor(
+    name: str, layers: Sequence[int], num_experts: int, top_k: int, weights: PathWeights | None
+) -> Predictor:
+    """By name; `weights`: of a trained routing path, if there is one. ValueError for a name that is not known."""
+    sources: dict[str, Predictor] = {
+        source.name: source
+        for source in (
+            Popularity(layers, num_experts),
+            LastToken(layers, num_experts),
+            GateAhead(layers, num_experts, top_k),
+            *([] if weights is None else [RoutingPath(layers, weights)]),
+        )
+    }
+    if name in sources:
+        return sources[name]
+    if name != Mixed.name:
+        raise ValueError(f"there is no predictor {name!r} (there are: {', '.join([*sources, Mixed.name])})")
+    best = sources.get(RoutingPath.name, sources[Popularity.name])
+    return Mixed([sources[GateAhead.name], best])
