@@ -81,8 +81,9 @@ class LLM:
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
     ships with the package. memory_budget: for everything, `"2GiB"` or bytes. expert_budget: for the expert arena
-    alone. precision: `"fixed:4"`, or `"routed:3"` for a mean; None is the widest stored. kv_bits: 8 or 16, of the KV
-    cache. on_status gets lines that say what was chosen.
+    alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored.
+    kv_bits: 8 or 16, of the KV cache. cache_policy, load_order, prefetch and overlap: see `EngineConfig`. on_status
+    gets lines that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
@@ -96,6 +97,10 @@ class LLM:
         ctx_size: int | None = None,
         threads: int | None = None,
         kv_bits: int | None = None,
+        cache_policy: str = "score",
+        load_order: str = "hottest",
+        prefetch: str = "auto",
+        overlap: bool = True,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
@@ -106,6 +111,10 @@ class LLM:
             ctx_size=ctx_size,
             threads=threads,
             kv_bits=kv_bits,
+            cache_policy=cache_policy,
+            load_order=load_order,
+            prefetch=prefetch,
+            overlap=overlap,
         )
         self.description: list[str] = []
 

@@ -43,7 +43,9 @@ class EngineConfig:
 
     memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
     `fixed:4` or `routed:3`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16, of the
-    KV cache. Raises UsageError for bad values.
+    KV cache. cache_policy, load_order: which slices go first when room is needed, and in which order they are read.
+    prefetch: `auto`, `off`, or for how many layers ahead. overlap: whether experts compute while others are read.
+    Raises UsageError for bad values.
     """
 
     memory_budget: int | None = None
@@ -52,6 +54,10 @@ class EngineConfig:
     ctx_size: int | None = None
     threads: int | None = None
     kv_bits: int | None = None
+    cache_policy: str = "score"
+    load_order: str = "hottest"
+    prefetch: str = "auto"
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for name in ("memory_budget", "expert_budget", "ctx_size", "threads"):
@@ -60,3 +66,5 @@ class EngineConfig:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")
         if self.kv_bits not in (None, 8, 16):
             raise UsageError(f"kv-bits {self.kv_bits} is not 8 or 16.")
+        if self.prefetch not in ("auto", "off", "1", "2", "3"):
+            raise UsageError(f"prefetch {self.prefetch!r} is not auto, off, 1, 2 or 3.")

@@ -20,10 +20,12 @@ from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
 from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
-from moert.runtime.experts import ExpertRunner
+from moert.runtime.experts import ExpertRunner, Policies
 from moert.runtime.residency import slots_for
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import direct_io_works
+from moert.scheduler.eviction import POLICIES
+from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
 from moert.store.reader import Store
 
@@ -70,7 +72,9 @@ def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
 def read_precision(text: str | None, store: Store) -> Precision:
     """The precision that `text` names, None the widest stored. UsageError where the store does not have it."""
     try:
-        router = bit_router(store) if text is not None and text.startswith("routed") else None
+        # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
+        kind = None if text is None else text.partition(":")[0]
+        router = bit_router(store, trained=kind == "routed") if kind in ("routed", "elastic") else None
         return parse_precision(text, store.layout.widths, router)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
@@ -118,8 +122,10 @@ class Engine:
         slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
         self._describe(store, config, slots[0], num_experts, on_status)
         self._most_slices = slices
-        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act)
+        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, _policies(config))
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
+        if slots[0] < num_experts:
+            self._decoder.watch(self._runner)
         self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config.kv_bits))
         self.tokens: list[int] = []
 
@@ -228,6 +234,17 @@ class Engine:
     def close(self) -> None:
         """End the reading threads."""
         self._runner.close()
+
+
+def _policies(config: EngineConfig) -> Policies:
+    for what, name, known in (
+        ("cache policy", config.cache_policy, POLICIES),
+        ("load order", config.load_order, ORDERS),
+    ):
+        if name not in known:
+            raise UsageError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
+    horizons = {"auto": (0, 1), "off": (0,)}.get(config.prefetch) or (int(config.prefetch),)
+    return Policies(config.cache_policy, config.load_order, horizons, config.overlap)
 
 
 def _kv_dtype(store: Store, kv_bits: int | None) -> torch.dtype:

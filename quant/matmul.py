@@ -25,7 +25,6 @@ from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout
 
 __all__ = [
     "ACTIVATIONS",
-    "ExpertTable",
     "Kernel",
     "PackedExpert",
     "PackedMatrix",
@@ -56,19 +55,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _native_matrix(layout: MatrixLayout, addresses: Sequence[int], module: ModuleType) -> Any:
-    """The compiled module's view of the matrix whose first len(addresses) slices are at `addresses`."""
-    last = len(addresses) - 1
+def placed_planes(layout: MatrixLayout, places: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+    """A matrix as the compiled module describes it, of which the i-th slice lies at places[i]: (number, offset).
+
+    Returns planes (number, offset, stride, bits, shift) from the most significant, (number, offset) of the scales,
+    rows, groups and group size.
+    """
+    last = len(places) - 1
     shift = layout.widths[last]
     planes = []
-    for index, address in enumerate(addresses):
+    for index, (number, begin) in enumerate(places):
         stride, offset = layout.group_bytes(index), 0
         for bits in layout.planes(index):
             shift -= bits
-            planes.append((address + offset, stride, bits, shift))
+            planes.append((number, begin + offset, stride, bits, shift))
             offset += 2 * layout.group_size * bits
-    scales = addresses[last] + layout.codes_bytes(last)
-    return module.Matrix(planes, scales, layout.rows, layout.groups, layout.group_size)
+    number, begin = places[last]
+    scales = (number, begin + layout.codes_bytes(last))
+    return planes, scales, layout.rows, layout.groups, layout.group_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,8 @@ class PackedMatrix:
     @cached_property
     def native(self) -> Any:
         """What the compiled module takes; points into the slices."""
-        return _native_matrix(self.layout, [s.data_ptr() for s in self.slices], loaded())
+        planes, (_, scales), *shape = placed_planes(self.layout, [(0, s.data_ptr()) for s in self.slices])
+        return loaded().Matrix([plane[1:] for plane in planes], scales, *shape)
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first..last dequantised, float32 [last - first, K]. `first` is a multiple of 16."""
@@ -260,44 +265,3 @@ def experts_ffn(
     counts, order = [tokens.shape[0] for tokens in tokens_of], torch.cat(list(tokens_of))
     inner = experts[0].gate.shape[0]
     module.experts(natives, counts, order.data_ptr(), x.data_ptr(), x.shape[0], x.shape[1], inner, out.data_ptr())
-
-
-class ExpertTable:
-    """Experts that can be used at once, where the compiled module knows them by layer, expert and number of slices.
-
-    Decoding asks it for all experts of a token in one call, without a Python object for each.
-    """
-
-    def __init__(self, activation: str) -> None:
-        module = compiled() if activation == "silu" else None
-        self._native: Any = None if module is None else module.ExpertTable()
-
-    def put(self, layer: int, expert: int, slices: int, packed: PackedExpert) -> None:
-        """Enter an expert used with its first `slices` slices, which must stay where they are until it is dropped."""
-        if self._native is not None and packed.native is not None:
-            self._native.put(layer, expert, slices, packed.native)
-
-    def drop(self, layer: int, expert: int, slices: int) -> None:
-        """Forget an expert, if it is there."""
-        if self._native is not None:
-            self._native.drop(layer, expert, slices)
-
-    def add(
-        self,
-        layer: int,
-        experts: Sequence[int],
-        slices: Sequence[int],
-        weights: Sequence[float],
-        x: Tensor,
-        out: Tensor,
-    ) -> bool:
-        """Add sum over k of weights[k] * `expert_ffn`(x, experts[k]) to out; x and out: float32 contiguous [1, D].
-
-        slices[k]: with how many slices experts[k] is used.
-
-        Returns False, having done nothing, unless all these experts are there.
-        """
-        if self._native is None:
-            return False
-        found: bool = self._native.add(layer, experts, slices, weights, x.data_ptr(), out.data_ptr())
-        return found

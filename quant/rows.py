@@ -7,6 +7,8 @@ Compiled where the module is in use: torch would write several temporary tensors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -55,3 +57,12 @@ def combine(parts: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     out = torch.empty(T, D)
     module.combine(parts.data_ptr(), rows.data_ptr(), weights.data_ptr(), T, K, D, out.data_ptr())
     return out
+
+
+def add_rows(parts: Tensor, rows: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+    """Add sum over i of weights[i] * parts[rows[i]] to out. parts: float32 contiguous [N, D]. out: the same [1, D]."""
+    module = compiled()
+    if module is None:
+        out += torch.tensor(weights) @ parts[list(rows)]
+    else:
+        module.add_rows(rows, weights, parts.data_ptr(), parts.shape[1], out.data_ptr())

@@ -1,77 +1,46 @@
-"""Which slices are in memory, and which go first when room is needed.
+"""Which slices are in memory.
 
-The slots are fixed: so many per slice index, over all layers. What is resident of an expert is always a prefix of its
-slices, since a refinement is useless without its base.
+The room is fixed: so much per slice index, over all layers. What is resident of an expert is always a prefix of its
+slices, since a refinement is useless without its base; so a base outlives its refinements. `eviction` says which
+policies decide what goes first when room is needed.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
 
-from moert.scheduler.types import ExpertKey, RoutedExpert, SliceKey
-
-
-class CachePolicy(Protocol):
-    """Decides the order of eviction. Told of every use, so that it can keep scores."""
-
-    name: str
-
-    def used(self, layer: int, routed: Sequence[RoutedExpert]) -> None:
-        """All experts that the tokens of one step are routed to in `layer`, resident or not."""
-
-    def loaded(self, key: ExpertKey) -> None:
-        """The first slice of an expert got a slot."""
-
-    def removed(self, key: ExpertKey) -> None:
-        """The last slice of an expert lost its slot."""
-
-    def eviction_order(self) -> Iterable[ExpertKey]:
-        """Resident experts, the one to evict first at the front."""
-
-
-class LeastRecentlyUsed:
-    """Evicts the expert whose last use is longest ago: the baseline of every published expert cache."""
-
-    name = "lru"
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
-
-    def used(self, layer: int, routed: Sequence[RoutedExpert]) -> None:
-        for r in routed:
-            key = (layer, r.expert)  # equal to an ExpertKey, and made ten times faster
-            if key in self._order:
-                self._order.move_to_end(key)  # type: ignore[arg-type]
-
-    def loaded(self, key: ExpertKey) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
-
-    def removed(self, key: ExpertKey) -> None:
-        del self._order[key]
-
-    def eviction_order(self) -> Iterator[ExpertKey]:
-        return iter(self._order)
-
-
-POLICIES: dict[str, type[LeastRecentlyUsed]] = {"lru": LeastRecentlyUsed}
+from moert.scheduler.eviction import CachePolicy, LeastRecentlyUsed
+from moert.scheduler.types import ExpertKey, SliceKey
 
 
 class SliceCache:
-    """Book-keeping of the slots. slots[i]: how many slices of index i fit. Raises ValueError for negative numbers."""
+    """Book-keeping of the room.
 
-    def __init__(self, slots: Sequence[int], policy: CachePolicy | None = None) -> None:
-        if not slots or any(n < 0 for n in slots):
-            raise ValueError(f"slots {list(slots)}: one number per slice is needed, none negative")
-        self.slots = tuple(slots)
-        self.free = list(slots)
+    capacity[i]: the room for slices of index i. sizes[layer][i]: how much of it such a slice takes; without it each
+    takes 1, so that the capacity is a number of slots. Raises ValueError for negative numbers.
+    """
+
+    def __init__(
+        self,
+        capacity: Sequence[int],
+        policy: CachePolicy | None = None,
+        sizes: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        if not capacity or any(n < 0 for n in capacity):
+            raise ValueError(f"capacity {list(capacity)}: one number per slice is needed, none negative")
+        self.capacity = tuple(capacity)
+        self.free = list(capacity)
         self.policy: CachePolicy = policy or LeastRecentlyUsed()
+        self._sizes = sizes
+        self._ones = (1,) * len(self.capacity)
         self._resident: dict[ExpertKey, int] = {}
 
+    def sizes(self, layer: int) -> Sequence[int]:
+        """Room that a slice of each index takes in a layer."""
+        return self._ones if self._sizes is None else self._sizes[layer]
+
     def resident(self, layer: int, expert: int) -> int:
-        """How many slices of an expert are in memory."""
+        """How many slices of an expert are in memory, or on their way."""
         return self._resident.get((layer, expert), 0)  # type: ignore[call-overload, no-any-return]
 
     def resident_experts(self) -> dict[ExpertKey, int]:
@@ -79,42 +48,67 @@ class SliceCache:
         return dict(self._resident)
 
     def room(self, keep: Collection[ExpertKey]) -> list[int]:
-        """Slots per slice index that are free or can be freed without touching the experts in `keep`."""
-        room = list(self.slots)
+        """Room per slice index that is free or can be freed without touching the experts in `keep`."""
+        room = list(self.capacity)
         for key in keep:
+            sizes = self.sizes(key[0])
             for index in range(self._resident.get(key, 0)):
-                room[index] -= 1
+                room[index] -= sizes[index]
         return room
 
-    def insert(self, key: ExpertKey, last: int, keep: Collection[ExpertKey]) -> list[SliceKey]:
-        """Give slots to the slices of `key` below `last` that have none; returns what had to be evicted.
+    def insert(
+        self, key: ExpertKey, last: int, keep: Collection[ExpertKey], worth: float | None = None
+    ) -> list[SliceKey] | None:
+        """Give room to the slices of `key` below `last` that have none; returns what had to be evicted.
 
-        Experts in `keep` are not touched. Raises ValueError where that leaves too little room.
+        Experts in `keep` are not touched. Without `worth` raises ValueError where that leaves too little room; with it,
+        nothing is evicted that the policy holds to be worth as much: then nothing happens, and None is returned.
         """
-        first = self._resident.get(key, 0)
-        evicted: list[SliceKey] = []
+        first, sizes = self._resident.get(key, 0), self.sizes(key[0])
+        victims: dict[ExpertKey, int] = {}
         for index in range(first, last):
-            if self.free[index] == 0:
-                candidates = (k for k in self.policy.eviction_order() if k not in keep and k != key)
-                victim = next((k for k in candidates if self._resident[k] > index), None)
-                if victim is None:
-                    raise ValueError(f"no slot for slice {index} of expert {key.expert} in layer {key.layer}")
-                evicted += self.shrink(victim, index)
-            self.free[index] -= 1
-            if index == 0:
-                self.policy.loaded(key)
-            self._resident[key] = index + 1
+            free = self.free[index]
+            if free >= sizes[index]:
+                continue
+            free += sum(self.sizes(k[0])[index] for k, to in victims.items() if to <= index < self._resident[k])
+            order = iter(self.policy.eviction_order(index) if free < sizes[index] else ())
+            while free < sizes[index]:
+                victim = next((k for k in order if self._evictable(k, index, key, keep, victims)), None)
+                if victim is None and worth is None:
+                    raise ValueError(f"no room for slice {index} of expert {key[1]} in layer {key[0]}")
+                if victim is None or (worth is not None and self.policy.worth(victim, index) >= worth):
+                    return None
+                victims[victim] = index
+                free += self.sizes(victim[0])[index]
+        evicted: list[SliceKey] = []
+        for victim, to in victims.items():
+            evicted += self.shrink(victim, to)
+        for index in range(first, last):
+            self.free[index] -= sizes[index]
+            self.policy.loaded(key, index)
+        self._resident[key] = max(first, last)
         return evicted
+
+    def _evictable(
+        self,
+        victim: ExpertKey,
+        index: int,
+        key: ExpertKey,
+        keep: Collection[ExpertKey],
+        victims: Mapping[ExpertKey, int],
+    ) -> bool:
+        held = min(self._resident.get(victim, 0), victims.get(victim, len(self.capacity)))
+        return held > index and victim not in keep and victim != key
 
     def shrink(self, key: ExpertKey, to: int) -> list[SliceKey]:
         """Take away the slices of `key` from index `to` on (0: all); returns them, highest first."""
-        had = self._resident.get(key, 0)
+        had, sizes = self._resident.get(key, 0), self.sizes(key[0])
         lost = [SliceKey(*key, index) for index in range(had - 1, to - 1, -1)]
         for item in lost:
-            self.free[item.slice] += 1
+            self.free[item.slice] += sizes[item.slice]
+            self.policy.removed(key, item.slice)
         if to == 0 and had:
             del self._resident[key]
-            self.policy.removed(key)
         elif lost:
             self._resident[key] = to
         return lost

@@ -1,59 +1,207 @@
-"""Turns what the router asks into a plan, and advances the cache to the state after that plan."""
+"""Turns what the router asks into a plan, and advances the cache to the state after that plan.
+
+`Scheduler` is the one object that the runtime and the simulator both drive. It knows no clock, no file and no thread:
+what it is told, in which order, decides what it says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from moert.scheduler.cache import SliceCache
-from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, Wave
+from moert.scheduler.elastic import Ladder
+from moert.scheduler.hebf import Order, hottest_bit_first, hottest_first
+from moert.scheduler.types import ExpertKey, Load, Plan, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
 
 
-def hottest_first(routed: Sequence[RoutedExpert]) -> list[RoutedExpert]:
-    """Order of loads: most waiting tokens first, then the largest router weight.
-
-    D2MoE's hottest-expert-bit-first (arXiv 2504.15299) orders by waiting tokens; at batch 1 every count is 1, and what
-    an expert contributes is its router weight.
-    """
-    return sorted(routed, key=lambda r: (-r.tokens, -r.weight, r.expert))
-
-
-def plan_layer(layer: int, routed: Sequence[RoutedExpert], cache: SliceCache) -> Plan:
-    """Plan one layer of one step; `cache` is advanced to the state in which the plan leaves it.
+def plan_layer(
+    layer: int,
+    routed: Sequence[RoutedExpert],
+    cache: SliceCache,
+    order: Order = hottest_bit_first,
+    tokens: int = 1,
+    underway: Collection[ExpertKey] = (),
+) -> Plan:
+    """Plan one layer of one step of `tokens` tokens; `cache` is advanced to the state in which the plan leaves it.
 
     Experts that are resident compute first. What is missing is loaded in waves, as many experts at a time as fit, each
-    read once. Deterministic. Raises ValueError for an expert without tokens or slices, and where the
-    slots cannot hold a single one of the experts.
+    read once. underway: experts of which the last resident slices are still being read. Deterministic. Raises
+    ValueError for an expert without tokens or slices, and where the room cannot hold a single one of the experts.
     """
+    _check(layer, routed)
+    cache.policy.used(layer, routed, tokens)
+    return _plan(layer, routed, cache, order, underway)
+
+
+def _check(layer: int, routed: Sequence[RoutedExpert]) -> None:
     if any(r.tokens < 1 or r.slices < 1 for r in routed):
         raise ValueError(f"layer {layer}: an expert with no tokens or no slices among {list(routed)}")
-    cache.policy.used(layer, routed)
+
+
+def _plan(
+    layer: int,
+    routed: Sequence[RoutedExpert],
+    cache: SliceCache,
+    order: Order,
+    underway: Collection[ExpertKey],
+) -> Plan:
     resident: list[RoutedExpert] = []
     missing: list[RoutedExpert] = []
+    awaited: list[int] = []
     for r in hottest_first(routed):
+        if underway and (layer, r.expert) in underway:
+            awaited.append(r.expert)
+            if cache.resident(layer, r.expert) >= r.slices:
+                continue
         (resident if cache.resident(layer, r.expert) >= r.slices else missing).append(r)
-    waves: list[Wave] = []
-    ready = tuple(r.expert for r in resident)
+    slices, ready = {r.expert: r.slices for r in routed}, tuple(r.expert for r in resident)
     if not missing:  # most steps, so they do not pay for what follows
-        return Plan(layer, {r.expert: r.slices for r in routed}, (Wave((), (), ready),))
-    keep = {ExpertKey(layer, r.expert) for r in resident}
-    while missing or ready:
+        return Plan(layer, slices, (Wave((), (), ready, tuple(awaited)),))
+    sizes, waves = cache.sizes(layer), []
+    keep = {ExpertKey(layer, e) for e in [*ready, *awaited]}
+    while missing or ready or awaited:
         room = cache.room(keep)
         chosen: list[RoutedExpert] = []
         for r in missing:
-            if any(room[index] < 1 for index in range(r.slices)):
+            held = cache.resident(layer, r.expert) if (layer, r.expert) in keep else 0
+            if any(room[index] < sizes[index] for index in range(held, r.slices)):
                 break  # later ones could be smaller, but the order is the hottest first
-            for index in range(r.slices):
-                room[index] -= 1
+            for index in range(held, r.slices):
+                room[index] -= sizes[index]
             chosen.append(r)
-        if not chosen and not ready:
+        if not chosen and not ready and not awaited:
             raise ValueError(f"layer {layer}: the arena holds no expert of {missing[0].slices} slices")
         missing = missing[len(chosen) :]
         keep |= {ExpertKey(layer, r.expert) for r in chosen}
-        loads, evictions = [], []
+        lacking = [(r, cache.resident(layer, r.expert)) for r in chosen]
+        evictions: list[SliceKey] = []
         for r in chosen:
-            first = cache.resident(layer, r.expert)
-            evictions += cache.insert(ExpertKey(layer, r.expert), r.slices, keep)
-            loads.append(Load(r.expert, first, r.slices))
-        waves.append(Wave(tuple(evictions), tuple(loads), ready))
-        keep, ready = set(), ()
-    return Plan(layer, {r.expert: r.slices for r in routed}, tuple(waves))
+            evictions += cache.insert(ExpertKey(layer, r.expert), r.slices, keep) or ()
+        # What was awaited but found no room for the rest of its slices is waited for again, in a later wave.
+        here = tuple(e for e in awaited if all(e != r.expert for r in missing))
+        waves.append(Wave(tuple(evictions), tuple(order(layer, lacking, sizes)), ready, here))
+        keep, ready, awaited = set(), (), [e for e in awaited if e not in here] if chosen else []
+    return Plan(layer, slices, tuple(waves))
+
+
+@dataclass
+class Scheduler:
+    """Cache, order of loads, elastic precision and what has been prefetched.
+
+    ahead: how much may be on its way at a time that nobody waits for, in the unit of the cache's sizes.
+    """
+
+    cache: SliceCache
+    order: Order = hottest_bit_first
+    ladder: Ladder | None = None
+    ahead: int = 0
+    _underway: dict[ExpertKey, Load] = field(default_factory=dict)
+    _planned: int = 0  # the layer of the last plan
+
+    def plan(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()) -> Plan:
+        """Plan a layer of a step of `tokens` tokens.
+
+        squares: for each routed expert the sum of its tokens' squared router weights, which `ladder` wants.
+        """
+        _check(layer, routed)
+        self.used(layer, routed, tokens)
+        counts = [r.slices for r in routed]
+        if self.ladder is not None:
+            have = [self.cache.resident(layer, r.expert) for r in routed]
+            counts = self.settle(layer, routed, squares, have)
+        return self.plan_settled(layer, routed, counts)
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1) -> None:
+        """What the router asks of a layer. Where all of it is in memory, this is all that there is to plan."""
+        self.cache.policy.used(layer, routed, tokens)
+
+    def settle(
+        self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int]
+    ) -> list[int]:
+        """With how many slices each expert is computed, where it has so many in memory."""
+        self._planned = layer
+        assert self.ladder is not None
+        return self.ladder.settle(layer, routed, squares, have)
+
+    def plan_settled(self, layer: int, routed: Sequence[RoutedExpert], counts: Sequence[int]) -> Plan:
+        """Plan a layer whose use and numbers of slices are settled."""
+        if self.ladder is not None:
+            routed = [
+                RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
+                for r, n in zip(routed, counts, strict=True)
+            ]
+        plan = _plan(layer, [r for r in routed if r.slices], self.cache, self.order, self._underway)
+        plan.slices.update((r.expert, 0) for r in routed if not r.slices)
+        if self._underway:
+            for wave in plan.waves:
+                self._forget(wave.evictions)
+        return plan
+
+    def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> Prefetch:
+        """What to read ahead of what the layers to come are predicted to want, and protect what of it is there.
+
+        After that come refinements of what the layer just planned computed with fewer slices than it wanted.
+
+        `predictions` come layer by layer. Likeliest first; each evicts only what is less likely to be used, and nothing
+        that is `busy`.
+        """
+        for layer, group in groupby(predictions, key=lambda p: p.layer):
+            self.cache.policy.foreseen(layer, {p.expert: p.probability for p in group})
+        evictions: list[SliceKey] = []
+        loads: list[Load] = []
+        predictions = [p for p in predictions if p.slices > self.cache.resident(p.layer, p.expert)]
+        if not predictions and self.ladder is None:
+            return Prefetch((), ())
+        keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy)
+        room = self.ahead - sum(map(self._nbytes, self._underway.values()))
+        wanted = [
+            (p.probability, Load(p.layer, p.expert, self.cache.resident(p.layer, p.expert), p.slices))
+            for p in sorted(predictions, key=lambda p: -p.probability)
+        ]
+        for worth, load in wanted + self._refinements():
+            key = ExpertKey(load.layer, load.expert)
+            if key in self._underway or self._nbytes(load) > room:
+                continue
+            evicted = self.cache.insert(key, load.last, keep, worth)
+            if evicted is None:
+                continue
+            room -= self._nbytes(load)
+            self._forget(evicted)
+            evictions += evicted
+            loads.append(load)
+            self._underway[key] = load
+        return Prefetch(tuple(evictions), tuple(loads))
+
+    def _refinements(self) -> list[tuple[float, Load]]:
+        """Slices that the layer just planned did not wait for: the next token may want them."""
+        if self.ladder is None:
+            return []
+        layer, policy = self._planned, self.cache.policy
+        best = sorted(self.ladder.left, reverse=True)[:2]
+        return [
+            (policy.worth(ExpertKey(layer, expert), index), Load(layer, expert, index, index + 1))
+            for _, expert, index in best
+            if self.cache.resident(layer, expert) == index
+        ]
+
+    def arrived(self, load: Load) -> None:
+        """A prefetch has been read."""
+        if self._underway.get(ExpertKey(load.layer, load.expert)) == load:
+            del self._underway[ExpertKey(load.layer, load.expert)]
+
+    def cancel(self, load: Load) -> None:
+        """A prefetch will not be read: its room is free again."""
+        key = ExpertKey(load.layer, load.expert)
+        if self._underway.pop(key, None) is not None:
+            self.cache.shrink(key, load.first)
+
+    def _nbytes(self, load: Load) -> int:
+        return sum(self.cache.sizes(load.layer)[load.first : load.last])
+
+    def _forget(self, evicted: Sequence[SliceKey]) -> None:
+        for layer, expert, index in evicted:
+            load = self._underway.get(ExpertKey(layer, expert))
+            if load is not None and index <= load.first:
+                del self._underway[load.layer, load.expert]  # type: ignore[index]

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moert.scheduler.elastic import Ladder, at_mean, generic_damage
+
 Floats = NDArray[np.float64]
 
 
@@ -48,6 +50,18 @@ class Precision(Protocol):
         """For each of those `slices`, the share of uses of experts that is expected to need it; the first: 1."""
         ...
 
+    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> Ladder | None:
+        """What computes with fewer slices where some are missing, of sizes[i] bytes; None where the text must not
+        depend on that."""
+        ...
+
+
+class _Reproducible:
+    """Precision that does not depend on what is in memory."""
+
+    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> None:
+        return None
+
 
 class _Same:
     """Always the same number of slices for an expert: `most`, or all that there are of it."""
@@ -65,7 +79,7 @@ class _Same:
 
 
 @dataclass(frozen=True, slots=True)
-class FixedPrecision:
+class FixedPrecision(_Reproducible):
     """Every routed expert at the same width: the text does not depend on budget, cache or timing."""
 
     width: int
@@ -169,7 +183,7 @@ class BitRouter:
         return float(2**high)
 
 
-class RoutedPrecision:
+class RoutedPrecision(_Reproducible):
     """Widths from the router's output alone, of the given mean over the calibration text."""
 
     def __init__(self, mean: float, router: BitRouter) -> None:
@@ -202,19 +216,58 @@ class RoutedPrecision:
         return reached.sum(-1) + 1
 
 
-def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter | None = None) -> Precision:
-    """Read `fixed:B`, `routed:MEAN` or `routed` (the mean of the widths); None is the largest width stored.
+class ElasticPrecision:
+    """Widths from what is in memory, too: not reproducible, but in sum never worse than `bound` bits for every use.
 
-    router: what the store knows about its experts, if it does. Raises ValueError with one sentence for anything else.
+    router: what the store knows about its experts, if it does; else each width is taken to do the harm that it does to
+    Gaussian weights. skip: missing experts whose share of a token is below this are left out (0: none).
+    """
+
+    def __init__(self, bound: float, router: BitRouter | None = None, skip: float = 0.0) -> None:
+        self.bound, self.router, self.skip = bound, router, skip
+
+    def __str__(self) -> str:
+        return f"elastic:{self.bound:g}" + (f",skip={self.skip:g}" if self.skip else "")
+
+    def slices(self, widths: Sequence[int]) -> int:
+        return len(widths)
+
+    def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
+        return _Same(len(widths), kept)  # the ladder says how many of these it is worth waiting for
+
+    def shares(self, widths: Sequence[int]) -> list[float]:
+        """The lower the bound, the fewer experts keep their refinements."""
+        span = widths[-1] - widths[0]
+        most = (self.bound - widths[0]) / span if span else 1.0
+        return [1.0, *(max(0.1, most ** (i / 2)) for i in range(1, len(widths)))]
+
+    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> Ladder:
+        generic = generic_damage(widths)
+        damage = self.router.damage if self.router else {layer: [generic[:n] for n in kept[layer]] for layer in kept}
+        allowed = {layer: [at_mean(curve, widths, self.bound) for curve in damage[layer]] for layer in damage}
+        return Ladder(damage, allowed, sizes, self.skip)
+
+
+def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter | None = None) -> Precision:
+    """Read `fixed:B`, `routed[:MEAN]` or `elastic[:BOUND]` (each alone: the mean of the widths).
+
+    None is the largest width stored. router: what the store knows about its experts, if it does. Raises ValueError with
+    one sentence for anything else.
     """
     if text is None:
         return FixedPrecision(widths[-1])
     stored = ", ".join(str(b) for b in widths)
-    match = re.fullmatch(r"fixed:(\d+)|(routed)(?::(\d+(?:\.\d*)?))?", text)
-    if match is None:
+    match = re.fullmatch(r"fixed:(\d+)|(routed|elastic)(?::(\d+(?:\.\d*)?))?(?:,skip=(\d*\.?\d+))?", text)
+    if match is None or (match[4] and match[2] != "elastic"):
         raise ValueError(
-            f"precision {text!r} is not known; use fixed:B with B one of {stored}, routed, or routed:B with any mean B"
+            f"precision {text!r} is not known; use fixed:B with B one of {stored}, routed, routed:B with any mean B, "
+            "elastic, elastic:B with B the bits that it must be as good as, or elastic:B,skip=SHARE"
         )
+    if match[2] == "elastic":
+        bound = float(match[3]) if match[3] else sum(widths) / len(widths)
+        if not widths[0] <= bound <= widths[-1]:
+            raise ValueError(f"precision {text} asks for a bound outside the widths of the store; it holds {stored}")
+        return ElasticPrecision(bound, router, float(match[4] or 0))
     if match[2]:
         if router is None:
             raise ValueError(

@@ -322,7 +322,7 @@ def test_the_result_does_not_depend_on_the_budget(cut):
             logits.append(llm.logits(TOKENS[:40]))
             for token in TOKENS[40:48]:
                 logits[-1] = torch.cat([logits[-1], llm.engine.forward([token])[None]])
-            assert llm.engine._runner._arena.total_bytes <= budget
+            assert llm.engine._runner._loader.arena.total_bytes <= budget
             assert llm.engine.budget.arena <= budget
             read = llm.engine.counters.bytes_read
         assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said

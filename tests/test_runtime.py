@@ -15,7 +15,7 @@ from moert.errors import StoreError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
-from moert.runtime import transfer
+from moert.runtime import loading, transfer
 from moert.runtime.experts import ExpertRunner
 from moert.runtime.residency import Arena, slots_for
 from moert.runtime.transfer import Read, SliceReader
@@ -45,6 +45,12 @@ def store(tmp_path):
         location=lambda layer, expert: SimpleNamespace(file=file, offset=expert * size),
         checksum=lambda layer, expert, index: zlib.crc32(experts[expert][index].numpy()),
     )
+
+
+@pytest.fixture
+def python_reader(monkeypatch):
+    """Reading threads into which `inject` can put faults."""
+    monkeypatch.setattr(loading, "make_reader", SliceReader)
 
 
 @pytest.fixture
@@ -115,7 +121,7 @@ def test_a_token_decoded_is_a_chunk_of_one(store, make_runner):
         mine, its = runner.counters, other.counters
         assert (mine.expert_uses, mine.expert_hits, mine.bytes_read) == (18, its.expert_hits, its.bytes_read)
         assert mine.token_uses == its.token_uses == {3: 18}
-        assert runner._cache.resident_experts() == other._cache.resident_experts()
+        assert runner._scheduler.cache.resident_experts() == other._scheduler.cache.resident_experts()
 
 
 def test_preloading_reads_everything_once_or_nothing(make_runner):
@@ -142,9 +148,9 @@ def test_results_do_not_depend_on_what_is_in_memory(make_runner):
 
 def inject(monkeypatch, fault):
     """Let `fault(call number, real read)` stand in for reads of expert files."""
-    real, calls = transfer._File.read, iter(range(10**9))
+    real, calls = transfer.File.read, iter(range(10**9))
     monkeypatch.setattr(
-        transfer._File, "read", lambda self, buffers, offset: fault(next(calls), lambda: real(self, buffers, offset))
+        transfer.File, "read", lambda self, buffers, offset: fault(next(calls), lambda: real(self, buffers, offset))
     )
 
 
@@ -157,7 +163,9 @@ def assert_usable(store, runner):
 
 @pytest.mark.parametrize("capacity", [1, 4])
 @pytest.mark.parametrize("failing", [0, 1, 3])
-def test_a_read_error_reaches_the_caller_and_leaves_it_usable(store, make_runner, monkeypatch, failing, capacity):
+def test_a_read_error_reaches_the_caller_and_leaves_it_usable(
+    store, python_reader, make_runner, monkeypatch, failing, capacity
+):
     def fault(call, real):
         if call == failing:
             raise OSError(errno.EIO, "Input/output error")
@@ -171,11 +179,11 @@ def test_a_read_error_reaches_the_caller_and_leaves_it_usable(store, make_runner
     assert_usable(store, runner)
 
 
-def test_short_reads_are_continued(store, make_runner, monkeypatch):
+def test_short_reads_are_continued(store, python_reader, make_runner, monkeypatch):
     def one_buffer(self, buffers, offset):
         return os.preadv(self.fd, [buffers[0][:4096]], offset)
 
-    monkeypatch.setattr(transfer._File, "read", one_buffer)
+    monkeypatch.setattr(transfer.File, "read", one_buffer)
     assert_usable(store, make_runner(2))
 
 
@@ -245,7 +253,7 @@ def test_ctrl_c_anywhere_in_a_step_never_leaves_wrong_experts(store, make_runner
     assert struck > 20
 
 
-def test_a_slow_read_delays_only_its_own_expert(store, make_runner, monkeypatch):
+def test_a_slow_read_delays_only_its_own_expert(store, python_reader, make_runner, monkeypatch):
     """Resident experts compute while the reads of the same layer are under way."""
     runner = make_runner(EXPERTS)
     x, indices, weights = routing(1, 3)
@@ -254,9 +262,9 @@ def test_a_slow_read_delays_only_its_own_expert(store, make_runner, monkeypatch)
     inject(monkeypatch, lambda call, real: (gate.wait(10), real())[1])
     compute = runner._compute
 
-    def watched(step, experts):
-        order.extend(experts)
-        compute(step, experts)
+    def watched(step, ready):
+        order.extend(e for e, slices in ready.items() if slices)
+        compute(step, ready)
         if len(order) == 2:
             gate.set()
 
@@ -285,8 +293,8 @@ def test_unexpected_errors_in_a_reading_thread_reach_the_caller(store, monkeypat
         raise RuntimeError("boom")
 
     inject(monkeypatch, broken)
-    reader = SliceReader()
-    read = Read(store.file, 0, [memoryview(bytearray(4096))], [None], "expert 0 of layer 0")
+    reader = SliceReader(torch.zeros(4096, dtype=torch.uint8))
+    read = Read(store.file, 0, [(0, 4096, -1)], "expert 0 of layer 0")
     reader.submit(read)
     with pytest.raises(RuntimeError, match="boom"):
         read.wait()
@@ -296,13 +304,9 @@ def test_unexpected_errors_in_a_reading_thread_reach_the_caller(store, monkeypat
 
 def test_close_waits_for_what_is_queued(store, monkeypatch):
     inject(monkeypatch, lambda call, real: (time.sleep(0.05), real())[1])
-    reader = SliceReader(threads=1)
-    # A buffer for O_DIRECT must be aligned, as those of the arena are.
-    arena = Arena((3,), (4096,))
-    keys = [SliceKey(0, i, 0) for i in range(3)]
-    for key in keys:
-        arena.take(key)
-    reads = [Read(store.file, 0, [arena.buffer(key)], [None], "x") for key in keys]
+    # Memory for O_DIRECT must be aligned, as that of the arena is.
+    reader = SliceReader(Arena((3,), (4096,)).memory, threads=1)
+    reads = [Read(store.file, 0, [(4096 * i, 4096, -1)], "x") for i in range(3)]
     for read in reads:
         reader.submit(read)
     reader.close()
@@ -339,10 +343,12 @@ def test_arena_buffers_are_aligned_and_apart():
     arena = Arena((2, 1), (8192, 4096))
     keys = [SliceKey(0, 0, 0), SliceKey(0, 1, 0), SliceKey(0, 0, 1)]
     for number, key in enumerate(keys):
-        arena.take(key)
-        arena.buffer(key)[:] = bytes([number + 1]) * len(arena.buffer(key))
-        assert arena.view(key).data_ptr() % 4096 == 0
-    assert [set(arena.view(key).tolist()) for key in keys] == [{1}, {2}, {3}]
+        at = arena.take(key)
+        assert at == arena.offset(key)
+        assert (arena.memory.data_ptr() + at) % 4096 == 0
+        arena.memory[at : at + arena.sizes[key.slice]] = number + 1
+    places = [(arena.offset(key), arena.sizes[key.slice]) for key in keys]
+    assert [set(arena.memory[at : at + size].tolist()) for at, size in places] == [{1}, {2}, {3}]
     with pytest.raises(IndexError):
         arena.take(SliceKey(0, 2, 0))
     arena.release(keys[0])

@@ -5,24 +5,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moert.scheduler.cache import SliceCache
-from moert.scheduler.planner import hottest_first, plan_layer
+from moert.scheduler.eviction import POLICIES
+from moert.scheduler.hebf import ORDERS, hottest_first
+from moert.scheduler.planner import plan_layer
 from moert.scheduler.precision import parse_precision
 from moert.scheduler.types import ExpertKey, RoutedExpert, SliceKey
 
 NUM_SLICES = 3
 
 
+LAYERS, EXPERTS = 3, 8
+
+
+@st.composite
+def routes(draw):
+    """An expert; where its tokens want it at different widths, how many wait for each slice."""
+    slices, tokens = draw(st.integers(1, NUM_SLICES)), draw(st.integers(1, 5))
+    more = sorted(draw(st.lists(st.integers(1, tokens), min_size=slices - 1, max_size=slices - 1)), reverse=True)
+    waiting = (tokens, *more) if draw(st.booleans()) else ()
+    return RoutedExpert(draw(st.integers(0, EXPERTS - 1)), tokens, draw(st.floats(0, 1)), slices, waiting)
+
+
 @st.composite
 def steps(draw):
-    routed = st.builds(
-        RoutedExpert,
-        expert=st.integers(0, 7),
-        tokens=st.integers(1, 5),
-        weight=st.floats(0, 1),
-        slices=st.integers(1, NUM_SLICES),
-    )
+    routed = routes()
     unique = st.lists(routed, min_size=1, max_size=8, unique_by=lambda r: r.expert)
     return draw(st.lists(st.tuples(st.integers(0, 2), unique), min_size=1, max_size=12))
+
+
+def take_in(loads, memory, slots):
+    for load in loads:
+        assert load.first < load.last
+        for index in range(load.last):
+            key = SliceKey(load.layer, load.expert, index)
+            assert (key in memory) == (index < load.first), "refinement only after base, and each slice read once"
+            memory.add(key)
+    for index, capacity in enumerate(slots):
+        assert sum(key.slice == index for key in memory) <= capacity, "slots are never exceeded"
 
 
 def execute(plan, routed, slots, memory):
@@ -31,15 +50,9 @@ def execute(plan, routed, slots, memory):
     for wave in plan.waves:
         for key in wave.evictions:
             memory.remove(key)
-        for load in wave.loads:
-            assert load.first < load.last
-            for index in range(load.last):
-                key = SliceKey(plan.layer, load.expert, index)
-                assert (key in memory) == (index < load.first), "refinement only after base, and each slice read once"
-                memory.add(key)
-        for index, capacity in enumerate(slots):
-            assert sum(key.slice == index for key in memory) <= capacity, "slots are never exceeded"
-        for expert in [*wave.resident, *(load.expert for load in wave.loads)]:
+        take_in(wave.loads, memory, slots)
+        assert all(load.layer == plan.layer for load in wave.loads)
+        for expert in dict.fromkeys([*wave.resident, *wave.awaited, *(load.expert for load in wave.loads)]):
             for index in range(plan.slices[expert]):
                 assert SliceKey(plan.layer, expert, index) in memory, "no slice is evicted while in use"
             computed.append(expert)
@@ -47,12 +60,21 @@ def execute(plan, routed, slots, memory):
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps(), st.lists(st.integers(1, 10), min_size=NUM_SLICES, max_size=NUM_SLICES))
-def test_plans_keep_the_rules(sequence, slots):
-    cache, again, memory = SliceCache(slots), SliceCache(slots), set()
+@given(
+    steps(),
+    st.lists(st.integers(1, 10), min_size=NUM_SLICES, max_size=NUM_SLICES),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(sorted(ORDERS)),
+)
+def test_plans_keep_the_rules(sequence, slots, policy, order):
+    def cache_of():
+        return SliceCache(slots, POLICIES[policy](range(LAYERS), EXPERTS, NUM_SLICES))
+
+    cache, again, memory = cache_of(), cache_of(), set()
     for layer, routed in sequence:
-        plan = plan_layer(layer, routed, cache)
-        assert plan == plan_layer(layer, routed, again), "plans are deterministic"
+        tokens = max(r.tokens for r in routed)
+        plan = plan_layer(layer, routed, cache, ORDERS[order], tokens)
+        assert plan == plan_layer(layer, routed, again, ORDERS[order], tokens), "plans are deterministic"
         execute(plan, routed, slots, memory)
         expected = {SliceKey(*key, i) for key, count in cache.resident_experts().items() for i in range(count)}
         assert memory == expected, "the cache knows what is in memory"
@@ -100,7 +122,7 @@ def test_an_expert_without_tokens_or_slices_is_refused(tokens, slices):
 def test_partial_eviction_keeps_the_base():
     cache = SliceCache([2, 1])
     cache.insert(ExpertKey(0, 0), 2, ())
-    assert cache.insert(ExpertKey(0, 1), 2, ()) == [SliceKey(0, 0, 1)]
+    assert cache.insert(ExpertKey(0, 1), 2, (), None) == [SliceKey(0, 0, 1)]
     assert cache.resident(0, 0) == 1
 
 

@@ -117,7 +117,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         metavar="POLICY",
-        help="width of the experts, such as fixed:4, or routed:3 for a mean chosen by the router (default: the widest)",
+        help="width of the experts: fixed:4; routed:3 for a mean chosen by the router; elastic:3 for what is in "
+        "memory, in sum no worse than 3 bits (default: the widest)",
     )
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
@@ -128,6 +129,13 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write which experts every token is routed to (FILE.gz: compressed)",
     )
+    group = parser.add_argument_group("streaming of experts (for experiments)")
+    group.add_argument("--cache-policy", default="score", metavar="NAME", help="score (default), lru or lfu")
+    group.add_argument("--load-order", default="hottest", metavar="NAME", help="hottest (default) or number")
+    group.add_argument(
+        "--prefetch", default="auto", metavar="N", help="layers to look ahead: auto (default), off, 1, 2 or 3"
+    )
+    group.add_argument("--no-overlap", action="store_true", help="read first, compute then: a baseline")
 
 
 def resolve_model(args: argparse.Namespace, status: Status) -> Path:
@@ -162,6 +170,10 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             ctx_size=args.ctx_size,
             threads=args.threads,
             kv_bits=args.kv_bits,
+            cache_policy=args.cache_policy,
+            load_order=args.load_order,
+            prefetch=args.prefetch,
+            overlap=not args.no_overlap,
             offline=args.offline,
             on_status=status.say,
         )

@@ -7,24 +7,32 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from moert.quant.format import MAX_WIDTH, ExpertLayout
-from moert.quant.matmul import ExpertTable, PackedExpert, experts_ffn
-from moert.quant.rows import combine
-from moert.runtime.residency import Arena
-from moert.runtime.telemetry import Counters
-from moert.runtime.transfer import Read, SliceReader
+from moert.models.foresight import Guess
+from moert.quant.format import MAX_WIDTH
+from moert.quant.rows import add_rows, combine
+from moert.runtime.loading import Loader
+from moert.runtime.telemetry import Counters, Telemetry
 from moert.scheduler.cache import SliceCache
-from moert.scheduler.planner import plan_layer
+from moert.scheduler.eviction import POLICIES, RecentScore
+from moert.scheduler.hebf import ORDERS
+from moert.scheduler.odds import Odds
+from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
-from moert.scheduler.types import ExpertKey, Load, Plan, RoutedExpert, SliceKey, Wave
+from moert.scheduler.trial import Trial
+from moert.scheduler.types import ExpertKey, Plan, Prediction, RoutedExpert
 from moert.store.reader import Store
+
+# Measured on a 12-layer model with a quarter of its experts in memory: from 4 to 24 MiB and from 0.3 to 0.5 it makes no
+# difference beyond the noise; a quarter of what is read for odds of 0.3 is never used.
+_AHEAD_BYTES = 12 << 20
+_LEAST_ODDS = 0.3
 
 _Places: TypeAlias = dict[int, dict[int, Tensor]]
 
@@ -33,7 +41,7 @@ _Places: TypeAlias = dict[int, dict[int, Tensor]]
 class _Step:
     """One layer of one step on its way.
 
-    places: for each expert and each number of slices that it is used with, where it stands in the flattened [T, K]
+    places: for each expert and each number of slices that it is wanted with, where it stands in the flattened [T, K]
     indices. parts: float32 [T * K, D], filled from the front, `filled` rows so far. computed: the places of these rows.
     """
 
@@ -45,30 +53,59 @@ class _Step:
     computed: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """Which policies decide.
+
+    cache: a name in `POLICIES`. order: one in `ORDERS`. horizons: how many layers to look ahead; of several numbers the
+    one is used that is measured to be fastest. overlap: whether experts compute while others are read (False is a
+    baseline to measure against).
+    """
+
+    cache: str = RecentScore.name
+    order: str = "hottest"
+    horizons: tuple[int, ...] = (0, 1)
+    overlap: bool = True
+
+
 class ExpertRunner:
     """Computes routed experts out of the arena, and reads what is missing. Not safe to call from two threads."""
 
-    def __init__(self, store: Store, slots: Sequence[int], precision: Precision, activation: str) -> None:
-        self._store = store
-        self._layout: ExpertLayout = store.layout
-        self._arena = Arena(slots, store.layout.slice_sizes)
-        self._cache = SliceCache(slots)
-        self._reader = SliceReader()
-        self._activation = activation
-        self._ready: dict[tuple[int, int, int], PackedExpert] = {}  # by layer, expert and number of slices
-        self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
+    def __init__(
+        self,
+        store: Store,
+        slots: Sequence[int],
+        precision: Precision,
+        activation: str,
+        policies: Policies | None = None,
+    ) -> None:
+        self._store, self._layout, self._slots = store, store.layout, tuple(slots)
+        self._policies = policies or Policies()
+        self.telemetry = Telemetry(store.layout.widths)
+        self._loader = Loader(store, slots, activation, self.telemetry, self._policies.overlap)
         self._parts = torch.empty(0)
-        self._table = ExpertTable(activation)
-        # layer, experts, weights and slices
-        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int]]] = deque()
-        self._counters = Counters()
+        # layer, experts, weights, and the slices that were wanted and used
+        self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int], Sequence[int]]] = deque()
+        self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=_AHEAD_BYTES)
+        self._guesses: Sequence[Guess] = ()
+        self._odds = Odds()
+        self._trial = Trial(self._policies.horizons)
+        self.horizon, self._step_began, self._stepped = self._trial.choice, 0.0, False
+        self._first_layer = min(store.kept)
         self.use(precision)
+
+    def _new_cache(self) -> SliceCache:
+        kept = self._store.kept
+        policy = POLICIES[self._policies.cache](list(kept), max(map(len, kept.values())), len(self._slots))
+        sizes = self._layout.slice_sizes
+        capacity = [n * size for n, size in zip(self._slots, sizes, strict=True)]
+        return SliceCache(capacity, policy, dict.fromkeys(kept, sizes))
 
     @property
     def counters(self) -> Counters:
         """Up to date when it is asked for."""
         self._catch_up()
-        return self._counters
+        return self.telemetry.counters
 
     def use(self, precision: Precision) -> None:
         """Compute at another precision from the next call on; its slices must have slots.
@@ -76,31 +113,28 @@ class ExpertRunner:
         An expert that the store has fewer slices of is computed with all that it has.
         """
         self._catch_up()
-        self._precision, self._chooser = precision, precision.chooser(self._layout.widths, self._store.kept)
+        widths, kept = self._layout.widths, self._store.kept
+        self._precision, self._chooser = precision, precision.chooser(widths, kept)
+        self._scheduler.ladder = precision.ladder(widths, kept, self._layout.slice_sizes)
 
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them at the width in use; else nothing happens."""
-        shares = self._precision.shares(self._layout.widths)
-        most = {layer: [min(n, len(shares)) for n in kept] for layer, kept in self._store.kept.items()}
-        needed = [sum(n > i for counts in most.values() for n in counts) for i in range(len(shares))]
-        if any(slots < count for slots, count in zip(self._cache.slots, needed, strict=False)):
+        most = self._precision.slices(self._layout.widths)
+        wanted = {layer: [min(n, most) for n in kept] for layer, kept in self._store.kept.items()}
+        needed = [sum(n > i for counts in wanted.values() for n in counts) for i in range(most)]
+        if any(slots < count for slots, count in zip(self._slots, needed, strict=False)):
             return
-        # The numbers of slices that will be asked for, so that decoding finds all of them ready.
-        counts = [
-            n for n, (share, wider) in enumerate(zip(shares, [*shares[1:], 0.0], strict=True), 1) if share > wider
-        ]
-        loading: set[SliceKey] = set()
         try:
-            for layer, slices in most.items():
-                plan = plan_layer(layer, [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(slices)], self._cache)
-                for wave in plan.waves:
-                    self._run_wave(layer, wave, loading, functools.partial(self._prepare, layer, slices, counts))
+            for layer, slices in wanted.items():
+                routed = [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(slices)]
+                for wave in self._scheduler.plan(layer, routed).waves:
+                    self._loader.run(wave, layer, lambda ready: None)
         except BaseException:
-            self._recover(loading)
+            self._recover()
             raise
 
     def close(self) -> None:
-        self._reader.close()
+        self._loader.close()
 
     def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the routed experts.
@@ -109,64 +143,137 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         self._catch_up()
+        self._stepped = False  # a prompt is no token
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
-        places, sums = _places_by_expert(indices, counts), _weight_by_expert(indices, weights)
+        places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
         routed = [
-            RoutedExpert(e, sum(at.shape[0] for at in groups.values()), sums[e], max(groups))
+            RoutedExpert(e, sum(at.shape[0] for at in groups.values()), sums[e], max(groups), _waiting(groups))
             for e, groups in places.items()
         ]
-        loading: set[SliceKey] = set()
+        squares: list[float] = []
+        if self._scheduler.ladder is not None:
+            sums = _sum_by_expert(indices, weights.square())
+            squares = [sums[e] for e in places]
         try:
-            plan = plan_layer(layer, routed, self._cache)
-            self._count(plan, ((n, at.shape[0]) for groups in places.values() for n, at in groups.items()))
-            return self._run(plan, x, places, weights, loading)
+            self._arrived()
+            plan = self._scheduler.plan(layer, routed, len(x), squares)
+            tokens = ((min(n, plan.slices[e]), at.shape[0]) for e, groups in places.items() for n, at in groups.items())
+            self.telemetry.planned(layer, plan.slices, len(plan.waves[0].resident), tokens)
+            return self._run(plan, x, places, weights)
         except BaseException:  # Ctrl-C too, wherever it strikes
-            self._recover(loading)
+            self._recover()
             raise
 
     def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """The same for a single token, added to `out`: x and out float32 contiguous [1, D].
 
-        What decoding calls. Where all experts are in memory, their plan is to compute them, so they are computed at
-        once; it is made later, for several layers at a time, while Python's own data are in the processor's caches.
+        What decoding calls. Where all experts are in memory, there is nothing to plan: they are computed at once, and
+        the cache learns of it later, for several layers at a time, while Python's own data are in the processor's
+        caches.
         """
         before = time.perf_counter()
-        counts = self._chooser.one(layer, experts, weights)
-        if self._table.add(layer, experts, counts, weights, x, out):
-            self._counters.computed_s += time.perf_counter() - before
-            self._unplanned.append((layer, experts, weights, counts))
-            return
-        self._catch_up()
-        loading: set[SliceKey] = set()
+        if layer == self._first_layer:
+            if self._stepped:
+                self.horizon = self._trial.step(before - self._step_began)
+            self._step_began, self._stepped = before, True
+        wanted, table = self._chooser.one(layer, experts, weights), self._loader.table
         try:
-            plan = self._plan_one(layer, experts, weights, counts)
-            places = {e: {n: torch.tensor([k])} for k, (e, n) in enumerate(zip(experts, counts, strict=True))}
-            out += self._run(plan, x, places, torch.tensor([weights]), loading)
+            if self._guesses:
+                self._catch_up()  # what a prefetch evicts must not be planned afterwards
+                self._arrived()
+            counts = wanted
+            if self._scheduler.ladder is not None:
+                held, squares = table.held(layer, experts), [w * w for w in weights]
+                counts = self._scheduler.settle(layer, _routed(experts, weights, wanted), squares, held)
+            if self._guesses and not table.missing(layer, experts, counts):
+                self._look_ahead(layer, experts)
+            if table.add(layer, experts, counts, weights, x, out):
+                self.telemetry.computed(layer, len(experts), before)
+                self._unplanned.append((layer, experts, weights, wanted, counts))
+                return
+            self._catch_up()
+            routed = _routed(experts, weights, wanted)
+            self._scheduler.used(layer, routed)
+            plan = self._scheduler.plan_settled(layer, routed, counts)
+            self.telemetry.planned(layer, plan.slices, len(plan.waves[0].resident), ((n, 1) for n in counts))
+            self._run_one(plan, x, experts, weights, out)
         except BaseException:
-            self._recover(loading)
+            self._recover()
             raise
 
+    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+        """Told before the experts of `layer` are computed what the next layers will probably ask for."""
+        self._guesses = guesses
+
+    def _look_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Prefetch what was guessed, now that all that `layer` waits for has been asked for."""
+        guesses, self._guesses = self._guesses, ()
+        for load in self._loader.unwanted(layer, experts):
+            self._scheduler.cancel(load)
+        odds = self._odds
+        odds.learn(layer, experts)
+        predictions = []
+        for ahead, guess in enumerate(guesses):
+            counts = self._chooser.one(guess.layer, guess.experts, guess.weights)
+            if self._scheduler.ladder is not None:
+                counts = [1] * len(counts)
+            missing = self._loader.table.missing(guess.layer, guess.experts, counts)
+            odds.watch(ahead, guess.layer, [(rank, guess.experts[rank]) for rank in missing])
+            lacking = set(missing)
+            for rank, expert in enumerate(guess.experts):
+                if rank not in lacking:
+                    if rank < len(experts):
+                        predictions.append(Prediction(guess.layer, expert, 1.0, 0))
+                elif (probability := odds.of(ahead, rank)) >= _LEAST_ODDS:
+                    predictions.append(Prediction(guess.layer, expert, probability, counts[rank]))
+        prefetch = self._scheduler.prefetch(predictions, [ExpertKey(layer, e) for e in experts])
+        self._loader.release(prefetch.evictions)
+        for load in prefetch.loads:
+            self._loader.start(load, ahead=True)
+
+    def _arrived(self) -> None:
+        """Take note of what was prefetched meanwhile."""
+        for load in self._loader.collect():
+            self._scheduler.arrived(load)
+
     def _catch_up(self) -> None:
-        """Plan the layers that were computed without a plan: nothing is loaded, but the cache learns of the use."""
+        """Take note of the layers that were computed at once: nothing is loaded, but the cache learns of the use."""
         while self._unplanned:
-            self._plan_one(*self._unplanned.popleft())
+            layer, experts, weights, wanted, counts = self._unplanned.popleft()
+            self._scheduler.used(layer, _routed(experts, weights, wanted))
+            slices = dict(zip(experts, counts, strict=True))
+            self.telemetry.planned(layer, slices, len(slices), ((n, 1) for n in counts))
 
-    def _plan_one(self, layer: int, experts: Sequence[int], weights: Sequence[float], counts: Sequence[int]) -> Plan:
-        """Plan what the router asks for a single token."""
-        routed = [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, counts, strict=True)]
-        plan = plan_layer(layer, routed, self._cache)
-        self._count(plan, ((n, 1) for n in counts))
-        return plan
-
-    def _run(self, plan: Plan, x: Tensor, places: _Places, weights: Tensor, loading: set[SliceKey]) -> Tensor:
-        """Wave by wave. `loading` has the slices whose slots are not filled yet, at every moment."""
+    def _run(self, plan: Plan, x: Tensor, places: _Places, weights: Tensor) -> Tensor:
+        """Wave by wave."""
         step = _Step(plan, x, places, self._room(weights.numel(), x.shape[1]))
+        self._leave_out(step)
         for wave in plan.waves:
-            self._run_wave(plan.layer, wave, loading, functools.partial(self._compute, step))
+            self._loader.run(wave, plan.layer, functools.partial(self._compute, step))
         # The contributions stand in the order in which they were computed; they are added in the order of their rank,
         # so that the result does not depend on what was in memory.
         order = torch.cat(step.computed)
         return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))), weights)
+
+    def _run_one(self, plan: Plan, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+        """The same for a single token, without a tensor for each expert."""
+        layer, slices = plan.layer, plan.slices
+        parts = self._room(len(experts), x.shape[1])
+        waiting = {e: rank for rank, e in enumerate(experts) if slices[e]}
+        rows = list(waiting.values())
+
+        def compute(ready: dict[int, int]) -> None:
+            now = [e for e, there in ready.items() if e in waiting and slices[e] <= there]
+            if now:
+                before = time.perf_counter()
+                ranks = [waiting.pop(e) for e in now]
+                self._loader.table.compute_one(layer, now, [slices[e] for e in now], ranks, x, parts)
+                self.telemetry.computed(layer, len(now), before)
+
+        for number, wave in enumerate(plan.waves):
+            look = functools.partial(self._look_ahead, layer, experts) if number == 0 and self._guesses else None
+            self._loader.run(wave, layer, compute, look)
+        add_rows(parts, rows, [weights[rank] for rank in rows], out)
 
     def _room(self, rows: int, size: int) -> Tensor:
         """Float32 [rows, size], valid until the next call: kept, because new pages cost more than what is written."""
@@ -174,110 +281,49 @@ class ExpertRunner:
             self._parts = torch.empty(rows * size)
         return self._parts[: rows * size].view(rows, size)
 
-    def _run_wave(self, layer: int, wave: Wave, loading: set[SliceKey], use: Callable[[Sequence[int]], object]) -> None:
-        """Load what the wave says; `use` gets the experts that are there, at first those that were."""
-        for key in wave.evictions:
-            self._release(key)
-        reads: dict[Load, Read] = {}
-        for load in wave.loads:
-            keys = [SliceKey(layer, load.expert, index) for index in range(load.first, load.last)]
-            loading.update(keys)
-            reads[load] = self._start(load, keys)
-        if wave.resident:
-            use(wave.resident)
-        waiting = list(wave.loads)
-        while waiting:
-            before = time.perf_counter()
-            reads[waiting[0]].wait()
-            self._counters.waited_s += time.perf_counter() - before
-            ready = [load for load in waiting if reads[load].done]
-            for load in ready:
-                reads[load].wait()
-                keys = [SliceKey(layer, load.expert, index) for index in range(load.first, load.last)]
-                self._checked.update(keys)
-                loading.difference_update(keys)
-            waiting = [load for load in waiting if load not in ready]
-            use([load.expert for load in ready])
+    def _leave_out(self, step: _Step) -> None:
+        """What the plan leaves out contributes nothing."""
+        for e in [e for e, n in step.plan.slices.items() if n == 0]:
+            for at in step.places.pop(e).values():
+                step.parts[step.filled : step.filled + len(at)] = 0
+                step.computed.append(at)
+                step.filled += len(at)
 
-    def _start(self, load: Load, keys: Sequence[SliceKey]) -> Read:
-        for key in keys:
-            self._arena.take(key)
-        location = self._store.location(keys[0].layer, load.expert)
-        read = Read(
-            location.file,
-            location.offset + sum(self._layout.slice_sizes[: load.first]),
-            [self._arena.buffer(key) for key in keys],
-            [None if key in self._checked else self._store.checksum(*key) for key in keys],
-            f"expert {load.expert} of layer {keys[0].layer}",
-        )
-        self._reader.submit(read)
-        self._counters.reads += 1
-        self._counters.bytes_read += sum(len(b) for b in read.buffers)
-        return read
-
-    def _packed(self, layer: int, expert: int, slices: int) -> PackedExpert:
-        """The expert, used with its first `slices` slices: built once, kept until one of them is evicted."""
-        found = self._ready.get((layer, expert, slices))
-        if found is None:
-            views = [self._arena.view(SliceKey(layer, expert, index)) for index in range(slices)]
-            found = self._ready[layer, expert, slices] = PackedExpert.from_slices(views, self._layout)
-            self._table.put(layer, expert, slices, found)
-        return found
-
-    def _prepare(self, layer: int, slices: Sequence[int], counts: Sequence[int], experts: Sequence[int]) -> None:
-        for e in experts:
-            for n in counts:
-                self._packed(layer, e, min(n, slices[e]))
-
-    def _compute(self, step: _Step, experts: Sequence[int]) -> None:
+    def _compute(self, step: _Step, ready: dict[int, int]) -> None:
+        """Compute what waits for experts of which so many slices are there by now."""
+        groups: list[tuple[int, int, Tensor]] = []
+        for e, there in ready.items():
+            most, waiting = step.plan.slices[e], step.places[e]
+            for n in [n for n in waiting if min(n, most) <= there]:
+                groups.append((e, min(n, most), waiting.pop(n)))
+        if not groups:
+            return
         before = time.perf_counter()
-        groups = [(e, n, at) for e in experts for n, at in step.places[e].items()]
-        packed = [self._packed(step.plan.layer, e, n) for e, n, _ in groups]
+        experts, slices, at = zip(*groups, strict=True)
         K = step.parts.shape[0] // step.x.shape[0]
-        tokens_of = [at // K for _, _, at in groups]
-        rows = sum(tokens.shape[0] for tokens in tokens_of)
-        experts_ffn(step.x, packed, tokens_of, step.parts[step.filled : step.filled + rows], self._activation)
-        step.computed += (at for _, _, at in groups)
+        rows = sum(map(len, at))
+        out = step.parts[step.filled : step.filled + rows]
+        tokens_of = [places // K for places in at]
+        self._loader.table.compute(step.plan.layer, experts, slices, tokens_of, step.x, out)
+        step.computed += at
         step.filled += rows
-        self._counters.computed_s += time.perf_counter() - before
+        self.telemetry.computed(step.plan.layer, len(experts), before)
 
-    def _release(self, key: SliceKey) -> None:
-        self._arena.release(key)
-        for slices in range(key.slice + 1, self._layout.num_slices + 1):
-            if self._ready.pop((key.layer, key.expert, slices), None) is not None:
-                self._table.drop(key.layer, key.expert, slices)
-
-    def _recover(self, loading: set[SliceKey]) -> None:
+    def _recover(self) -> None:
         """Begin afresh with what is surely in the arena, after a step that broke off somewhere.
 
         The cache may be anywhere between two states, so it is made anew from the slots that are filled.
         """
-        self._reader.drain()
-        self._arena.rebuild()
-        held = self._arena.held() - loading
-        prefixes: dict[ExpertKey, int] = {}
-        for key in sorted(held):
-            expert = ExpertKey(key.layer, key.expert)
-            if key.slice == prefixes.get(expert, 0):
-                prefixes[expert] = key.slice + 1
-        for key in self._arena.held():
-            if key in loading or key.slice >= prefixes.get(ExpertKey(key.layer, key.expert), 0):
-                self._arena.release(key)
-        self._ready.clear()
-        self._table, self._unplanned = ExpertTable(self._activation), deque()
-        self._cache = SliceCache(self._cache.slots, type(self._cache.policy)())
+        prefixes = self._loader.recover()
+        self._unplanned.clear()
+        self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder, _AHEAD_BYTES)
         for expert, count in prefixes.items():
-            self._cache.insert(expert, count, ())
+            self._scheduler.cache.insert(expert, count, ())
 
-    def _count(self, plan: Plan, tokens: Iterable[tuple[int, int]]) -> None:
-        """tokens: how many (token, expert) there are with so many slices."""
-        counters, widths = self._counters, self._layout.widths
-        counters.expert_uses += len(plan.slices)
-        counters.expert_hits += len(plan.waves[0].resident)
-        for n in plan.slices.values():
-            counters.width_sum += widths[n - 1]
-        for n, count in tokens:
-            counters.token_uses[n] += count
+
+def _routed(experts: Sequence[int], weights: Sequence[float], slices: Sequence[int]) -> list[RoutedExpert]:
+    """What a single token asks of a layer."""
+    return [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, slices, strict=True)]
 
 
 def _places_by_expert(indices: Tensor, counts: Tensor) -> _Places:
@@ -293,7 +339,14 @@ def _places_by_expert(indices: Tensor, counts: Tensor) -> _Places:
     return result
 
 
-def _weight_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
+def _waiting(groups: dict[int, Tensor]) -> tuple[int, ...]:
+    """For each slice the number of tokens that need it; empty where all need all of them."""
+    if len(groups) == 1:
+        return ()
+    return tuple(sum(len(at) for n, at in groups.items() if n > index) for index in range(max(groups)))
+
+
+def _sum_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
     flat = indices.flatten()
     sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
     return dict(enumerate(sums.tolist()))

@@ -7,11 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from torch import Tensor
-
 from moert.memory import allocate
 from moert.scheduler.types import SliceKey
-from moert.store.fileio import as_bytes
 
 
 def slots_for(
@@ -36,15 +33,15 @@ def slots_for(
 class Arena:
     """Slots of each slice size in one anonymous mapping, aligned for O_DIRECT. Pages cost memory once written.
 
-    slots[i]: number of slots for slices of index i, each sizes[i] bytes (a multiple of 4096).
+    slots[i]: number of slots for slices of index i, each sizes[i] bytes (a multiple of 4096). memory: uint8
+    [total_bytes].
     """
 
     def __init__(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
         self.slots = tuple(slots)
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))
-        self._tensor = allocate(self.total_bytes)
-        self._bytes = as_bytes(self._tensor)
+        self.memory = allocate(self.total_bytes)
         self._starts: list[int] = []
         at = 0
         for n, size in zip(slots, sizes, strict=True):
@@ -53,12 +50,13 @@ class Arena:
         self._free = [list(range(n - 1, -1, -1)) for n in slots]
         self._slot_of: dict[SliceKey, int] = {}
 
-    def take(self, key: SliceKey) -> None:
-        """Give a free slot to `key`. Raises IndexError where none is free: the cache counts slots too."""
-        self._slot_of[key] = self._free[key.slice].pop()
+    def take(self, key: SliceKey) -> int:
+        """Give a free slot to `key`; returns its offset. Raises IndexError where none is free."""
+        self._slot_of[key] = self._free[key[2]].pop()
+        return self.offset(key)
 
     def release(self, key: SliceKey) -> None:
-        self._free[key.slice].append(self._slot_of.pop(key))
+        self._free[key[2]].append(self._slot_of.pop(key))
 
     def rebuild(self) -> None:
         """Work out anew which slots are free, after a `take` or `release` may have been interrupted."""
@@ -72,15 +70,6 @@ class Arena:
         """All slices that have a slot."""
         return set(self._slot_of)
 
-    def _at(self, key: SliceKey) -> int:
-        return self._starts[key.slice] + self._slot_of[key] * self.sizes[key.slice]
-
-    def buffer(self, key: SliceKey) -> memoryview:
-        """The slot of `key`, to read into."""
-        at = self._at(key)
-        return self._bytes[at : at + self.sizes[key.slice]]
-
-    def view(self, key: SliceKey) -> Tensor:
-        """The slot of `key`, to compute with: uint8 [sizes[key.slice]], valid until it is released."""
-        at = self._at(key)
-        return self._tensor[at : at + self.sizes[key.slice]]
+    def offset(self, key: SliceKey) -> int:
+        """Where the slot of `key` begins in `memory`, valid until it is released."""
+        return self._starts[key[2]] + self._slot_of[key] * self.sizes[key[2]]

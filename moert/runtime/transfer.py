@@ -7,29 +7,38 @@ Where a file system refuses it, reads are buffered and the pages are given back 
 from __future__ import annotations
 
 import os
-import queue
 import threading
+import time
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from moert.errors import StoreError
+from moert.quant.dispatch import compiled
+from moert.store.fileio import as_bytes
 
 READERS = 2  # one or two saturate a disk at these sizes; more only compete with computing
+CHUNK_BYTES = 1 << 20  # what a demand may have to wait for; at 256 KiB these disks are no slower, but Python is
+_SHORT, _DAMAGED = -1, -2  # outcomes of the compiled module's reads
 MAX_IOV = 1024  # buffers that one preadv call may take (IOV_MAX on Linux)
 
 
 def direct_io_works(file: Path) -> bool:
     """Whether `file` can be read with O_DIRECT."""
-    reader = _File(file)
+    reader = File(file)
     try:
         return reader.direct
     finally:
         reader.close()
 
 
-class _File:
+class File:
     """One open expert file."""
 
     def __init__(self, path: Path) -> None:
@@ -57,112 +66,261 @@ class _File:
 
 @dataclass(eq=False)
 class Read:
-    """One read in flight: `buffers` are filled in order from `offset` of `path`.
+    """One read: `parts` are filled in order from `offset` of `path`.
 
-    checksums: CRC-32 that each buffer must have, or None where it was checked before. `what`: the expert, for errors.
+    parts: where each begins in the reader's memory, its bytes, and the CRC-32 that it must have, or -1 where it was
+    checked before. what: the expert, for errors. begun, ended: when the disk was asked for the first of its bytes, and
+    when all were there and checked.
     """
 
     path: Path
     offset: int
-    buffers: Sequence[memoryview]
-    checksums: Sequence[int | None]
+    parts: Sequence[tuple[int, int, int]]
     what: str
     error: Exception | None = None
+    begun: float = 0.0
+    ended: float = 0.0
+    _left: int = 0  # chunks that are not read yet
+    _started: bool = False
     _done: threading.Event = field(default_factory=threading.Event)
+    _job: Any = None  # where the compiled module reads
+    _reader: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum([size for _, size, _ in self.parts])
 
     @property
     def done(self) -> bool:
-        return self._done.is_set()
+        return self._done.is_set() if self._job is None else self._reader.done(self._job)
 
     def wait(self) -> None:
         """Block until the bytes are there and checked. Raises StoreError where they could not be had."""
-        self._done.wait()
+        if self._job is None:
+            self._done.wait()
+        else:
+            self._reader.wait(self._job)
+            self.begun, self.ended = self._job.begun, self._job.ended
+            self.error = self._failure(self._job.outcome, self._job.damaged)
         if self.error is not None:
             raise self.error
 
+    def _failure(self, outcome: int, part: int) -> StoreError | None:
+        """The error behind a number: an errno, or what the compiled module calls kShort and kDamaged."""
+        if outcome > 0:
+            return StoreError(f"Reading {self.what} from {self.path} failed: {os.strerror(outcome)}.")
+        if outcome == _SHORT:
+            return StoreError(f"{self.path} ends before {self.what}: convert the model again.")
+        if outcome == _DAMAGED:
+            return StoreError(
+                f"{self.path}: {self.what} is damaged (checksum of part {part} differs): convert the model again."
+            )
+        return None
+
+
+class Reader(Protocol):
+    """Reads in the background. Reads are cut into chunks; what somebody waits for goes first, so that it waits for one
+    chunk of each thread at most."""
+
+    def submit(self, read: Read, ahead: bool = False) -> None:
+        """Start a read; `read.wait()` tells when it has ended. ahead: nobody waits for it, others go first."""
+
+    def hurry(self, read: Read) -> None:
+        """Somebody waits for it now."""
+
+    def cancel(self, read: Read) -> bool:
+        """Drop a read of which nothing was asked from the disk yet; False where it is too late for that."""
+
+    def drain(self) -> None:
+        """Drop what has not begun and block until the rest has ended: nothing writes to any buffer any more."""
+
+    def close(self) -> None:
+        """Let the threads end after what is queued, and close the files."""
+
+
+def make_reader(memory: Tensor) -> Reader:
+    """The compiled module's threads, which need no interpreter, or Python's. memory: uint8, what reads fill."""
+    module = compiled()
+    return SliceReader(memory) if module is None else NativeReader(memory, module)
+
+
+class _Files:
+    """Files that stay open."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, File] = {}
+
+    def __getitem__(self, path: Path) -> File:
+        """Raises OSError where it cannot be opened."""
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = File(path)
+        return file
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+class NativeReader:
+    """Threads of the compiled module."""
+
+    def __init__(self, memory: Tensor, module: ModuleType, threads: int = READERS) -> None:
+        self._native, self._memory = module.Reader(memory.data_ptr(), threads, CHUNK_BYTES), memory
+        self._files = _Files()
+
+    def submit(self, read: Read, ahead: bool = False) -> None:
+        try:
+            file = self._files[read.path]
+        except OSError as error:
+            raise StoreError(f"Reading {read.what} from {read.path} failed: {error.strerror}.") from error
+        read._reader = self._native
+        read._job = self._native.submit(file.fd, not file.direct, read.offset, read.parts, ahead)
+
+    def hurry(self, read: Read) -> None:
+        self._native.hurry(read._job)
+
+    def cancel(self, read: Read) -> bool:
+        return read._job is None or bool(self._native.cancel(read._job))
+
+    def drain(self) -> None:
+        self._native.drain()
+
+    def close(self) -> None:
+        self._native.close()
+        self._files.close()
+
+
+_Chunk = tuple[Read, int, int]  # of which read, from and to which of its bytes
+
 
 class SliceReader:
-    """Reading threads and the files that they keep open."""
+    """Python's threads, where the compiled module is not in use."""
 
-    def __init__(self, threads: int = READERS) -> None:
-        self._queue: queue.SimpleQueue[Read | threading.Barrier | None] = queue.SimpleQueue()
-        self._files: dict[Path, _File] = {}
-        self._lock = threading.Lock()
+    def __init__(self, memory: Tensor, threads: int = READERS) -> None:
+        self._memory = as_bytes(memory)
+        self._demanded: deque[_Chunk] = deque()
+        self._ahead: deque[_Chunk] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._busy = 0  # threads that read
+        self._closed = False
+        self._files = _Files()
         self._threads = [
             threading.Thread(target=self._work, name=f"moert-read-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, read: Read) -> None:
-        """Start a read; `read.wait()` tells when it has ended."""
-        self._queue.put(read)
+    def submit(self, read: Read, ahead: bool = False) -> None:
+        total = read.nbytes
+        starts = range(0, total, CHUNK_BYTES)
+        read._left = len(starts)
+        chunks = [(read, at, min(at + CHUNK_BYTES, total)) for at in starts]
+        with self._changed:
+            (self._ahead if ahead else self._demanded).extend(chunks)
+            self._changed.notify(len(chunks))
+
+    def hurry(self, read: Read) -> None:
+        with self._changed:
+            chunks = [chunk for chunk in self._ahead if chunk[0] is read]
+            for chunk in chunks:
+                self._ahead.remove(chunk)
+            self._demanded.extend(chunks)
+
+    def cancel(self, read: Read) -> bool:
+        with self._changed:
+            if read._started:
+                return False
+            for waiting in (self._ahead, self._demanded):
+                for chunk in [chunk for chunk in waiting if chunk[0] is read]:
+                    waiting.remove(chunk)
+            read._done.set()
+            return True
 
     def drain(self) -> None:
-        """Block until everything submitted so far has ended: nothing writes to any buffer any more."""
-        barrier = threading.Barrier(len(self._threads) + 1)
-        for _ in self._threads:
-            self._queue.put(barrier)
-        barrier.wait()
+        with self._changed:
+            for chunk in [*self._demanded, *self._ahead]:
+                if not chunk[0]._started:
+                    chunk[0]._done.set()
+            self._demanded = deque(chunk for chunk in self._demanded if chunk[0]._started)
+            self._ahead = deque(chunk for chunk in self._ahead if chunk[0]._started)
+            self._changed.wait_for(lambda: not (self._busy or self._demanded or self._ahead))
 
     def close(self) -> None:
-        """Let the threads end after what is queued, and close the files."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     def _work(self) -> None:
-        while (read := self._queue.get()) is not None:
-            if isinstance(read, threading.Barrier):
-                read.wait()
-                continue
+        while (chunk := self._next()) is not None:
+            read, first, last = chunk
+            error: Exception | None = None
             try:
-                self._fill(read)
-                self._check(read)
-            except Exception as error:  # whatever it is, it must reach the caller, who waits
-                read.error = error
-            finally:
-                read._done.set()
+                if read.error is None:  # the rest of what has failed is of no use
+                    self._fill(read, first, last)
+            except Exception as failure:  # whatever it is, it must reach the caller, who waits
+                error = failure
+            with self._changed:
+                read.error = read.error or error
+                read._left -= 1
+                whole = read._left == 0
+            if whole:
+                self._finish(read)
+            with self._changed:
+                self._busy -= 1
+                if self._busy == 0:
+                    self._changed.notify_all()  # drain may wait for it
 
-    def _file(self, path: Path) -> _File:
-        with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = _File(path)
-            return file
+    def _next(self) -> _Chunk | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._demanded or self._ahead or self._closed)
+            waiting = self._demanded or self._ahead
+            if not waiting:
+                return None
+            chunk = waiting.popleft()
+            self._busy += 1
+            if not chunk[0]._started:
+                chunk[0]._started = True
+                chunk[0].begun = time.perf_counter()
+            return chunk
 
-    def _fill(self, read: Read) -> None:
-        total = sum(len(b) for b in read.buffers)
+    def _finish(self, read: Read) -> None:
         try:
-            file = self._file(read.path)
-            done = 0
-            while done < total:
-                got = file.read(_remaining(read.buffers, done), read.offset + done)
+            if read.error is None:
+                self._check(read)
+        except Exception as failure:
+            read.error = failure
+        read.ended = time.perf_counter()
+        read._done.set()
+
+    def _fill(self, read: Read, first: int, last: int) -> None:
+        try:
+            with self._changed:
+                file = self._files[read.path]
+            while first < last:
+                got = file.read(self._pieces(read, first, last), read.offset + first)
                 if got == 0:
-                    raise StoreError(f"{read.path} ends before {read.what}: convert the model again.")
-                done += got
+                    read.error = read._failure(_SHORT, -1)
+                    return
+                first += got
         except OSError as error:
             raise StoreError(f"Reading {read.what} from {read.path} failed: {error.strerror or error}.") from error
 
-    @staticmethod
-    def _check(read: Read) -> None:
-        for index, (buffer, expected) in enumerate(zip(read.buffers, read.checksums, strict=True)):
-            if expected is not None and zlib.crc32(buffer) != expected:
-                raise StoreError(
-                    f"{read.path}: {read.what} is damaged (checksum of part {index} differs): convert the model again."
-                )
+    def _check(self, read: Read) -> None:
+        for index, (at, size, expected) in enumerate(read.parts):
+            if expected >= 0 and zlib.crc32(self._memory[at : at + size]) != expected:
+                read.error = read._failure(_DAMAGED, index)
+                return
 
-
-def _remaining(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    rest = []
-    for buffer in buffers:
-        if done >= len(buffer):
-            done -= len(buffer)
-        else:
-            rest.append(buffer[done:])
-            done = 0
-    return rest
+    def _pieces(self, read: Read, first: int, last: int) -> list[memoryview]:
+        """The memory of bytes first .. last of a read."""
+        pieces, begin = [], 0
+        for at, size, _ in read.parts:
+            if begin < last and begin + size > first:
+                pieces.append(self._memory[at + max(first - begin, 0) : at + min(last - begin, size)])
+            begin += size
+        return pieces

@@ -11,12 +11,13 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "ahead.h"
+#include "bind_reader.h"
 #include "busy.h"
 #include "calibrate.h"
+#include "expert_table.h"
 #include "layer_step.h"
 #include "kernel.h"
 #include "products.h"
@@ -68,9 +69,6 @@ std::mutex& products_lock() {
   return *instance;
 }
 
-// (address, stride, bits, shift) from the most significant.
-using PlaneTuple = std::tuple<uintptr_t, size_t, int, int>;
-
 template <class V>
 V* at(uintptr_t address) {
   return reinterpret_cast<V*>(address);
@@ -78,24 +76,7 @@ V* at(uintptr_t address) {
 
 void set_matrix(Matrix* self, const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
                 int group_size) {
-  if (planes.empty() || planes.size() > size_t(kMaxPlanes)) throw std::invalid_argument("1 to 8 planes are needed");
-  if (group_size != 32 && group_size != 64 && group_size != 128) throw std::invalid_argument("bad group size");
-  NestedMatrix m{};
-  m.num_planes = int(planes.size());
-  int width = 0;
-  for (size_t i = 0; i < planes.size(); i++) {
-    auto [address, stride, bits, shift] = planes[i];
-    m.planes[i] = Plane{at<const uint8_t>(address), stride, bits, shift};
-    width += bits;
-  }
-  m.scales = at<const uint8_t>(scales);
-  m.rows = rows;
-  m.tiles = (rows + kTileRows - 1) / kTileRows;
-  m.groups = groups;
-  m.group_size = group_size;
-  m.levels = (1 << width) - 1;
-  m.midpoint = float(m.levels) / 2;
-  new (self) Matrix{m};
+  new (self) Matrix{nested_matrix(planes, scales, rows, groups, group_size)};
 }
 
 void set_raw_matrix(Matrix* self, uintptr_t weights, const std::string& dtype, int64_t rows) {
@@ -147,39 +128,50 @@ void experts(const std::vector<const ExpertMatrices*>& list, const std::vector<i
                      at<float>(out));
 }
 
-// Experts by layer, expert and number of slices; they do not own the memory.
-class ExpertTable {
- public:
-  void put(int layer, int expert, int slices, const ExpertMatrices& matrices) {
-    experts_[key(layer, expert, slices)] = matrices;
-  }
-  void drop(int layer, int expert, int slices) { experts_.erase(key(layer, expert, slices)); }
+bool table_add(ExpertTable& table, int layer, const std::vector<int>& experts, const std::vector<int>& slices,
+               const std::vector<float>& weights, uintptr_t x, uintptr_t out) {
+  if (weights.size() != experts.size()) throw std::invalid_argument("one weight for each expert is needed");
+  const std::vector<ExpertMatrices>* found = table.find(layer, experts, slices);
+  if (found == nullptr) return false;
+  const Busy busy;
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(products_lock());
+  products().add_experts(*active, *found, weights.data(), at<const float>(x), at<float>(out));
+  return true;
+}
 
-  // See Products::add_experts; false where one is not in the table.
-  bool add(int layer, const std::vector<int>& experts, const std::vector<int>& slices, const std::vector<float>& weights,
-           uintptr_t x, uintptr_t out) {
-    if (experts.empty() || weights.size() != experts.size() || slices.size() != experts.size())
-      throw std::invalid_argument("one weight and one number of slices for each expert are needed");
-    found_.clear();
-    for (size_t i = 0; i < experts.size(); i++) {
-      const auto place = experts_.find(key(layer, experts[i], slices[i]));
-      if (place == experts_.end()) return false;
-      found_.push_back(place->second);
-    }
-    const Busy busy;
-    nb::gil_scoped_release release;
-    std::lock_guard<std::mutex> lock(products_lock());
-    products().add_experts(*active, found_, weights.data(), at<const float>(x), at<float>(out));
-    return true;
-  }
+void table_compute(ExpertTable& table, int layer, const std::vector<int>& experts, const std::vector<int>& slices,
+                   const std::vector<int64_t>& counts, uintptr_t tokens_of, uintptr_t x, int64_t tokens, uintptr_t out) {
+  if (counts.size() != experts.size()) throw std::invalid_argument("one count for each expert is needed");
+  const std::vector<ExpertMatrices>* found = table.find(layer, experts, slices);
+  if (found == nullptr) throw std::invalid_argument("an expert is not in the table");
+  const Busy busy;
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(products_lock());
+  products().experts(*active, *found, counts, at<const int64_t>(tokens_of), at<const float>(x), tokens,
+                     found->front().down.rows, found->front().gate.rows, at<float>(out));
+}
 
- private:
-  static uint64_t key(int layer, int expert, int slices) {
-    return uint64_t(layer) << 40 | uint64_t(expert) << 8 | uint64_t(slices);
-  }
-  std::unordered_map<uint64_t, ExpertMatrices> experts_;
-  std::vector<ExpertMatrices> found_;
-};
+// A single token: the result of experts[i] goes to row rows[i] of parts.
+void table_compute_one(ExpertTable& table, int layer, const std::vector<int>& experts, const std::vector<int>& slices,
+                       const std::vector<int64_t>& rows, uintptr_t x, uintptr_t parts) {
+  if (rows.size() != experts.size()) throw std::invalid_argument("one row for each expert is needed");
+  const std::vector<ExpertMatrices>* found = table.find(layer, experts, slices);
+  if (found == nullptr) throw std::invalid_argument("an expert is not in the table");
+  const Busy busy;
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(products_lock());
+  products().scatter_experts(*active, *found, rows.data(), at<const float>(x), at<float>(parts));
+}
+
+// out [size] += sum over i of weights[i] * row rows[i] of parts, in their order.
+void add_rows(const std::vector<int64_t>& rows, const std::vector<float>& weights, uintptr_t parts, int64_t size,
+              uintptr_t out) {
+  if (rows.empty() || rows.size() != weights.size()) throw std::invalid_argument("one weight for each row is needed");
+  std::vector<const float*> terms;
+  for (int64_t row : rows) terms.push_back(at<const float>(parts) + row * size);
+  add_weighted(terms.data(), weights.data(), int64_t(rows.size()), size, at<float>(out));
+}
 
 void dequantise(const Matrix& matrix, int64_t cols, uintptr_t out, int64_t out_stride, int64_t first_row,
                 int64_t last_row) {
@@ -308,7 +300,9 @@ Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& plac
 NB_MODULE(_native, m) {
   using namespace moert;
   active = supported_kernels().front();
-  m.doc() = "Kernels for nested-bit products.";
+  m.doc() = "Kernels for nested-bit products, and threads that read slices.";
+  nb::set_leak_warnings(false);  // what lives until the interpreter ends is no leak
+  bind_reader(m);
   nb::class_<Matrix>(m, "Matrix", "Nested-bit weights at one width, or raw weights; it does not own the memory.")
       .def("__init__", &set_matrix)
       .def("__init__", &set_raw_matrix);
@@ -320,10 +314,15 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear);
   m.def("experts", &experts);
   nb::class_<ExpertTable>(m, "ExpertTable", "Experts by layer, expert and number of slices.")
-      .def(nb::init<>())
+      .def(nb::init<std::vector<std::vector<PlacedMatrix>>, uintptr_t>())
       .def("put", &ExpertTable::put)
-      .def("drop", &ExpertTable::drop)
-      .def("add", &ExpertTable::add);
+      .def("keep", &ExpertTable::keep)
+      .def("held", &ExpertTable::held)
+      .def("missing", &ExpertTable::missing)
+      .def("add", &table_add)
+      .def("compute", &table_compute)
+      .def("compute_one", &table_compute_one);
+  m.def("add_rows", &add_rows);
   nb::class_<Layer>(m, "Layer", "A layer but its experts; it does not own the memory.")
       .def("__init__", &set_layer, nb::arg("hidden"), nb::arg("head_dim"), nb::arg("norms"), nb::arg("eps"),
            nb::arg("qkvo"), nb::arg("qk_norm"), nb::arg("qk_norms"), nb::arg("clip"), nb::arg("router").none(),

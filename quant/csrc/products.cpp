@@ -187,14 +187,28 @@ void Products::experts(const Kernel& kernel, const std::vector<ExpertMatrices>& 
   });
 }
 
+void Products::scatter_experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const int64_t* rows,
+                               const float* x, float* out) {
+  const int64_t num = int64_t(experts.size()), inner = experts[0].gate.rows, hidden = experts[0].down.rows;
+  float* parts = parts_.get<float>(num * hidden);
+  this->experts(kernel, experts, std::vector<int64_t>(num, 1), nullptr, x, 1, hidden, inner, parts);
+  for (int64_t e = 0; e < num; e++) std::copy_n(parts + e * hidden, hidden, out + rows[e] * hidden);
+}
+
 void Products::add_experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const float* weights,
                            const float* x, float* out) {
   const int64_t num = int64_t(experts.size()), inner = experts[0].gate.rows, hidden = experts[0].down.rows;
   float* parts = parts_.get<float>(num * hidden);
   this->experts(kernel, experts, std::vector<int64_t>(num, 1), nullptr, x, 1, hidden, inner, parts);
-  for (int64_t i = 0; i < hidden; i++) {
-    float sum = weights[0] * parts[i];
-    for (int64_t e = 1; e < num; e++) sum += weights[e] * parts[e * hidden + i];
+  std::vector<const float*> terms;
+  for (int64_t e = 0; e < num; e++) terms.push_back(parts + e * hidden);
+  add_weighted(terms.data(), weights, num, hidden, out);
+}
+
+void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; i++) {
+    float sum = weights[0] * terms[0][i];
+    for (int64_t e = 1; e < count; e++) sum += weights[e] * terms[e][i];
     out[i] += sum;
   }
 }

@@ -72,6 +72,10 @@ class Products {
   void experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const std::vector<int64_t>& counts,
                const int64_t* tokens_of, const float* x, int64_t tokens, int64_t hidden, int64_t inner, float* out);
 
+  // The same for a single token x [hidden]: expert e goes to row rows[e] of out [...][hidden].
+  void scatter_experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const int64_t* rows,
+                       const float* x, float* out);
+
   // out [hidden] += sum over e of weights[e] * expert e of a single token x [hidden], in their order.
   void add_experts(const Kernel& kernel, const std::vector<ExpertMatrices>& experts, const float* weights,
                    const float* x, float* out);
@@ -84,5 +88,8 @@ class Products {
   Inputs inputs_, gathered_, hidden_;
   Buffer gate_, up_, parts_;
 };
+
+// out [size] += sum over i of weights[i] * terms[i], in their order.
+void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out);
 
 }  // namespace moert

@@ -1,0 +1,237 @@
+"""What goes first when the slice cache needs room: policies by name.
+
+Belady's optimum (IBM Systems Journal 5(2), 1966), which knows the future, is the bound that simulations show beside
+them.
+"""
+
+# L layers, E experts, S slices
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+
+from moert.scheduler.types import ExpertKey, RoutedExpert
+
+_QUEUE = 64  # experts whose turn to be evicted is known at a time
+
+
+class CachePolicy(Protocol):
+    """Decides the order of eviction. Told of every use, so that it can keep scores."""
+
+    name: str
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
+        """All experts that the `tokens` tokens of one step are routed to in `layer`, resident or not."""
+
+    def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
+        """What somebody expects the coming step to use in `layer`, in place of what was expected before."""
+
+    def loaded(self, key: ExpertKey, index: int) -> None:
+        """Slice `index` of an expert got room."""
+
+    def removed(self, key: ExpertKey, index: int) -> None:
+        """Slice `index` of an expert lost its room."""
+
+    def eviction_order(self, index: int) -> Iterable[ExpertKey]:
+        """Experts of which slice `index` is resident, the one to evict first at the front. Others may be among them."""
+
+    def worth(self, key: ExpertKey, index: int) -> float:
+        """How often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
+
+
+class _Baseline:
+    """What baselines do not care about: they know nothing of the future, and let no prefetch evict anything."""
+
+    def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None: ...
+
+    def worth(self, key: ExpertKey, index: int) -> float:
+        return 1.0
+
+
+class LeastRecentlyUsed(_Baseline):
+    """Evicts the expert whose last use is longest ago: the baseline of every published expert cache."""
+
+    name = "lru"
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
+        for r in routed:
+            key = (layer, r.expert)  # equal to an ExpertKey, and made ten times faster
+            if key in self._order:
+                self._order.move_to_end(key)  # type: ignore[arg-type]
+
+    def loaded(self, key: ExpertKey, index: int) -> None:
+        if index == 0:
+            self._order[key] = None
+
+    def removed(self, key: ExpertKey, index: int) -> None:
+        if index == 0:
+            del self._order[key]
+
+    def eviction_order(self, index: int) -> Iterator[ExpertKey]:
+        return iter(self._order)
+
+
+class LeastFrequentlyUsed(_Baseline):
+    """Evicts the expert that the fewest tokens used so far."""
+
+    name = "lfu"
+
+    def __init__(self) -> None:
+        self._uses: Counter[ExpertKey] = Counter()
+        self._held: dict[ExpertKey, None] = {}
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
+        for r in routed:
+            self._uses[ExpertKey(layer, r.expert)] += r.tokens
+
+    def loaded(self, key: ExpertKey, index: int) -> None:
+        if index == 0:
+            self._held[key] = None
+
+    def removed(self, key: ExpertKey, index: int) -> None:
+        if index == 0:
+            del self._held[key]
+
+    def eviction_order(self, index: int) -> Iterator[ExpertKey]:
+        return iter(sorted(self._held, key=self._uses.__getitem__))
+
+
+class Belady(_Baseline):
+    """Evicts what is used again last. visits[i]: layer and experts of the i-th call of `used` that is to come."""
+
+    name = "belady"
+
+    def __init__(self, visits: Sequence[tuple[int, Collection[int]]]) -> None:
+        self._future: dict[ExpertKey, list[int]] = {}
+        for at, (layer, experts) in enumerate(visits):
+            for e in experts:
+                self._future.setdefault(ExpertKey(layer, e), []).append(at)
+        self._now = -1
+        self._held: dict[ExpertKey, None] = {}
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
+        self._now += 1
+
+    def loaded(self, key: ExpertKey, index: int) -> None:
+        if index == 0:
+            self._held[key] = None
+
+    def removed(self, key: ExpertKey, index: int) -> None:
+        if index == 0:
+            del self._held[key]
+
+    def _next(self, key: ExpertKey) -> float:
+        future = self._future.get(key, [])
+        at = bisect_right(future, self._now)
+        return future[at] if at < len(future) else float("inf")
+
+    def eviction_order(self, index: int) -> Iterator[ExpertKey]:
+        return iter(sorted(self._held, key=self._next, reverse=True))
+
+
+class RecentScore(_Baseline):
+    """Evicts what is least likely to be used soon, after HybriMoE's minus-recent-score (arXiv 2504.05897, 4.4).
+
+    Each slice of each expert has a running mean of its use, S = (1 - rate) * S + rate * (share of the tokens that used
+    it); a prompt of T tokens counts as T steps, so that what it routed to warms the scores. (The paper averages router
+    weights. On traces of two real models whether one takes weights or uses changes the bytes read by less than 1%, and
+    a use is what has to be read.) What a predictor names has at least its probability. A layer whose turn comes
+    later in the cycle of layers counts for up to `patience` less: where everything looks alike, what goes is what has
+    just been passed, not what comes next.
+    """
+
+    name = "score"
+
+    def __init__(
+        self, layers: Sequence[int], num_experts: int, num_slices: int, rate: float = 0.1, patience: float = 0.9
+    ) -> None:
+        L, E, S = len(layers), num_experts, num_slices
+        self._layers, self._row = list(layers), {layer: row for row, layer in enumerate(layers)}
+        self._num_experts, self._rate = E, rate
+        # Means times `scale` of their layer, which grows with every use: so a use changes only what is used.
+        self._use = np.zeros((S, L, E))
+        self._scale = np.ones((L, 1))
+        self._foreseen = np.zeros((L, E))
+        self._held = np.zeros((S, L, E), bool)
+        self._visit, self._last_visit = 0, np.zeros((L, E), np.int64)
+        ahead = (np.arange(L)[None] - np.arange(L)[:, None] - 1) % L  # [now, of what]: layers until its turn
+        self._discount = (patience ** (ahead / L))[..., None]
+        self._now = 0
+        self._queues: dict[int, tuple[int, list[ExpertKey]]] = {}  # by slice: since when, the next to evict at the end
+
+    def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
+        row = self._now = self._row[layer]
+        self._visit += 1
+        kept = (1 - self._rate) ** tokens
+        scale = self._scale[row, 0] / kept
+        if scale > 1e100:
+            self._use[:, row] /= scale
+            scale = 1.0
+        self._scale[row, 0] = scale
+        share = (1 - kept) / tokens * scale
+        if tokens == 1:
+            begin, size = row * self._num_experts, self._last_visit.size
+            self._use.reshape(-1)[[begin + r.expert + i * size for r in routed for i in range(r.slices)]] += share
+        else:
+            for r in routed:
+                self._use[: r.slices, row, r.expert] += share * np.array(r.waiting or (r.tokens,) * r.slices)
+        self._last_visit[row, [r.expert for r in routed]] = self._visit
+        self._foreseen[row] = 0
+
+    def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
+        row = self._foreseen[self._row[layer]]
+        row[:] = 0
+        row[list(probabilities)] = list(probabilities.values())
+
+    def loaded(self, key: ExpertKey, index: int) -> None:
+        self._held[index, self._row[key[0]], key[1]] = True
+
+    def removed(self, key: ExpertKey, index: int) -> None:
+        self._held[index, self._row[key[0]], key[1]] = False
+
+    def eviction_order(self, index: int) -> Iterator[ExpertKey]:
+        """The lowest scores are sorted once per cycle of layers; what was used or named since then is passed over."""
+        since, queue = self._queues.get(index, (0, []))
+        if not queue or self._visit - since > len(self._layers):
+            queue = list(islice(self._order(index), _QUEUE))[::-1]
+            since = self._visit
+            self._queues[index] = since, queue
+        while queue:
+            key = queue.pop()
+            row, expert = self._row[key.layer], key.expert
+            if self._last_visit[row, expert] <= since and not self._foreseen[row, expert]:
+                yield key
+        yield from self._order(index)
+
+    def _order(self, index: int) -> Iterator[ExpertKey]:
+        scores = np.maximum(self._use[index] / self._scale, self._foreseen) * self._discount[self._now]
+        flat = np.where(self._held[index], scores, np.inf).ravel()
+        few = min(_QUEUE, flat.size - 1)
+        first = np.argpartition(flat, few)[:few]
+        yield from map(self._key, first[np.argsort(flat[first], kind="stable")].tolist())
+        yield from map(self._key, np.argsort(flat, kind="stable").tolist())
+
+    def _key(self, place: int) -> ExpertKey:
+        row, expert = divmod(place, self._num_experts)
+        return ExpertKey(self._layers[row], expert)
+
+    def worth(self, key: ExpertKey, index: int) -> float:
+        row, expert = self._row[key[0]], key[1]
+        return float(max(self._use[index, row, expert] / self._scale[row, 0], self._foreseen[row, expert]))
+
+
+# For a model with these layers, experts per layer and slices per expert.
+POLICIES: dict[str, Callable[[Sequence[int], int, int], CachePolicy]] = {
+    RecentScore.name: RecentScore,
+    LeastRecentlyUsed.name: lambda layers, num_experts, num_slices: LeastRecentlyUsed(),
+    LeastFrequentlyUsed.name: lambda layers, num_experts, num_slices: LeastFrequentlyUsed(),
+}
