@@ -54,7 +54,7 @@ class Recorder:
 
     def _end(self) -> None:
         """Write the pass before, if it is whole."""
-        if len(self._routes) == self._layers:
+        if len(self._routes) == self._layers and all(len(i) == len(self._tokens) for i, _ in self._routes.values()):
             before, self._phase = self._phase, DECODE if len(self._tokens) == 1 else PREFILL
             self._turn += before == DECODE and self._phase == PREFILL
             rows = [

@@ -115,19 +115,6 @@ class Decoder(nn.Module):
         first = Foresight(-1, gates, self.arch.rms_norm_eps, self.arch.top_k, self.arch.num_experts)
         self._watched = None if watcher is None else (watcher, first)
 
-    def watch(self, watcher: Watcher | None) -> None:
-        """Tell `watcher` from now on what the next layers will probably ask for, whenever a single token is computed.
-
-        Only where the compiled module does a layer's step: without it decoding is slow in any case.
-        """
-        layers, gates = [cast(DecoderLayer, layer) for layer in self.layers], list[Gate]()
-        for index, layer in reversed(list(enumerate(layers))):
-            layer.watcher = watcher
-            arch = self.arch
-            layer.foresight = Foresight(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
-            if isinstance(layer.mlp, MoEBlock):
-                gates = [Gate(index, layer.post_attention_layernorm, layer.mlp), *gates]
-
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:
         """Run tokens int64 [T] behind those in `cache`, which then holds them too.
