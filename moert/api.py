@@ -1,79 +1,35 @@
-"""The Python interface: `LLM`, what it returns, and what it counts."""
+"""The Python interface."""
 
 # T tokens, V vocabulary
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
+from moert import batch
+from moert.answer import Answer, join
+from moert.answer import Completion as Completion
+from moert.answer import Piece as Piece
 from moert.chat import render
 from moert.config import EngineConfig, parse_bytes
 from moert.engine import Engine
 from moert.errors import UsageError
+from moert.meter import GenerationStats as GenerationStats
+from moert.meter import Meter
 from moert.recording import Recorder
-from moert.runtime.telemetry import Counters, peak_rss_bytes
-from moert.sampling import Sampler, SamplingParams, StopMatcher
+from moert.sampling import SamplingParams
 from moert.source import resolve
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationStats:
-    """What one answer took. Times in seconds, sizes in bytes; None where there was nothing to measure.
-
-    cached_tokens: prompt tokens found in the KV cache. ttft_s: from the call to the first token. hit_ratio (share of
-    expert uses that were in memory), bytes_read_per_token and mean_width (bits per weight) are those of decoding, or
-    of the prompt where nothing was decoded; bytes_read counts both.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    ttft_s: float
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
-    hit_ratio: float | None
-    bytes_read: int
-    bytes_read_per_token: float
-    peak_rss_bytes: int
-    budget_bytes: int
-    precision: str
-    mean_width: float | None
-    seed: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of an answer as it is made. finish_reason is None until the last piece: `stop` or `length`."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    stats: GenerationStats
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer. finish_reason: `stop` (end token or stop string) or `length` (max_tokens or context full)."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: GenerationStats
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -82,8 +38,9 @@ class LLM:
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
     ships with the package. memory_budget: for everything, `"2GiB"` or bytes. expert_budget: for the expert arena
     alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored.
-    kv_bits: 8 or 16, of the KV cache. cache_policy, load_order, prefetch and overlap: see `EngineConfig`. on_status
-    gets lines that say what was chosen.
+    kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
+    up to 16 share the KV cache of one context. token_scheduler, cache_policy, load_order, prefetch and overlap: see
+    `EngineConfig`. on_status gets lines that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
@@ -101,6 +58,8 @@ class LLM:
         load_order: str = "hottest",
         prefetch: str = "auto",
         overlap: bool = True,
+        batch_size: int | None = None,
+        token_scheduler: str = "first-come",
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
@@ -115,6 +74,8 @@ class LLM:
             load_order=load_order,
             prefetch=prefetch,
             overlap=overlap,
+            batch_size=batch_size,
+            token_scheduler=token_scheduler,
         )
         self.description: list[str] = []
 
@@ -128,6 +89,7 @@ class LLM:
         self.tokenizer = Tokenizer(path)
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
         self._engine = Engine(self.store, config, status)
+        self._say = on_status or (lambda line: None)
         self._latest: object = None  # the request that the KV cache belongs to
         self._recorders: list[Recorder] = []
 
@@ -146,28 +108,82 @@ class LLM:
         """Tokens in, logits out, with its counters: for measuring. Using it moves the KV cache under `stream`."""
         return self._engine
 
-    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        """Continue each prompt; the results are in the order of the prompts."""
-        return [_join(self.stream(p, params)) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+    def generate(self, prompts: str | Sequence[Prompt], params: Params = None) -> list[Completion]:
+        """Continue each prompt; the results are in the order of the prompts.
+
+        params: for all prompts, or one for each. Several prompts run together, see `stream_many`.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for index, piece in self.stream_many(prompts, params):
+            pieces[index].append(piece)
+        return [join(iter(made)) for made in pieces]
+
+    def stream_many(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Piece]]:
+        """Continue several prompts together, piece by piece, each with the index of its prompt.
+
+        Each gets the text that it would get alone (unless the precision is elastic). One that fails ends with the
+        finish reason `error`, and the others go on. Raises UsageError, before anything starts, for a prompt that
+        `stream` would refuse.
+        """
+        each = [self.default_params] * len(prompts) if params is None else params
+        each = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
+        if len(each) != len(prompts):
+            raise UsageError(
+                f"There are {len(prompts)} prompts, but {len(each)} sampling parameters: give one for each."
+            )
+        encoded = []
+        for number, prompt in enumerate(prompts, 1):
+            ids = self._encode(prompt)
+            try:
+                self._check(ids)
+            except UsageError as error:
+                if len(prompts) == 1:
+                    raise
+                raise UsageError(f"Prompt {number} of {len(prompts)}: {error}") from None
+            encoded.append(ids)
+        return self._run_many(list(zip(encoded, each, strict=True)))
+
+    def _run_many(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[tuple[int, Piece]]:
+        if self._engine.batch_size == 1 or len(requests) == 1:
+            for index, (ids, params) in enumerate(requests):
+                for piece in self._run(ids, params):
+                    yield index, piece
+            return
+        self._latest = request = object()
+        for found in batch.run(self._engine, self.tokenizer, requests, self._say):
+            yield found
+            self._still(request)
+
+    def _still(self, request: object) -> None:
+        if self._latest is not request:
+            raise UsageError("Another request began on this model before this answer ended; take them in turn.")
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """Answer a conversation: messages with `role` and `content`."""
-        return _join(self.stream_chat(messages, params))
+        return join(self.stream_chat(messages, params))
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Answer a conversation, piece by piece. What the KV cache holds of it is not computed again."""
-        text = render(messages, self.tokenizer.chat_template, bos=self.tokenizer.bos, eos=self.tokenizer.eos)
-        return self.stream(self.tokenizer.encode(text, add_special_tokens=False), params)
+        return self.stream(self.encode_chat(messages), params)
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that the model's chat template makes of a conversation, as token ids."""
+        text = render(messages, self.tokenizer.chat_template, bos=self.tokenizer.bos, eos=self.tokenizer.eos)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Continue a prompt (text or token ids), piece by piece; the last piece has the finish reason.
 
         Raises UsageError for an empty prompt and for one that does not fit the context.
         """
         params = params or self.default_params
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._encode(prompt)
         self._check(ids)
         return self._run(ids, params)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _check(self, ids: Sequence[int], answer: int = 1) -> None:
         if not ids:
@@ -182,37 +198,21 @@ class LLM:
             )
 
     def _run(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:
-        engine, sampler = self._engine, Sampler(params)
+        engine, answer = self._engine, Answer(params, self.tokenizer)
         self._latest = request = object()
-        detokenizer, matcher = self.tokenizer.detokenizer(), StopMatcher(params.stop)
-        meter = _Meter(engine, sampler.seed, len(ids))
+        meter = Meter(engine, answer.seed, len(ids))
         cached = _common_prefix(engine.tokens, ids[:-1])
         engine.rewind(cached)
         logits = engine.forward(ids[cached:])
         meter.prefilled(cached)
-        out: list[int] = []
-        new: list[int] = []
         while True:
-            token = sampler(logits, engine.tokens)
-            out.append(token)
-            new.append(token)
-            ended = token in self.tokenizer.eos_ids and not params.ignore_eos
-            text = "" if ended else matcher.push(detokenizer.push(token))
-            full = len(out) >= params.max_tokens or len(engine.tokens) + 1 > engine.ctx_size
-            stop = ended or matcher.stopped
-            if stop or full:
-                if not matcher.stopped:
-                    text += matcher.push(detokenizer.flush())
-                    text += matcher.flush()
-                    stop = stop or matcher.stopped
-                yield Piece(text, new, "stop" if stop else "length", meter.stats(len(out)))
+            text, finish = answer.take(logits, engine.tokens, engine.ctx_size)
+            if text or finish:
+                yield Piece(text, answer.unsaid(), finish, meter.stats(answer.count))
+            if finish:
                 return
-            if text:
-                yield Piece(text, new, None, meter.stats(len(out)))
-                new = []
-            if self._latest is not request:
-                raise UsageError("Another request began on this model before this answer ended; take them in turn.")
-            logits = engine.forward([token])
+            self._still(request)
+            logits = engine.forward([answer.latest])
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position: float32 [T, V]. Starts from an empty context. The result is not in the budget."""
@@ -244,52 +244,5 @@ class LLM:
         self.close()
 
 
-class _Meter:
-    """Times and counts of one answer."""
-
-    def __init__(self, engine: Engine, seed: int, prompt_tokens: int) -> None:
-        self._engine, self._seed, self._prompt_tokens = engine, seed, prompt_tokens
-        self._start = self._first = time.perf_counter()
-        self._before = engine.counters.copy()
-        self._cached = 0
-        self._after_prefill: Counters = self._before
-
-    def prefilled(self, cached: int) -> None:
-        self._first = time.perf_counter()
-        self._cached = cached
-        self._after_prefill = self._engine.counters.copy()
-
-    def stats(self, completion_tokens: int) -> GenerationStats:
-        steps = completion_tokens - 1  # the first token comes out of the prompt's forward pass
-        now, counters = time.perf_counter(), self._engine.counters
-        phase = counters.since(self._after_prefill if steps else self._before)
-        prefill_s = self._first - self._start
-        return GenerationStats(
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached,
-            completion_tokens=completion_tokens,
-            ttft_s=prefill_s,
-            prefill_tokens_per_s=(self._prompt_tokens - self._cached) / prefill_s if prefill_s else None,
-            decode_tokens_per_s=steps / (now - self._first) if steps else None,
-            hit_ratio=phase.hit_ratio,
-            bytes_read=counters.bytes_read - self._before.bytes_read,
-            bytes_read_per_token=phase.bytes_read / max(steps, 1),
-            peak_rss_bytes=peak_rss_bytes(),
-            budget_bytes=self._engine.budget.total,
-            precision=str(self._engine.precision),
-            mean_width=phase.mean_width,
-            seed=self._seed,
-        )
-
-
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _join(pieces: Iterator[Piece]) -> Completion:
-    text, ids = "", []
-    for piece in pieces:
-        text += piece.text
-        ids += piece.token_ids
-    assert piece.finish_reason is not None
-    return Completion(text, ids, piece.finish_reason, piece.stats)

@@ -10,6 +10,7 @@ from moert.errors import UsageError
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 DEFAULT_CTX_SIZE = 4096
+AUTO_BATCH = 16
 PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the workspace
 
 
@@ -45,7 +46,9 @@ class EngineConfig:
     `fixed:4` or `routed:3`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16, of the
     KV cache. cache_policy, load_order: which slices go first when room is needed, and in which order they are read.
     prefetch: `auto`, `off`, or for how many layers ahead. overlap: whether experts compute while others are read.
-    Raises UsageError for bad values.
+    batch_size: sequences that are decoded together, each with a context of its own; None: up to AUTO_BATCH that share
+    the KV cache of one context. token_scheduler: a policy of `moert.scheduler.batching`. Raises UsageError for bad
+    values.
     """
 
     memory_budget: int | None = None
@@ -58,9 +61,11 @@ class EngineConfig:
     load_order: str = "hottest"
     prefetch: str = "auto"
     overlap: bool = True
+    batch_size: int | None = 1
+    token_scheduler: str = "first-come"
 
     def __post_init__(self) -> None:
-        for name in ("memory_budget", "expert_budget", "ctx_size", "threads"):
+        for name in ("memory_budget", "expert_budget", "ctx_size", "threads", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")

@@ -1,9 +1,10 @@
 """Puts store, budget, experts and model together: tokens in, logits out."""
 
-# T tokens, V vocabulary, D hidden, H query heads, J key/value heads
+# T tokens, V vocabulary, D hidden, H query heads, J key/value heads, R sequences
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -12,21 +13,27 @@ import torch
 from torch import Tensor
 
 from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget
-from moert.config import DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
+from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
 from moert.errors import BudgetError, UsageError
 from moert.memory import keep_freed_memory
 from moert.models.architecture import Architecture
 from moert.models.decoder import Decoder
-from moert.models.kv_cache import KVCache
+from moert.models.kv_cache import KVCache, KVMemory
 from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
+from moert.quant.format import align
+from moert.quant.layer_step import KEY_BLOCK
+from moert.quant.matmul import FEW_TOKENS
 from moert.runtime.experts import ExpertRunner, Policies
-from moert.runtime.residency import slots_for
 from moert.runtime.telemetry import Counters
 from moert.runtime.transfer import direct_io_works
+from moert.scheduler.batching import POLICIES as TOKEN_SCHEDULERS
+from moert.scheduler.batching import most_alive
+from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
+from moert.slots import Slots
 from moert.store.reader import Store
 
 _MIB = 1 << 20
@@ -38,9 +45,9 @@ def default_threads() -> int:
     return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
 
 
-def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
+def workspace_bytes(arch: Architecture, ctx_size: int, sequences: int = 1) -> int:
     """Upper estimate of the temporary memory of a forward pass, and of sampling from its logits."""
-    T = min(PREFILL_CHUNK, ctx_size)
+    T = min(PREFILL_CHUNK, ctx_size) + sequences - 1
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     inner = max(arch.expert_inner, arch.dense_inner if not all(arch.is_moe_layer) else 0, arch.shared_inner)
     floats = T * (8 * arch.hidden_size + 4 * q_size + 6 * kv_size + 4 * inner)
@@ -48,7 +55,7 @@ def workspace_bytes(arch: Architecture, ctx_size: int) -> int:
     floats += T * arch.top_k * (2 * arch.hidden_size + arch.hidden_size // 4 + 3 * arch.expert_inner)
     floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
     floats += 2 * T * ctx_size  # masks
-    floats += 12 * arch.vocab_size  # logits, and copies that sampling sorts
+    floats += (10 + 2 * sequences) * arch.vocab_size  # logits, and copies that sampling sorts
     return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
@@ -86,20 +93,29 @@ def say_what_is_kept(store: Store, slices: int, on_status: Callable[[str], None]
         on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
 
 
-def needs_of(store: Store, kv_bits: int | None, ctx_size: int, slices: int, libraries: int) -> Needs:
-    """What an engine with this context needs whose experts have up to `slices` slices."""
+def needs_of(
+    store: Store,
+    kv_bits: int | None,
+    ctx_size: int,
+    slices: int,
+    libraries: int,
+    batch_size: int | None = 1,
+    alive: int = 1,
+) -> Needs:
+    """What an engine with this context needs whose experts have up to `slices` slices, for `alive` sequences."""
+    arch, contexts = store.architecture, batch_size or 1
     return Needs(
         libraries=libraries,
         dense=store.dense_bytes,
-        kv_cache=KVCache.bytes_for(store.architecture, ctx_size, _kv_dtype(store, kv_bits)),
-        workspace=workspace_bytes(store.architecture, ctx_size),
+        kv_cache=contexts * KVCache.bytes_for(arch, ctx_size, _kv_dtype(store, kv_bits)),
+        workspace=workspace_bytes(arch, ctx_size, alive),
         one_expert=sum(size for i, size in enumerate(store.layout.slice_sizes[:slices]) if store.experts_with(i)),
         all_experts=store.experts_bytes(slices),
     )
 
 
 class Engine:
-    """A loaded model with its KV cache: a single sequence, computed in chunks.
+    """A loaded model with its KV cache: a single sequence, computed in chunks, or several by way of `slots`.
 
     `tokens` are those in the KV cache. Raises BudgetError where memory does not suffice, UsageError for settings that
     do not fit the model, StoreError where the store is damaged.
@@ -109,8 +125,10 @@ class Engine:
         arch = store.architecture
         if dispatch.wrong_request is not None:
             raise UsageError(f"{dispatch.wrong_request}.")
-        self.precision = read_precision(config.precision, store)
+        self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
+        self.batch_size = config.batch_size or AUTO_BATCH
+        self.token_scheduler = config.token_scheduler
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
         keep_freed_memory()
@@ -122,24 +140,33 @@ class Engine:
         slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
         self._describe(store, config, slots[0], num_experts, on_status)
         self._most_slices = slices
-        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, _policies(config))
+        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, policies)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
         if slots[0] < num_experts:
             self._decoder.watch(self._runner)
-        self._cache = KVCache(arch, self.ctx_size, _kv_dtype(store, config.kv_bits))
+        positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
+        self._memory = KVMemory(arch, positions, _kv_dtype(store, config.kv_bits))
+        self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
+        self._most_alive = most_alive(self.batch_size, config.token_scheduler)
+        # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
+        self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
         self.tokens: list[int] = []
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
         libraries, available = library_bytes(), available_bytes()
 
-        def split(ctx_size: int, slices: int) -> Budget:
-            needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries)
+        def split(ctx_size: int, slices: int, batch_size: int | None = config.batch_size) -> Budget:
+            alive = most_alive(batch_size or AUTO_BATCH, config.token_scheduler)
+            needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries, batch_size, alive)
             return split_budget(needs, config.memory_budget, config.expert_budget, available)
 
         try:
             return split(self.ctx_size, slices)
         except BudgetError as error:
             advice = []
+            fewer = (count for count in range((config.batch_size or 1) - 1, 0, -1))
+            if found := next((n for n in fewer if _fits(split, self.ctx_size, slices, n)), None):
+                advice.append(f"--batch-size {found}")
             for ctx_size in (c for c in (8192, 4096, 2048, 1024, 512, 256) if c < self.ctx_size):
                 if _fits(split, ctx_size, slices):
                     advice.append(f"--ctx-size {ctx_size}")
@@ -199,6 +226,11 @@ class Engine:
         """Of the KV cache, over all layers."""
         return KVCache.bytes_per_position(self._decoder.arch, self._cache.layers[0].values.dtype)
 
+    def slots(self) -> Slots:
+        """The KV cache, for several sequences; what it held is forgotten, as these are when `forward` is called."""
+        self.rewind(0)
+        return Slots(self._decoder, self._memory, self._most_alive, self._most_together)
+
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
         self._runner.preload()
@@ -240,6 +272,7 @@ def _policies(config: EngineConfig) -> Policies:
     for what, name, known in (
         ("cache policy", config.cache_policy, POLICIES),
         ("load order", config.load_order, ORDERS),
+        ("token scheduler", config.token_scheduler, TOKEN_SCHEDULERS),
     ):
         if name not in known:
             raise UsageError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
@@ -254,9 +287,9 @@ def _kv_dtype(store: Store, kv_bits: int | None) -> torch.dtype:
     return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
 
-def _fits(split: Callable[[int, int], Budget], ctx_size: int, slices: int) -> bool:
+def _fits(split: Callable[..., Budget], *what: int) -> bool:
     try:
-        split(ctx_size, slices)
+        split(*what)
     except BudgetError:
         return False
     return True

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moert.models.decoder import Decoder
+from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.quant.format import ExpertLayout
 from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep, writer
@@ -42,28 +43,34 @@ class Recorder:
         open_file = gzip.open if path.suffix == ".gz" else open
         self._file = open_file(path, "wt", encoding="utf-8")
         self._write = writer(self._file, trace_shape(store))
-        self._tokens: list[int] = []
+        self._tokens: list[tuple[int, int, int]] = []  # of the pass that runs: turn, phase and token
         self._routes: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [T, K] each, of the pass that runs
-        self._turn, self._phase = 0, PREFILL
-        decoder.on_tokens.append(self._begin)
+        self._turns: dict[int, tuple[int, int]] = {}  # by sequence, turn and phase
+        self._next_turn = 0
+        decoder.on_pass.append(self._begin)
         decoder.wrap_experts(lambda experts: _Tapped(experts, self._routes))
 
-    def _begin(self, tokens: Tensor) -> None:
+    def _begin(self, runs: Sequence[tuple[Tensor, KVCache]]) -> None:
         self._end()
-        self._tokens = tokens.tolist()
+        self._tokens = []
+        for tokens, cache in runs:
+            phase = DECODE if len(tokens) == 1 and cache.length else PREFILL
+            turn, before = self._turns.get(id(cache), (0, DECODE))
+            if phase == PREFILL and (before == DECODE or not cache.length):
+                turn, self._next_turn = self._next_turn, self._next_turn + 1
+            self._turns[id(cache)] = turn, phase
+            self._tokens += ((turn, phase, token) for token in tokens.tolist())
 
     def _end(self) -> None:
         """Write the pass before, if it is whole."""
-        if len(self._routes) == self._layers and all(len(i) == len(self._tokens) for i, _ in self._routes.values()):
-            before, self._phase = self._phase, DECODE if len(self._tokens) == 1 else PREFILL
-            self._turn += before == DECODE and self._phase == PREFILL
+        if len(self._routes) == self._layers:
             rows = [
                 (layer, indices.tolist(), (weights / weights.sum(-1, keepdim=True)).tolist())
                 for layer, (indices, weights) in sorted(self._routes.items())
             ]
-            for t, token in enumerate(self._tokens):
+            for t, (turn, phase, token) in enumerate(self._tokens):
                 routes = {layer: Routing(tuple(experts[t]), tuple(weights[t])) for layer, experts, weights in rows}
-                self._write(TraceStep(self._phase, routes, token, self._turn))
+                self._write(TraceStep(phase, routes, token, turn))
         self._routes.clear()
 
     def close(self) -> None:

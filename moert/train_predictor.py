@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from moert.scheduler.predictor import (
     Predictor,
     RoutingPath,
 )
-from moert.scheduler.trace import read_trace
+from moert.scheduler.trace import TraceStep, read_trace
 from moert.store.layout import EMBEDDING
 from moert.store.reader import Store
 
@@ -80,8 +79,10 @@ def read_windows(store: Store, paths: Sequence[Path]) -> list[Window]:
                 raise UsageError(f"{path} does not say which tokens went in: record it with --record-trace.")
             if any(len(step.layers.get(layer, ((), ()))[0]) != arch.top_k for layer in store.moe_layers):
                 raise UsageError(f"{path} lacks layers of some tokens: record it with --record-trace.")
-        for _, steps in groupby(trace.steps, key=lambda step: step.turn):
-            turn = list(steps)
+        turns: dict[int, list[TraceStep]] = {}  # several may have run together
+        for step in trace.steps:
+            turns.setdefault(step.turn, []).append(step)
+        for turn in turns.values():
             tokens = torch.tensor([step.token for step in turn])
             experts = torch.tensor([[step.layers[layer].experts for layer in store.moe_layers] for step in turn])
             cut = zip(torch.split(tokens, WINDOW), torch.split(experts, WINDOW), strict=True)

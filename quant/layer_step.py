@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -146,12 +147,18 @@ class LayerStep:
         experts, weights = loaded().layer_step(self.native, cache.native, place.native, x.data_ptr(), normed.data_ptr())
         return normed, experts, weights
 
-    def many(self, x: Tensor, cache: LayerCache, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for tokens x [T, D], in place: what the experts see [T, D], indices int64 and weights [T, K]."""
+    def many(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for tokens x [T, D], in place: what the experts see [T, D], indices int64 and weights [T, K].
+
+        runs: the tokens of one sequence after those of another, with the cache of each. What becomes of a token does
+        not depend on the tokens beside it. ValueError where a place lies beyond its cache.
+        """
         T, K = len(x), self.router.top_k if self.router else 0
         normed, indices, weights = torch.empty_like(x), torch.empty(T, K, dtype=torch.int64), torch.empty(T, K)
+        if sum(len(place.rotation[0]) for _, place in runs) != T:
+            raise ValueError(f"{T} tokens do not fit the places of {len(runs)} runs")
         loaded().layer_steps(
-            self.native, cache.native, place.native,
+            self.native, [(cache.native, place.native) for cache, place in runs],
             x.data_ptr(), normed.data_ptr(), indices.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         return normed, indices, weights

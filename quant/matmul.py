@@ -44,6 +44,7 @@ __all__ = [
 
 # Below this many tokens 16-bit weights are streamed by a kernel instead of upcast in blocks for torch.
 FEW_TOKENS = 12
+FEW_ROWS = 16
 _BLOCK_WEIGHTS = 1 << 20  # weights unpacked at a time: 4 MiB of float32
 
 
@@ -197,10 +198,11 @@ def native_matrix(w: Tensor | PackedMatrix) -> Any:
 
 def _linear_raw(x: Tensor, w: Tensor, module: ModuleType | None) -> Tensor:
     rows, cols = w.shape
+    # A few rows, as of a shared expert's gate, always go this way, so that a token's are the same beside any others.
+    if module is not None and streamable(w) and (x.shape[0] < FEW_TOKENS or rows < FEW_ROWS):
+        return _products(x, [w], module)[0]
     if w.dtype == torch.float32:
         return functional.linear(x, w)
-    if module is not None and streamable(w) and x.shape[0] < FEW_TOKENS:
-        return _products(x, [w], module)[0]
     out = torch.empty(x.shape[0], rows)
     step = max(16, _BLOCK_WEIGHTS // cols)
     for first in range(0, rows, step):

@@ -8,9 +8,8 @@ them.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -106,36 +105,42 @@ class LeastFrequentlyUsed(_Baseline):
 
 
 class Belady(_Baseline):
-    """Evicts what is used again last. visits[i]: layer and experts of the i-th call of `used` that is to come."""
+    """Evicts the slice that is used again last.
+
+    visits[i]: layer of the i-th call of `used` that is to come, and of each of its experts the number of slices.
+    Where all slices of an index have one size and nothing is prefetched, no order reads less of that index.
+    """
 
     name = "belady"
 
-    def __init__(self, visits: Sequence[tuple[int, Collection[int]]]) -> None:
-        self._future: dict[ExpertKey, list[int]] = {}
-        for at, (layer, experts) in enumerate(visits):
-            for e in experts:
-                self._future.setdefault(ExpertKey(layer, e), []).append(at)
-        self._now = -1
-        self._held: dict[ExpertKey, None] = {}
+    def __init__(self, visits: Sequence[tuple[int, Mapping[int, int]]]) -> None:
+        L = 1 + max((layer for layer, _ in visits), default=0)
+        E = 1 + max((e for _, slices in visits for e in slices), default=0)
+        S = max((n for _, slices in visits for n in slices.values()), default=1)
+        self._next = np.full((S, L, E), np.inf)  # visit at which a slice is used next
+        self._held = np.zeros((S, L, E), bool)
+        self._after: list[list[tuple[int, int, float]]] = []  # by visit: expert, slice, visit of its next use
+        for at in range(len(visits) - 1, -1, -1):
+            layer, slices = visits[at]
+            used = [(e, index) for e, n in slices.items() for index in range(n)]
+            self._after.append([(e, index, float(self._next[index, layer, e])) for e, index in used])
+            for e, index in used:
+                self._next[index, layer, e] = at
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
-        self._now += 1
+        for e, index, following in self._after.pop():
+            self._next[index, layer, e] = following
 
     def loaded(self, key: ExpertKey, index: int) -> None:
-        if index == 0:
-            self._held[key] = None
+        self._held[index, key[0], key[1]] = True
 
     def removed(self, key: ExpertKey, index: int) -> None:
-        if index == 0:
-            del self._held[key]
-
-    def _next(self, key: ExpertKey) -> float:
-        future = self._future.get(key, [])
-        at = bisect_right(future, self._now)
-        return future[at] if at < len(future) else float("inf")
+        self._held[index, key[0], key[1]] = False
 
     def eviction_order(self, index: int) -> Iterator[ExpertKey]:
-        return iter(sorted(self._held, key=self._next, reverse=True))
+        layers, experts = np.nonzero(self._held[index])
+        last = np.argsort(-self._next[index, layers, experts], kind="stable")
+        yield from map(ExpertKey, layers[last].tolist(), experts[last].tolist())
 
 
 class RecentScore(_Baseline):

@@ -33,7 +33,7 @@ class Trial:
 
     def _begin(self) -> None:
         self._samples = {choice: [] for choice in self.choices}
-        self._turns = [*reversed(self.choices), *self.choices]  # taken from the end
+        self._turns = [*self.choices, *reversed(self.choices)]  # taken from the end
         self._next()
 
     def _next(self) -> None:

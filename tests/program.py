@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import pytest
 
 from moert.cli import common, main
+from moert.errors import MoertError
 from moert.sampling import SamplingParams
 
 Part = str | BaseException | Callable[[], object]
@@ -56,7 +57,9 @@ class FakeLLM:
     def stream(self, prompt: Any, params: SamplingParams) -> Iterator[Any]:
         self.asked.append(prompt)
         self.params.append(params)
-        parts = self.answers.pop(0)
+        return self._play(self.answers.pop(0))
+
+    def _play(self, parts: Sequence[Part]) -> Iterator[Any]:
         for i, part in enumerate(parts):
             if isinstance(part, BaseException):
                 raise part
@@ -64,7 +67,24 @@ class FakeLLM:
                 part()
                 continue
             finish = self.finish if i == len(parts) - 1 else None
-            yield SimpleNamespace(text=part, token_ids=[i], finish_reason=finish, stats=Stats())
+            yield SimpleNamespace(text=part, token_ids=[i], finish_reason=finish, stats=Stats(), error=None)
+
+    def stream_many(self, prompts: Sequence[Any], params: SamplingParams) -> Iterator[Any]:
+        """The next of each answer in turn, the last prompt's first; an error ends only its own."""
+        each = list(enumerate(self.stream(prompt, params) for prompt in prompts))[::-1]
+        while each:
+            for item in list(each):
+                try:
+                    piece = next(item[1], None)
+                except MoertError as error:
+                    piece = SimpleNamespace(text="", token_ids=[], finish_reason="error", stats=Stats(), error=error)
+                if piece is None or piece.finish_reason:
+                    each.remove(item)
+                if piece is not None:
+                    yield item[0], piece
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> Any:
+        return [m["content"] for m in messages]
 
     def stream_chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Any]:
         return self.stream([m["content"] for m in messages], params)

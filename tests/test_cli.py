@@ -163,12 +163,12 @@ def test_generate_refuses(moert: Program, tmp_path: Path, argv: tuple[str, ...],
 
 
 def test_generate_without_a_prompt_on_a_terminal(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = SimpleNamespace(prompt=None, file=None)
+    args = SimpleNamespace(prompt=None, file=None, prompts=None)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    from moert.cli.generate import _prompt
+    from moert.cli.generate import _prompts
 
     with pytest.raises(UsageError, match="There is no prompt"):
-        _prompt(args)  # type: ignore[arg-type]
+        _prompts(args)  # type: ignore[arg-type]
 
 
 def test_generate_names_a_file_that_is_missing(moert: Program) -> None:

@@ -194,7 +194,7 @@ def test_many_tokens_are_the_same_bytes_as_one_at_a_time(kernel, bits, heads, kv
     for first, last in ((0, 9), (9, 70), (70, T)):
         place = layer_step.Place((cos[first:last], sin[first:last]), past + first, window)
         part = together[first:last]
-        for kept, found in zip((seen, experts, weights), step.many(part, cache, place), strict=True):
+        for kept, found in zip((seen, experts, weights), step.many(part, [(cache, place)]), strict=True):
             kept.append(found)
     experts, weights, seen = torch.cat(experts), torch.cat(weights), torch.cat(seen)
     for t in range(T):
@@ -206,6 +206,49 @@ def test_many_tokens_are_the_same_bytes_as_one_at_a_time(kernel, bits, heads, kv
         assert (its, their) == (experts[t].tolist(), weights[t].tolist())
     assert torch.equal(cache.keys, other.keys)
     assert torch.equal(cache.values, other.values)
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_tokens_of_several_sequences_are_the_same_bytes_as_each_sequence_alone(kernel, bits):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(bits)
+    heads, kv_heads, d = 6, 2, 32
+    step = make_step(g, 48, heads, kv_heads, d, kind="head")
+    together, alone, x = [], [], []
+    for i, (position, tokens, window) in enumerate(
+        ((0, 1, None), (70, 1, None), (33, 1, 5), (20, 40, 16), (3, 2, None))
+    ):
+        for runs in (together, alone):
+            cache, _ = make_cache(torch.Generator().manual_seed(i), bits, kv_heads, d)
+            angles = torch.rand(tokens, d // 2, generator=torch.Generator().manual_seed(i)) * 6
+            runs.append((cache, layer_step.Place((angles.cos(), angles.sin()), position, window)))
+        x.append(torch.randn(tokens, 48, generator=g))
+    want_x = [part.clone() for part in x]
+    want = [step.many(part, [run]) for part, run in zip(want_x, alone, strict=True)]
+    got_x = torch.cat(x)
+    got = step.many(got_x, together)
+    assert torch.equal(got_x, torch.cat(want_x))
+    for ours, theirs in zip(got, zip(*want, strict=True), strict=True):
+        assert torch.equal(ours, torch.cat(theirs))
+    for (ours, _), (theirs, _) in zip(together, alone, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_places_beyond_their_cache_are_refused():
+    if not COMPILED:
+        pytest.skip("no compiled kernel")
+    g = torch.Generator().manual_seed(1)
+    step = make_step(g, 48, 2, 1, 16)
+    cache, _ = make_cache(g, 16, 1, 16, capacity=32)
+    cos, sin = (torch.zeros(2, 8) for _ in range(2))
+    inside, beyond = (layer_step.Place((cos, sin), position, None) for position in (30, 31))
+    step.many(torch.zeros(4, 48), [(cache, inside), (cache, inside)])
+    with pytest.raises(ValueError, match="bad position"):
+        step.many(torch.zeros(4, 48), [(cache, inside), (cache, beyond)])
+    with pytest.raises(ValueError, match="3 tokens do not fit"):
+        step.many(torch.zeros(3, 48), [(cache, inside)])
 
 
 def test_what_the_compiled_step_cannot_do_is_left_to_torch():

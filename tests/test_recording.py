@@ -66,6 +66,27 @@ def test_a_pass_that_breaks_off_is_left_out(store, tmp_path, monkeypatch):
     assert [step.token for step in read_trace(tmp_path / "t.csv").steps] == [*PROMPT, 4]
 
 
+def test_sequences_that_run_together_are_turns_of_their_own(store, tmp_path):
+    params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0)
+    with LLM(store(), ctx_size=64, batch_size=2) as llm:
+        llm.record_trace(tmp_path / "a.csv")
+        for prompt in ("ab", "The router"):
+            llm.generate(prompt, params)
+    with LLM(store(), ctx_size=64, batch_size=2) as llm:
+        llm.record_trace(tmp_path / "both.csv")
+        llm.generate(["ab", "The router"], params)
+    alone, both = (
+        {turn: [step for step in trace.steps if step.turn == turn] for turn in (0, 1)}
+        for trace in (read_trace(tmp_path / "a.csv"), read_trace(tmp_path / "both.csv"))
+    )
+    assert [[(s.token, s.phase) for s in steps] for steps in both.values()] == [
+        [(s.token, s.phase) for s in steps] for steps in alone.values()
+    ]
+    assert [[s.layers[1].experts for s in steps] for steps in both.values()] == [
+        [s.layers[1].experts for s in steps] for steps in alone.values()
+    ]
+
+
 def test_being_recorded_changes_no_byte(store, tmp_path):
     with LLM(store(), ctx_size=64) as llm:
         plain = llm.logits(PROMPT)

@@ -17,8 +17,9 @@ from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
 from moert.runtime import loading, transfer
 from moert.runtime.experts import ExpertRunner
-from moert.runtime.residency import Arena, slots_for
+from moert.runtime.residency import Arena
 from moert.runtime.transfer import Read, SliceReader
+from moert.scheduler.capacity import slots_for
 from moert.scheduler.precision import FixedPrecision
 from moert.scheduler.types import SliceKey
 

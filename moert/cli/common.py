@@ -174,6 +174,8 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             load_order=args.load_order,
             prefetch=args.prefetch,
             overlap=not args.no_overlap,
+            batch_size=vars(args).get("batch_size", 1),
+            token_scheduler=vars(args).get("token_scheduler", "first-come"),
             offline=args.offline,
             on_status=status.say,
         )

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "measure what a width costs in quality",
     "train-router": "learn where a calibrated store needs bits",
     "train-predictor": "learn from traces which experts to read ahead",
+    "simulate": "predict the speed on another device from a routing trace",
     "doctor": "check this machine and installation",
 }
 

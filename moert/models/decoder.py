@@ -1,11 +1,12 @@
-"""The decoder: embedding, layers, head. One sequence at a time, in chunks of any length, over a KV cache."""
+"""The decoder: embedding, layers, head. One sequence in chunks of any length, or several together, over KV caches."""
 
-# T tokens, V vocabulary, D hidden
+# T tokens, V vocabulary, D hidden, R sequences, L layers with experts, K experts per token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,28 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, place: Place, seen: Span | None, cache: KVCache) -> Tensor:
         """Tokens x [T, D] at their place; where `seen` is None, `step` does what it can, and x is overwritten."""
         if seen is None:
-            normed, indices, weights = self.step.many(x, cache.layers[self.self_attn.layer], place)
-            return x.add_(self.mlp(normed, (indices, weights)) if self.step.router else self.mlp(normed))
+            self.together(x, [(cache.layers[self.self_attn.layer], place)])
+            return x
         x = x + self.self_attn(self.input_layernorm(x), *place.rotation, seen, cache)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
+
+    def together(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> Tensor:
+        """Tokens x [T, D] of several sequences in place, as `LayerStep.many` takes them; returns the experts chosen."""
+        normed, indices, weights = self.step.many(x, runs)
+        x += self.mlp(normed, (indices, weights)) if self.step.router else self.mlp(normed)
+        return indices
+
+
+class Step(NamedTuple):
+    """What a step makes of several sequences.
+
+    logits: float32 [R, V], of the last token of each. routes: the experts of that token, int64 [L, K], or None for a
+    sequence that was computed alone.
+    """
+
+    logits: Tensor
+    routes: list[Tensor | None]
 
 
 class Decoder(nn.Module):
@@ -87,11 +105,12 @@ class Decoder(nn.Module):
         self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
         self.layers = nn.ModuleList(DecoderLayer(arch, dense, layer, experts) for layer in range(arch.num_layers))
         layers = [cast(DecoderLayer, layer) for layer in self.layers]
-        self._steps = [layer.decode for layer in layers]
+        self._layers, self._steps = layers, [layer.decode for layer in layers]
         self._most_tokens = min(layer.step.most_tokens for layer in layers)
         self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
         self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
-        self.on_tokens: list[Callable[[Tensor], object]] = []  # called with the tokens int64 [T] of a pass, before it
+        # Called before a pass with each sequence in it: its tokens int64 [T] and the cache that they come behind.
+        self.on_pass: list[Callable[[Sequence[tuple[Tensor, KVCache]]], object]] = []
         self._watched: tuple[Watcher, Foresight] | None = None
 
     def wrap_experts(self, wrapper: Callable[[Experts], Experts]) -> None:
@@ -129,8 +148,8 @@ class Decoder(nn.Module):
         rotation, windows = self.rotation.cos_sin(past, count), self.arch.sliding_windows
         places = {window: Place(rotation, past, window) for window in set(windows)}
         compiled = cache.steppable and count <= self._most_tokens
-        for told in self.on_tokens:
-            told(tokens)
+        for told in self.on_pass:
+            told([(tokens, cache)])
         x = gather_rows(self.embed_tokens.weight, tokens)
         if compiled and count == 1:
             if self._watched is not None and self._watched[0].horizon:
@@ -144,6 +163,49 @@ class Decoder(nn.Module):
         cache.advance(count)
         logits: Tensor = self.lm_head(self.norm(x if all_logits else x[-1:]))
         return logits if all_logits else logits[0]
+
+    def together(self, runs: Sequence[tuple[Tensor, KVCache]], most_tokens: float = math.inf) -> Step:
+        """`forward` of several sequences, to the byte: tokens int64 [T] each behind those in a cache of its own.
+
+        Weights are read once for all tokens where these are at most `most_tokens` and the compiled module can do it;
+        else for groups of sequences, or for each alone. An error leaves the tokens of whole groups in the caches.
+        """
+        logits: list[Tensor] = []
+        routes: list[Tensor | None] = []
+        group: list[tuple[Tensor, KVCache]] = []
+        most, size = min(most_tokens, self._most_tokens if runs[0][1].steppable else 0), 0
+        for run in [*runs, None]:
+            count = len(run[0]) if run else 0
+            if group and (run is None or size + count > most):
+                step = self._joint(group) if len(group) > 1 else Step(self(*group[0])[None], [None])
+                logits.append(step.logits)
+                routes += step.routes
+                group, size = [], 0
+            if run:
+                group.append(run)
+                size += count
+        return Step(torch.cat(logits) if len(logits) > 1 else logits[0], routes)
+
+    @torch.inference_mode()
+    def _joint(self, runs: Sequence[tuple[Tensor, KVCache]]) -> Step:
+        windows, places = self.arch.sliding_windows, []
+        for tokens, cache in runs:
+            cache.check_room(len(tokens))
+            rotation = self.rotation.cos_sin(cache.length, len(tokens))
+            places.append({window: Place(rotation, cache.length, window) for window in set(windows)})
+        for told in self.on_pass:
+            told(runs)
+        x = gather_rows(self.embed_tokens.weight, torch.cat([tokens for tokens, _ in runs]))
+        indices = []
+        for i, (layer, window) in enumerate(zip(self._layers, windows, strict=True)):
+            parts = [(cache.layers[i], at[window]) for (_, cache), at in zip(runs, places, strict=True)]
+            chosen = layer.together(x, parts)
+            if layer.step.router:
+                indices.append(chosen)
+        for tokens, cache in runs:
+            cache.advance(len(tokens))
+        last = torch.tensor([len(tokens) for tokens, _ in runs]).cumsum(0) - 1
+        return Step(self.lm_head(self.norm(x[last])), list(torch.stack(indices)[:, last].unbind(1)))
 
 
 def _check(arch: Architecture, dense: DenseTensors) -> None:

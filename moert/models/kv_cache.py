@@ -17,22 +17,47 @@ from moert.quant.format import align
 from moert.quant.layer_step import KEY_BLOCK, LayerCache
 
 
-class KVCache:
-    """Per layer a `LayerCache` in `dtype`; pages are touched only as the sequence grows.
+class KVMemory:
+    """Room for the keys and values of `positions` positions (rounded up to a block), of one sequence or of several.
 
-    float16, float32, or int8: then each key and each value has a float32 scale of its own.
+    float16, float32, or int8: then each key and each value has a float32 scale of its own. Pages are touched only as
+    sequences grow.
     """
 
-    def __init__(self, arch: Architecture, ctx_size: int, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(self, arch: Architecture, positions: int, dtype: torch.dtype = torch.float16) -> None:
+        self.positions, self.dtype = align(positions, KEY_BLOCK), dtype
+        self._shape = J, d = arch.num_kv_heads, arch.head_dim
+        sizes = [J * d * self.positions] * 2
+        self._numbers = [[torch.empty(size, dtype=dtype) for size in sizes] for _ in range(arch.num_layers)]
+        scales = 2 * J * self.positions if dtype == torch.int8 else 0
+        self._scales = [torch.empty(scales) for _ in range(arch.num_layers)]
+
+    def layers(self, start: int, count: int) -> list[LayerCache]:
+        """A cache per layer in positions start .. start + count, both multiples of a block."""
+        (J, d), C = self._shape, count
+        first, last = J * d * start, J * d * (start + count)
+        result = []
+        for (keys, values), scales in zip(self._numbers, self._scales, strict=True):
+            own = scales[2 * J * start : 2 * J * (start + C)].view(2, J, C) if len(scales) else None
+            blocks = keys[first:last].view(J, C // KEY_BLOCK, d, KEY_BLOCK)
+            result.append(LayerCache(blocks, values[first:last].view(J, C, d), own))
+        return result
+
+
+class KVCache:
+    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        ctx_size: int,
+        dtype: torch.dtype = torch.float16,
+        memory: KVMemory | None = None,
+        start: int = 0,
+    ) -> None:
         self.ctx_size, self.length = ctx_size, 0
-        J, C, d = arch.num_kv_heads, align(ctx_size, KEY_BLOCK), arch.head_dim
-
-        def layer() -> LayerCache:
-            scales = torch.empty(2, J, C) if dtype == torch.int8 else None
-            keys = torch.empty(J, C // KEY_BLOCK, d, KEY_BLOCK, dtype=dtype)
-            return LayerCache(keys, torch.empty(J, C, d, dtype=dtype), scales)
-
-        self.layers = [layer() for _ in range(arch.num_layers)]
+        memory = memory or KVMemory(arch, ctx_size, dtype)
+        self.layers = memory.layers(start, align(ctx_size, KEY_BLOCK))
 
     @property
     def steppable(self) -> bool:

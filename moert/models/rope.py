@@ -56,6 +56,7 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
 
 
 _AHEAD = 64
+_KEPT = 16 * _AHEAD  # sequences that are decoded together stand at different positions
 
 
 class Rotation:
@@ -76,7 +77,9 @@ class Rotation:
             return self._compute(start, count)
         if start not in self._ahead:
             cos, sin = self._compute(start, _AHEAD)
-            self._ahead = {start + i: (cos[i : i + 1], sin[i : i + 1]) for i in range(_AHEAD)}
+            if len(self._ahead) >= _KEPT:
+                self._ahead = {}
+            self._ahead |= {start + i: (cos[i : i + 1], sin[i : i + 1]) for i in range(_AHEAD)}
         return self._ahead[start]
 
     def _compute(self, start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from moert.memory import allocate
 from moert.scheduler.types import SliceKey
-
-
-def slots_for(
-    arena_bytes: int, sizes: Sequence[int], experts: Sequence[int], shares: Sequence[float]
-) -> tuple[int, ...]:
-    """Slots per slice index for as many experts as fit, whichever they are: those used most have most slices.
-
-    sizes[i]: bytes of slices of index i. experts[i]: how many experts use one, not ascending. shares[i]: of the uses of
-    an expert, the share that needs slices of index i.
-    """
-
-    def slots(n: int) -> tuple[int, ...]:
-        return tuple(min(math.ceil(n * share), count) for share, count in zip_longest(shares, experts, fillvalue=0))
-
-    def nbytes(n: int) -> int:
-        return sum(count * size for count, size in zip(slots(n), sizes, strict=True))
-
-    most = math.ceil(experts[0] / min(share for share in shares if share))
-    return slots(bisect_right(range(1, most + 1), arena_bytes, key=nbytes))
 
 
 class Arena:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 namespace moert {
 
@@ -60,8 +61,22 @@ void LayerStep::for_tokens(int64_t tokens, int64_t size, const Body& body) {
   });
 }
 
-void LayerStep::prepare(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at,
-                        int64_t token, float* q, float* k, float* v) {
+const Run& Runs::of(int64_t token) const {
+  return *(std::upper_bound(begin, begin + count, token, [](int64_t t, const Run& run) { return t < run.first; }) - 1);
+}
+
+static void check(const Runs& runs) {
+  for (const Run* run = runs.begin; run < runs.begin + runs.count; run++) {
+    const Place& at = *run->at;
+    if (at.tokens < 1 || at.position < 0 || at.window < 1 || at.position + at.tokens > run->cache->capacity)
+      throw std::invalid_argument("bad position");
+  }
+}
+
+void LayerStep::prepare(const Kernel& kernel, const Layer& layer, const Run& run, int64_t token, float* q, float* k,
+                        float* v) {
+  const LayerCache& cache = *run.cache;
+  const Place& at = *run.at;
   const int d = layer.head_dim, heads = layer.heads, kv_heads = layer.kv_heads;
   const bool full = layer.qk_norm == QkNorm::kFull;
   finish(q, int64_t(heads) * d, layer.q_bias, full ? layer.q_norm : nullptr, layer.eps, layer.clip, kernel);
@@ -71,10 +86,10 @@ void LayerStep::prepare(const Kernel& kernel, const Layer& layer, const LayerCac
     for (int h = 0; h < heads; h++) kernel.rms_norm(q + h * d, layer.q_norm, d, layer.eps, q + h * d);
     for (int h = 0; h < kv_heads; h++) kernel.rms_norm(k + h * d, layer.k_norm, d, layer.eps, k + h * d);
   }
-  const float *cos = at.cos + token * d / 2, *sin = at.sin + token * d / 2;
+  const int64_t nth = token - run.first, position = at.position + nth;
+  const float *cos = at.cos + nth * d / 2, *sin = at.sin + nth * d / 2;
   rotate(q, heads, d, cos, sin, 1 / std::sqrt(float(d)));
   rotate(k, kv_heads, d, cos, sin, 1);
-  const int64_t position = at.position + token;
   for (int h = 0; h < kv_heads; h++) {
     const int64_t row = h * cache.capacity + position, block = h * cache.capacity + position / 16 * 16;
     store(kernel, k + h * d, d, cache, block * d + position % 16, 16, cache.keys, cache.key_scales, row);
@@ -82,45 +97,58 @@ void LayerStep::prepare(const Kernel& kernel, const Layer& layer, const LayerCac
   }
 }
 
-void LayerStep::attend(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at,
-                       const float* q, float* out) {
+static Attention attention_of(const Layer& layer, const Run& run, const float* q, float* out) {
+  const LayerCache& cache = *run.cache;
   const bool scaled = cache.type == CacheType::kByte;
-  const Attention attention{q,
-                            cache.keys,
-                            cache.values,
-                            cache.type,
-                            scaled ? cache.key_scales : nullptr,
-                            scaled ? cache.value_scales : nullptr,
-                            cache.capacity,
-                            at.position,
-                            at.window,
-                            layer.heads,
-                            layer.kv_heads,
-                            layer.head_dim,
-                            out};
+  const int64_t first = run.first * layer.heads * layer.head_dim;
+  return {q + first,
+          cache.keys,
+          cache.values,
+          cache.type,
+          scaled ? cache.key_scales : nullptr,
+          scaled ? cache.value_scales : nullptr,
+          cache.capacity,
+          run.at->position,
+          run.at->window,
+          layer.heads,
+          layer.kv_heads,
+          layer.head_dim,
+          out + first};
+}
+
+void LayerStep::attend(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* q, float* out) {
   // 32 rows of a key/value head at a time. A short context is done before another thread wakes.
   const int64_t heads = layer.kv_heads, step = std::max<int64_t>(1, 32 / (layer.heads / heads));
-  const int64_t parts = (at.tokens + step - 1) / step, seen = std::min(at.position + at.tokens, at.window);
-  const int64_t grain = seen * layer.head_dim * at.tokens < 4096 ? parts * heads : 1;
-  pool_.parallel_for(parts * heads, grain, [&](int64_t first, int64_t last) {
+  int64_t* starts = units_.get<int64_t>(runs.count + 1);  // of the units of each run
+  int64_t work = starts[0] = 0;
+  for (int64_t i = 0; i < runs.count; i++) {
+    const Place& at = *runs.begin[i].at;
+    work += std::min(at.position + at.tokens, at.window) * layer.head_dim * at.tokens;
+    starts[i + 1] = starts[i] + (at.tokens + step - 1) / step * heads;
+  }
+  const int64_t units = starts[runs.count];
+  pool_.parallel_for(units, work < 4096 ? units : 1, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; unit++) {
-      const int64_t token = unit / heads * step;
-      kernel.attend(attention, unit % heads, token, std::min(token + step, at.tokens));
+      const int64_t i = std::upper_bound(starts, starts + runs.count, unit) - starts - 1, nth = unit - starts[i];
+      const Run& run = runs.begin[i];
+      const int64_t token = nth / heads * step;
+      kernel.attend(attention_of(layer, run, q, out), nth % heads, token, std::min(token + step, run.at->tokens));
     }
   });
 }
 
-void LayerStep::run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
-                    float* normed, int64_t* indices, float* weights) {
-  const int64_t D = layer.hidden, T = at.tokens, Q = layer.q.rows(), K = layer.k.rows(), E = layer.router.rows();
+void LayerStep::run(const Kernel& kernel, const Layer& layer, const Runs& runs, float* x, float* normed,
+                    int64_t* indices, float* weights) {
+  check(runs);
+  const int64_t D = layer.hidden, T = runs.tokens, Q = layer.q.rows(), K = layer.k.rows(), E = layer.router.rows();
   float *q = q_.get<float>(T * Q), *k = k_.get<float>(T * K), *v = v_.get<float>(T * K);
   float* attended = attended_.get<float>(T * Q);
   for_tokens(T, D, [&](int64_t t) { kernel.rms_norm(x + t * D, layer.input_norm, D, layer.eps, normed + t * D); });
   const Matrix* qkv[] = {&layer.q, &layer.k, &layer.v};
   float* const outs[] = {q, k, v};
   products_.linear(kernel, qkv, 3, normed, T, D, D, outs);
-  for_tokens(T, Q, [&](int64_t t) { prepare(kernel, layer, cache, at, t, q + t * Q, k + t * K, v + t * K); });
-  attend(kernel, layer, cache, at, q, attended);
+  for_tokens(T, Q, [&](int64_t t) { prepare(kernel, layer, runs.of(t), t, q + t * Q, k + t * K, v + t * K); });
+  attend(kernel, layer, runs, q, attended);
   const Matrix* o[] = {&layer.o};
   products_.linear(kernel, o, 1, attended, T, Q, Q, &normed);
   for_tokens(T, D, [&](int64_t t) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "kernel.h"
 #include "products.h"
@@ -40,28 +42,43 @@ struct Place {
   int64_t tokens, position, window;
 };
 
+// Tokens of one sequence, one after the other; the first of them is token `first` of all.
+struct Run {
+  const LayerCache* cache;
+  const Place* at;
+  int64_t first;
+};
+
+// Runs of several sequences, each with its cache, `tokens` in all.
+struct Runs {
+  const Run* begin;
+  int64_t count, tokens;
+
+  const Run& of(int64_t token) const;
+};
+using Parts = std::vector<std::pair<const LayerCache*, const Place*>>;
+
 class LayerStep {
  public:
   LayerStep(ThreadPool& pool, Products& products) : pool_(pool), products_(products) {}
 
   // x [tokens][hidden] gets attention added to it; normed [tokens][hidden] is what the experts see; indices and weights
-  // [tokens][top_k] are what the router makes of it. Keys and values are written to the cache.
-  void run(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, float* x,
-           float* normed, int64_t* indices, float* weights);
+  // [tokens][top_k] are what the router makes of it. Keys and values are written to the caches. What becomes of a token
+  // does not depend on the tokens beside it. Throws std::invalid_argument where a place lies beyond its cache.
+  void run(const Kernel& kernel, const Layer& layer, const Runs& runs, float* x, float* normed, int64_t* indices,
+           float* weights);
 
  private:
   // Norms, clips and rotates q and k of a token in place, and writes its key and value.
-  void prepare(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, int64_t token,
-               float* q, float* k, float* v);
-  void attend(const Kernel& kernel, const Layer& layer, const LayerCache& cache, const Place& at, const float* q,
-              float* out);
+  void prepare(const Kernel& kernel, const Layer& layer, const Run& run, int64_t token, float* q, float* k, float* v);
+  void attend(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* q, float* out);
   // Calls body(token) for all, spread over the threads where there is work of `size` numbers for each.
   template <class Body>
   void for_tokens(int64_t tokens, int64_t size, const Body& body);
 
   ThreadPool& pool_;
   Products& products_;
-  Buffer q_, k_, v_, attended_, logits_;
+  Buffer q_, k_, v_, attended_, logits_, units_;
 };
 
 // The top_k largest of logits [count]: indices, largest first (of equals the one that comes first), and their softmax

@@ -1,0 +1,227 @@
+"""Predict decoding speed on a device from its profile and a routing trace, beside what no cache and no prefetch can
+beat, and beside whole 4-bit experts in a least-recently-used cache. Prompts of the trace warm the cache; all figures
+are of the tokens that it decodes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moert.cli import common
+from moert.cli.progress import line_progress
+from moert.config import format_bytes, parse_bytes
+from moert.errors import UsageError
+
+if TYPE_CHECKING:
+    from moert.scheduler.profile import Profile
+    from moert.scheduler.simulator import Result, Settings, Simulation
+    from moert.scheduler.trace import Trace
+
+DEFAULT_DEVICE = "server-2-core-amx"
+BOUNDS = ("belady", "perfect_prefetch", "lru")
+COLUMNS = ("budget", "run", "tokens/s", "hits", "read/token", "stalled", "mean width", "router mass at each width")
+
+
+class ProfileError(UsageError):
+    """A device is not known, or its profile is malformed."""
+
+
+class TraceError(UsageError):
+    """A routing trace is malformed, or has nothing to decode."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trace", type=Path, metavar="FILE", required=True, help="routing trace, .csv or .csv.gz")
+    parser.add_argument("--expert-budget", metavar="SIZE", help="memory for experts, such as 2000MiB")
+    parser.add_argument(
+        "--sweep",
+        metavar="expert-budget=LOW:HIGH",
+        help="budgets from LOW, each twice the one before, up to HIGH; or a list, such as 1GiB,1500MiB,2GiB",
+    )
+    parser.add_argument(
+        "--device",
+        default=DEFAULT_DEVICE,
+        metavar="NAME|FILE",
+        help=f"device that is simulated: {', '.join(sorted(devices()))}, or a profile (default {DEFAULT_DEVICE})",
+    )
+    parser.add_argument("--disk", metavar="SIZE", help="bytes that its disk reads per second, such as 1200MB")
+    parser.add_argument(
+        "--precision",
+        metavar="POLICY",
+        help="width of the experts: fixed:4, routed:3 for that mean width over the trace, elastic (default: widest)",
+    )
+    parser.add_argument(
+        "--widths", type=common.parse_widths, metavar="LIST", default=(2, 3, 4), help="widths stored (default 2,3,4)"
+    )
+    parser.add_argument("--policy", metavar="NAME", default="score", help="what to evict: score, lru, lfu")
+    parser.add_argument(
+        "--recall",
+        metavar="SHARE[,SHARE...]",
+        default="0.8",
+        help="of the next layer's experts, the share that a predictor names; more: of the layers behind (default 0.8)",
+    )
+    parser.add_argument("--prefetch", choices=("on", "off"), default="on", help="whether anything is predicted")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what the predictor gets wrong")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, or a list of them with --sweep")
+    common.add_quiet_option(parser)
+
+
+def devices() -> dict[str, Path]:
+    """Profiles that come along, by name."""
+    folder = Path(str(files("moert.device_profiles")))
+    return {path.stem: path for path in folder.glob("*.json")}
+
+
+def main(args: argparse.Namespace) -> int:
+    status = common.Status(args.quiet)
+    every = [_settings(args, budget) for budget in _budgets(args)]
+    trace, profile = _trace(args.trace), _profile(args.device)
+    if args.disk is not None:
+        profile = dataclasses.replace(profile, disk_bytes_per_s=float(parse_bytes(args.disk, "disk")))
+    status.say(
+        f"{trace.model}: {trace.layers} layers, {trace.top_k} of {trace.num_experts} experts per token, together"
+        f" {format_bytes(sum(trace.expert_bytes) * trace.num_experts)} at 4 bits"
+    )
+    status.say(
+        f"{profile.name}: disk {profile.disk_bytes_per_s / 1e9:g} GB/s, memory"
+        f" {profile.memory_bytes_per_s / 1e9:g} GB/s and {format_bytes(profile.memory_bytes)}"
+    )
+    recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "nothing"
+    status.say(
+        f"chosen: precision {every[0].precision}, widths {' '.join(map(str, args.widths))}, policy {args.policy},"
+        f" predicted of the layers ahead {recalls}, seed {args.seed}"
+    )
+    rows = []
+    for number, settings in enumerate(every):
+        if settings.budget > profile.memory_bytes:
+            status.show(f"The budget of {format_bytes(settings.budget)} is more memory than {profile.name} has.")
+        simulation = _simulate(trace, profile, settings, status)
+        if args.json:
+            rows.append(as_dict(simulation))
+        else:
+            _print_rows(simulation, header=number == 0)
+    if args.json:
+        print(json.dumps(rows if args.sweep else rows[0], indent=1))
+    return 0
+
+
+def _simulate(trace: Trace, profile: Profile, settings: Settings, status: common.Status) -> Simulation:
+    from moert.scheduler.simulator import Simulator
+
+    try:
+        simulator = Simulator(trace, profile)
+    except ValueError as error:
+        raise TraceError(f"{error}: record one of a run that answers.") from None
+    try:
+        with line_progress(status) as progress:
+            return simulator.run(settings, lambda text: progress(f"{format_bytes(settings.budget)}, {text}"))
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
+def _budgets(args: argparse.Namespace) -> list[int]:
+    if (args.sweep is None) == (args.expert_budget is None):
+        raise UsageError("Give either --expert-budget or --sweep expert-budget=LOW:HIGH.")
+    if args.sweep is None:
+        return [parse_bytes(args.expert_budget, "expert-budget")]
+    name, _, values = args.sweep.partition("=")
+    if name != "expert-budget" or not values:
+        raise UsageError(f"sweep {args.sweep!r} is not known; write --sweep expert-budget=1GiB:8GiB.")
+    if ":" not in values:
+        return [parse_bytes(text, "expert-budget") for text in values.split(",")]
+    low, high = (parse_bytes(text, "expert-budget") for text in values.split(":", 1))
+    if low > high:
+        raise UsageError(f"sweep {args.sweep!r} ends below its beginning.")
+    budgets = [low]
+    while budgets[-1] * 2 <= high:
+        budgets.append(budgets[-1] * 2)
+    return budgets if budgets[-1] == high else [*budgets, high]
+
+
+def _settings(args: argparse.Namespace, budget: int) -> Settings:
+    from moert.scheduler.eviction import POLICIES
+    from moert.scheduler.simulator import Settings
+
+    if args.policy not in POLICIES:
+        raise UsageError(f"policy {args.policy!r} is not known; there are {', '.join(POLICIES)}.")
+    widths = args.widths
+    if not widths or list(widths) != sorted(set(widths)) or not 1 <= widths[0] <= widths[-1] <= 16:
+        raise UsageError(f"widths {','.join(map(str, widths))} should be ascending numbers of bits from 1 to 16.")
+    try:
+        recalls = tuple(float(text) for text in args.recall.split(","))
+    except ValueError:
+        recalls = (-1.0,)
+    if not all(0 <= recall <= 1 for recall in recalls):
+        raise UsageError(f"recall {args.recall!r} is not a share from 0 to 1, or a list of them such as 0.8,0.7.")
+    return Settings(
+        budget,
+        args.precision or f"fixed:{widths[-1]}",
+        widths,
+        args.policy,
+        recalls if args.prefetch == "on" else (),
+        seed=args.seed,
+    )
+
+
+def _trace(path: Path) -> Trace:
+    from moert.scheduler.trace import read_trace
+
+    try:
+        return read_trace(path)
+    except ValueError as error:
+        raise TraceError(f"{error}.") from None
+
+
+def _profile(name: str) -> Profile:
+    from moert.scheduler.profile import read_profile
+
+    known = devices()
+    path = known.get(name, Path(name))
+    if not path.exists():
+        raise ProfileError(f"device {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
+    try:
+        return read_profile(path)
+    except ValueError as error:
+        raise ProfileError(f"{error}.") from None
+
+
+def as_dict(simulation: Simulation) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "expert_budget_bytes": simulation.settings.budget,
+        "precision": simulation.settings.precision,
+        "policy": simulation.settings.policy,
+        **dataclasses.asdict(simulation.run),
+        **{name: dataclasses.asdict(getattr(simulation, name)) for name in BOUNDS},
+    }
+
+
+def _print_rows(simulation: Simulation, header: bool) -> None:
+    settings = simulation.settings
+    if header:
+        common.print_cells(COLUMNS)
+        common.print_cells(["---" if i < 2 else "---:" for i in range(len(COLUMNS))])
+    names = {
+        f"{settings.precision}, {settings.policy}": simulation.run,
+        "the same widths, Belady's optimum": simulation.belady,
+        "the same reads, known ahead": simulation.perfect_prefetch,
+        f"LRU of whole {settings.widths[-1]}-bit experts": simulation.lru,
+    }
+    for name, result in names.items():
+        common.print_cells([format_bytes(settings.budget), name, *_cells(result)])
+
+
+def _cells(r: Result) -> list[str]:
+    mass = ", ".join(f"{width}: {share:.1%}" for width, share in r.mass_at_width.items())
+    return [
+        f"{r.decode_tokens_per_s:.2f}",
+        f"{r.hit_ratio:.1%}",
+        format_bytes(r.bytes_read_per_token),
+        f"{r.stall_share:.1%}",
+        f"{r.mean_width:.2f}",
+        mass,
+    ]

@@ -1,0 +1,118 @@
+"""What computing and reading take on a device: the figures of a profile turned into times."""
+
+# S slices
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from moert.scheduler.profile import Profile
+from moert.scheduler.types import Load
+
+
+class Costs:
+    """Times of a decode step of one token. sizes: for each layer, bytes of the S slices of an expert, `widths` wide."""
+
+    def __init__(
+        self, profile: Profile, sizes: Sequence[Sequence[int]], dense_bytes: Sequence[int], widths: Sequence[int]
+    ) -> None:
+        self.load_s = profile.load_overhead_s
+        self.sizes = sizes
+        self.dense_s = [profile.layer_overhead_s + n * profile.dense_s_per_byte for n in dense_bytes]
+        rates = [profile.expert_cost(width) for width in widths]
+        self._expert_s = [[total * rate for total, rate in zip(accumulate(row), rates, strict=False)] for row in sizes]
+
+    def expert_s(self, layer: int, slices: int) -> float:
+        """Time to compute an expert with so many slices, at least one, once they are in memory."""
+        return self._expert_s[layer][slices - 1]
+
+    def nbytes(self, load: Load) -> int:
+        return sum(self.sizes[load.layer][load.first : load.last])
+
+
+@dataclass(eq=False, slots=True)
+class Read:
+    """A read on its way. left: bytes that the disk was not asked for yet. done: when it ended, None before."""
+
+    left: int
+    ready: float
+    done: float | None = None
+    started: bool = False
+
+
+@dataclass
+class Disk:
+    """A disk that reads one chunk after the other; a read's first byte comes `latency_s` after it was submitted.
+
+    What somebody waits for goes before what nobody waits for, but a chunk that has begun is read to its end. Many reads
+    can be submitted at once: their latencies overlap. All times are absolute.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+    chunk_bytes: float
+    free: float = 0.0  # when the last chunk that has begun ends
+    busy_s: float = 0.0
+    nbytes: int = 0
+    _demanded: deque[Read] = field(default_factory=deque)
+    _ahead: deque[Read] = field(default_factory=deque)
+
+    def submit(self, now: float, nbytes: int, ahead: bool = False) -> Read:
+        self.advance(now)
+        read = Read(nbytes, now + self.latency_s)
+        (self._ahead if ahead else self._demanded).append(read)
+        return read
+
+    def hurry(self, now: float, read: Read) -> None:
+        """Somebody waits for it now."""
+        self.advance(now)
+        if read in self._ahead:
+            self._ahead.remove(read)
+            self._demanded.append(read)
+
+    def cancel(self, now: float, read: Read) -> bool:
+        """Drop a read of which nothing was asked from the disk yet; False where it is too late for that."""
+        self.advance(now)
+        if read.started:
+            return False
+        (self._ahead if read in self._ahead else self._demanded).remove(read)
+        return True
+
+    def advance(self, until: float) -> None:
+        """Begin all chunks that begin before `until`."""
+        while self._step(until):
+            pass
+
+    def wait(self, read: Read) -> float:
+        """When a read ends, if nothing else is submitted before that."""
+        while read.done is None:
+            self._step(float("inf"))
+        return read.done
+
+    def busy_until(self, now: float) -> float:
+        """Seconds before `now` in which it read."""
+        return self.busy_s - max(0.0, self.free - now)
+
+    def _step(self, until: float) -> bool:
+        """Begin the next chunk, if it begins before `until`."""
+        queues = [queue for queue in (self._demanded, self._ahead) if queue]
+        if not queues:
+            return False
+        start = max(self.free, min(queue[0].ready for queue in queues))
+        if start >= until:
+            return False
+        queue = next(queue for queue in queues if queue[0].ready <= start)
+        read = queue[0]
+        size = int(min(read.left, self.chunk_bytes))
+        read.left -= size
+        read.started = True
+        self.free = start + size / self.bytes_per_s
+        self.busy_s += size / self.bytes_per_s
+        self.nbytes += size
+        if read.left == 0:
+            read.done = self.free
+            queue.popleft()
+        return True
