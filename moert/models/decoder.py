@@ -124,14 +124,13 @@ class Decoder(nn.Module):
 
         Only where the compiled module does a layer's step: without it decoding is slow in any case.
         """
-        layers, gates = [cast(DecoderLayer, layer) for layer in self.layers], list[Gate]()
-        for index, layer in reversed(list(enumerate(layers))):
+        arch, gates = self.arch, list[Gate]()
+        for index, layer in reversed(list(enumerate(self._layers))):
             layer.watcher = watcher
-            arch = self.arch
             layer.foresight = Foresight(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
             if isinstance(layer.mlp, MoEBlock):
                 gates = [Gate(index, layer.post_attention_layernorm, layer.mlp), *gates]
-        first = Foresight(-1, gates, self.arch.rms_norm_eps, self.arch.top_k, self.arch.num_experts)
+        first = Foresight(-1, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
         self._watched = None if watcher is None else (watcher, first)
 
     @torch.inference_mode()
