@@ -21,6 +21,7 @@ from moert.engine import Engine
 from moert.errors import UsageError
 from moert.meter import GenerationStats as GenerationStats
 from moert.meter import Meter
+from moert.recording import Recorder
 from moert.sampling import SamplingParams
 from moert.source import resolve
 from moert.store.reader import Store
@@ -90,6 +91,7 @@ class LLM:
         self._engine = Engine(self.store, config, status)
         self._say = on_status or (lambda line: None)
         self._latest: object = None  # the request that the KV cache belongs to
+        self._recorders: list[Recorder] = []
 
     @property
     def budget(self) -> int:
@@ -220,9 +222,18 @@ class LLM:
         self._engine.rewind(0)
         return self._engine.forward(ids, all_logits=True)
 
+    def record_trace(self, path: Path | str) -> None:
+        """Write from now on, until the model is closed, which experts each token is routed to, for `moert simulate` and
+        `moert train-predictor`. OSError where the file cannot be written."""
+        self._recorders.append(Recorder(self.store, self._engine.decoder, Path(path)))
+
     def close(self) -> None:
-        """End the reading threads; the object is of no use afterwards."""
-        self._engine.close()
+        """End the reading threads and what is recorded; the object is of no use afterwards."""
+        try:
+            while self._recorders:
+                self._recorders.pop().close()
+        finally:
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -32,6 +32,7 @@ ALLOWED = {
     "batch": {"errors", "config", "scheduler", "sampling", "tokenizer", "engine", "slots", "meter", "answer"},
     "bench_kernels": {"errors", "budget", "quant"},
     "plot": {"errors"},
+    "recording": {"models", "quant", "scheduler", "store"},
     "evaluate": {
         "errors",
         "config",
@@ -47,6 +48,7 @@ ALLOWED = {
         "tokenizer",
     },
     "train_router": {"errors", "config", "budget", "quant", "scheduler", "store", "models", "engine"},
+    "train_predictor": {"errors", "quant", "scheduler", "store"},
     "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
 }
 LINE_LIMIT, FAMILY_LIMIT = 400, 220

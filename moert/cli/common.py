@@ -123,6 +123,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
+    group.add_argument(
+        "--record-trace",
+        type=Path,
+        metavar="FILE",
+        help="write which experts every token is routed to (FILE.gz: compressed)",
+    )
     group = parser.add_argument_group("streaming of experts (for experiments)")
     group.add_argument("--cache-policy", default="score", metavar="NAME", help="score (default), lru or lfu")
     group.add_argument("--load-order", default="hottest", metavar="NAME", help="hottest (default) or number")
@@ -148,11 +154,15 @@ def resolve_model(args: argparse.Namespace, status: Status) -> Path:
 
 def open_llm(args: argparse.Namespace, status: Status) -> LLM:
     """Load the model that the options name, converting it first if it must be."""
+    trace: Path | None = args.record_trace
+    if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
+        wrong = "is a folder" if trace.is_dir() else f"is in the folder {trace.parent}, which does not exist"
+        raise UsageError(f"--record-trace {trace} {wrong}: name a file that can be written.")
     path = resolve_model(args, status)
     with status.spinner(f"Loading {model_name(args)}"):
         from moert.api import LLM  # loads torch
 
-        return LLM(
+        llm = LLM(
             path,
             memory_budget=args.memory_budget,
             expert_budget=args.expert_budget,
@@ -169,6 +179,13 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             offline=args.offline,
             on_status=status.say,
         )
+    if trace is not None:
+        try:
+            llm.record_trace(trace)
+        except BaseException:
+            llm.close()
+            raise
+    return llm
 
 
 def model_name(args: argparse.Namespace) -> str:

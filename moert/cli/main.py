@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "measure speed, bytes and memory",
     "eval": "measure what a width costs in quality",
     "train-router": "learn where a calibrated store needs bits",
+    "train-predictor": "learn from traces which experts to read ahead",
     "simulate": "predict the speed on another device from a routing trace",
     "doctor": "check this machine and installation",
 }
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         parser = argparse.ArgumentParser(f"moert {argv[0]}", description=command.__doc__, allow_abbrev=False)
         command.add_options(parser)
         return int(command.main(parser.parse_args(argv[1:])))
-    listing = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:17}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "moert",
         description="Run Mixture-of-Experts language models larger than memory.",

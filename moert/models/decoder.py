@@ -109,19 +109,29 @@ class Decoder(nn.Module):
         self._most_tokens = min(layer.step.most_tokens for layer in layers)
         self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
         self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
+        # Called before a pass with each sequence in it: its tokens int64 [T] and the cache that they come behind.
+        self.on_pass: list[Callable[[Sequence[tuple[Tensor, KVCache]]], object]] = []
+        self._watched: tuple[Watcher, Foresight] | None = None
+
+    def wrap_experts(self, wrapper: Callable[[Experts], Experts]) -> None:
+        """Put what `wrapper` makes of the experts in their place."""
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoEBlock):
+                layer.mlp.experts = wrapper(layer.mlp.experts)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher` from now on what the next layers will probably ask for, whenever a single token is computed.
 
         Only where the compiled module does a layer's step: without it decoding is slow in any case.
         """
-        layers, gates = [cast(DecoderLayer, layer) for layer in self.layers], list[Gate]()
-        for index, layer in reversed(list(enumerate(layers))):
+        arch, gates = self.arch, list[Gate]()
+        for index, layer in reversed(list(enumerate(self._layers))):
             layer.watcher = watcher
-            arch = self.arch
             layer.foresight = Foresight(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
             if isinstance(layer.mlp, MoEBlock):
                 gates = [Gate(index, layer.post_attention_layernorm, layer.mlp), *gates]
+        first = Foresight(-1, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
+        self._watched = None if watcher is None else (watcher, first)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:
@@ -137,8 +147,12 @@ class Decoder(nn.Module):
         rotation, windows = self.rotation.cos_sin(past, count), self.arch.sliding_windows
         places = {window: Place(rotation, past, window) for window in set(windows)}
         compiled = cache.steppable and count <= self._most_tokens
+        for told in self.on_pass:
+            told([(tokens, cache)])
         x = gather_rows(self.embed_tokens.weight, tokens)
         if compiled and count == 1:
+            if self._watched is not None and self._watched[0].horizon:
+                self._watched[1].tell(x, self._watched[0])
             for step, kept, window in zip(self._steps, cache.layers, windows, strict=True):
                 step(x, kept, places[window])
         else:
@@ -178,6 +192,8 @@ class Decoder(nn.Module):
             cache.check_room(len(tokens))
             rotation = self.rotation.cos_sin(cache.length, len(tokens))
             places.append({window: Place(rotation, cache.length, window) for window in set(windows)})
+        for told in self.on_pass:
+            told(runs)
         x = gather_rows(self.embed_tokens.weight, torch.cat([tokens for tokens, _ in runs]))
         indices = []
         for i, (layer, window) in enumerate(zip(self._layers, windows, strict=True)):

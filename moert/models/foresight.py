@@ -32,7 +32,8 @@ class Watcher(Protocol):
     def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
         """What the next MoE layers behind `layer` will probably ask for, the nearest first.
 
-        Called for a single token, when the experts of `layer` are known and before they are computed.
+        Called for a single token, when the experts of `layer` are known and before they are computed; before the first
+        layer as -1, with what the token alone says.
         """
         ...
 
@@ -60,7 +61,7 @@ class Foresight:
         self._ahead: dict[int, Ahead] = {}  # by the number of layers
 
     def tell(self, x: Tensor, watcher: Watcher) -> None:
-        """x: float32 contiguous [1, D], the residual stream behind the layer's attention."""
+        """x: float32 contiguous [1, D]: the residual stream behind the layer's attention; the embedding for -1."""
         gates = self._gates[: watcher.horizon]
         if not gates:
             return
