@@ -26,6 +26,7 @@ from moert.quant.layer_step import KEY_BLOCK
 from moert.quant.matmul import FEW_TOKENS
 from moert.runtime.experts import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
+from moert.runtime.timeline import Timeline
 from moert.runtime.transfer import direct_io_works
 from moert.scheduler.batching import POLICIES as TOKEN_SCHEDULERS
 from moert.scheduler.batching import most_alive
@@ -210,6 +211,19 @@ class Engine:
         return self._runner.counters
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits per weight that the store has its experts at."""
+        return self._widths
+
+    def layer_counters(self, decoding: bool) -> dict[int, Counters]:
+        """The same for each layer with experts, of decoding or of prompts."""
+        return self._runner.layer_counters(decoding)
+
+    def draw(self, timeline: Timeline | None) -> None:
+        """Draw from now on what happens; whoever gives the timeline closes it."""
+        self._runner.telemetry.timeline = timeline
+
+    @property
     def decoder(self) -> Decoder:
         """The model, for hooks that look into it."""
         return self._decoder
@@ -255,10 +269,12 @@ class Engine:
                 )
         self._cache.check_room(len(ids))
         self._cache.truncate(len(self.tokens))
+        self._runner.begin(decoding=len(ids) == 1 and len(self.tokens) > 0)
         logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
-            result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
+            with self._runner.telemetry.step(len(self.tokens), len(chunk)):
+                result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
             self.tokens += chunk
             logits = [*logits, result] if all_logits else [result]
         return torch.cat(logits) if all_logits else logits[-1]

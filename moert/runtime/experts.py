@@ -81,7 +81,7 @@ class ExpertRunner:
     ) -> None:
         self._store, self._layout, self._slots = store, store.layout, tuple(slots)
         self._policies = policies or Policies()
-        self.telemetry = Telemetry(store.layout.widths)
+        self.telemetry = Telemetry(store.layout.widths, store.kept)
         self._loader = Loader(store, slots, activation, self.telemetry, self._policies.overlap)
         self._parts = torch.empty(0)
         # layer, experts, weights, and the slices that were wanted and used
@@ -106,6 +106,17 @@ class ExpertRunner:
         """Up to date when it is asked for."""
         self._catch_up()
         return self.telemetry.counters
+
+    def layer_counters(self, decoding: bool) -> dict[int, Counters]:
+        """The same for each layer, of decoding or of prompts."""
+        self._catch_up()
+        return self.telemetry.layers(decoding)
+
+    def begin(self, decoding: bool) -> None:
+        """What comes is a prompt, or decoding: both are counted for themselves."""
+        if decoding != self.telemetry.decoding:
+            self._catch_up()
+            self.telemetry.decoding = decoding
 
     def use(self, precision: Precision) -> None:
         """Compute at another precision from the next call on; its slices must have slots.
@@ -143,6 +154,7 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         self._catch_up()
+        self.telemetry.reached(layer)
         self._stepped = False  # a prompt is no token
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
         places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
@@ -171,6 +183,7 @@ class ExpertRunner:
         the cache learns of it later, for several layers at a time, while Python's own data are in the processor's
         caches.
         """
+        self.telemetry.reached(layer)
         before = time.perf_counter()
         if layer == self._first_layer:
             if self._stepped:
