@@ -22,7 +22,7 @@ from moert.errors import UsageError
 from moert.meter import GenerationStats as GenerationStats
 from moert.meter import Meter
 from moert.sampling import SamplingParams
-from moert.source import resolve
+from moert.source import resolve, warm_file
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
 
@@ -39,7 +39,8 @@ class LLM:
     alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored.
     kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
     up to 16 share the KV cache of one context. token_scheduler, cache_policy, load_order, prefetch and overlap: see
-    `EngineConfig`. on_status gets lines that say what was chosen.
+    `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed last. on_status
+    gets lines that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
@@ -59,6 +60,7 @@ class LLM:
         overlap: bool = True,
         batch_size: int | None = None,
         token_scheduler: str = "first-come",
+        warm: bool = False,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class LLM:
             token_scheduler=token_scheduler,
         )
         self.description: list[str] = []
+        self._say = on_status or (lambda line: None)
 
         def status(line: str) -> None:
             self.description.append(line)
@@ -88,7 +91,10 @@ class LLM:
         self.tokenizer = Tokenizer(path)
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
         self._engine = Engine(self.store, config, status)
-        self._say = on_status or (lambda line: None)
+        self._warm_file: Path | None = None
+        if warm:
+            self._engine.warm(file := warm_file(path, str(self._engine.precision)), status)
+            self._warm_file = file  # only now: what is interrupted before is nothing to remember
         self._latest: object = None  # the request that the KV cache belongs to
 
     @property
@@ -221,7 +227,10 @@ class LLM:
         return self._engine.forward(ids, all_logits=True)
 
     def close(self) -> None:
-        """End the reading threads; the object is of no use afterwards."""
+        """End the reading threads, and write down what a warm start needs; the object is of no use afterwards."""
+        if self._warm_file is not None:
+            file, self._warm_file = self._warm_file, None
+            self._engine.remember(file, self._say)
         self._engine.close()
 
     def __enter__(self) -> Self:

@@ -21,7 +21,9 @@ COLUMNS = ("layer", "hits", "waited", "computed", "on demand", "prefetched", "us
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what it took")
-    group.add_argument("--stats", action="store_true", help="at the end a table of what each layer took")
+    group.add_argument(
+        "--stats", action="store_true", help="at the end a table of what each layer took (warm-up included)"
+    )
     group.add_argument("--timeline", type=Path, metavar="FILE", help="draw what happened when, for ui.perfetto.dev")
 
 
@@ -77,7 +79,11 @@ def table(what: str, layers: Mapping[int, Counters], widths: tuple[int, ...], to
     tokens = sum(everything.token_uses.values()) // (top_k * len(layers))
     if not tokens:
         return []
-    rows = [COLUMNS, *(_row(str(layer), part, tokens) for layer, part in layers.items()), _row("all", everything, tokens)]
+    rows = [
+        COLUMNS,
+        *(_row(str(layer), part, tokens) for layer, part in layers.items()),
+        _row("all", everything, tokens),
+    ]
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{what}: {tokens} tokens; of each token:"]
     lines += ["  ".join(cell.rjust(size) for cell, size in zip(row, sizes, strict=True)) for row in rows]

@@ -197,7 +197,9 @@ class ChatSession:
             if isinstance(value, dict):
                 shown = ", ".join(f"{width} bits {share:.1%}" for width, share in value.items())
             else:
-                shown = format_bytes(value) if "bytes" in name else f"{value:.3g}" if isinstance(value, float) else value
+                shown = (
+                    format_bytes(value) if "bytes" in name else f"{value:.3g}" if isinstance(value, float) else value
+                )
             self.status.show(f"{name:36}{shown}")
 
 

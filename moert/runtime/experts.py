@@ -27,6 +27,7 @@ from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
 from moert.scheduler.trial import Trial
 from moert.scheduler.types import ExpertKey, Plan, Prediction, RoutedExpert
+from moert.scheduler.warm import Memory, remember, restore
 from moert.store.reader import Store
 
 # Measured on a 12-layer model with a quarter of its experts in memory: from 4 to 24 MiB and from 0.3 to 0.5 it makes no
@@ -140,6 +141,24 @@ class ExpertRunner:
                 routed = [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(slices)]
                 for wave in self._scheduler.plan(layer, routed).waves:
                     self._loader.run(wave, layer, lambda ready: None)
+        except BaseException:
+            self._recover()
+            raise
+
+    def remember(self) -> Memory:
+        """What the arena holds, for a later run."""
+        self._catch_up()
+        return remember(self._scheduler.cache, self._store.kept)
+
+    def warm(self, memory: Memory) -> int:
+        """Read what another run held into the empty arena, so far as it fits; returns the bytes read."""
+        try:
+            loads = restore(self._scheduler.cache, memory, self._precision.slices(self._layout.widths))
+            reads = [(load, self._loader.start(load)) for load in loads]
+            for load, read in reads:
+                self._loader.arrived(load, read)
+            self.telemetry.restart()  # these are nobody's
+            return sum(read.nbytes for _, read in reads)
         except BaseException:
             self._recover()
             raise

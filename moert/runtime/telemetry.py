@@ -83,7 +83,8 @@ _numbers = attrgetter(*(f.name for f in fields(Counters) if f.name != "token_use
 def total(parts: Iterable[Counters]) -> Counters:
     """Their sum."""
     parts = list(parts)
-    result = Counters(*map(sum, zip(*map(_numbers, parts), strict=True)))
+    numbers: Iterable[Any] = map(sum, zip(*map(_numbers, parts), strict=True))
+    result = Counters(*numbers)
     for part in parts:
         result.token_uses.update(part.token_uses)
     return result
@@ -92,15 +93,19 @@ def total(parts: Iterable[Counters]) -> Counters:
 class Telemetry:
     """Is told what happens, and counts it for each layer; draws it too where there is a timeline.
 
-    decoding: whether what happens from now on is counted as decoding, or as the prompt.
+    decoding: whether what happens from now on is counted as decoding (a pass of one token), or as a prompt.
     """
 
     def __init__(self, widths: tuple[int, ...], layers: Iterable[int]) -> None:
         self.timeline: Timeline | None = None
         self._bits = (0, *widths)  # by number of slices
         self._unused: dict[SliceKey, int] = {}  # prefetched slices that nobody wanted yet, with their bytes
-        layers = list(layers)
-        self._phases = {decoding: {layer: Counters() for layer in layers} for decoding in (False, True)}
+        self._moe_layers = tuple(layers)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted."""
+        self._phases = {decoding: {layer: Counters() for layer in self._moe_layers} for decoding in (False, True)}
         self.decoding = False
 
     @property

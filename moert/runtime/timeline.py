@@ -27,7 +27,7 @@ class Timeline:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = open(path, "wb")
+            self._file = open(path, "wb")  # noqa: SIM115
         except OSError as error:
             raise UsageError(
                 f"The timeline cannot be written to {path}: {error.strerror}; name another file with --timeline."
