@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -223,6 +224,10 @@ class Engine:
         """The same for each layer with experts, of decoding or of prompts."""
         return self._runner.layer_counters(decoding)
 
+    def counted(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
+        """Around a pass of `count` tokens, from position `first` on or of several sequences: what it is counted as."""
+        return self._runner.begin(decoding, count, first)
+
     def draw(self, timeline: Timeline | None) -> None:
         """Draw from now on what happens; whoever gives the timeline closes it."""
         self._runner.telemetry.timeline = timeline
@@ -295,11 +300,10 @@ class Engine:
                 )
         self._cache.check_room(len(ids))
         self._cache.truncate(len(self.tokens))
-        self._runner.begin(decoding=len(ids) == 1)
         logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
-            with self._runner.telemetry.step(len(self.tokens), len(chunk)):
+            with self.counted(len(ids) == 1, len(chunk), len(self.tokens)):
                 result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
             self.tokens += chunk
             logits = [*logits, result] if all_logits else [result]

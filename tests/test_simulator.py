@@ -177,9 +177,7 @@ def loads_with_least_bytes(visits, capacity):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 1), st.sets(st.integers(0, 3), min_size=1, max_size=2)), min_size=1, max_size=12
-    ),
+    st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 3), min_size=1, max_size=2)), min_size=1, max_size=12),
     st.integers(2, 4),
 )
 def test_belady_reads_as_little_as_the_best_of_all_sequences(visits, capacity):

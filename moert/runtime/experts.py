@@ -8,6 +8,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -113,11 +114,15 @@ class ExpertRunner:
         self._catch_up()
         return self.telemetry.layers(decoding)
 
-    def begin(self, decoding: bool) -> None:
-        """What comes is a prompt, or decoding: both are counted for themselves."""
+    def begin(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
+        """Around a pass of `count` tokens, from position `first` on or of several sequences.
+
+        Decoding and prompts are counted for themselves.
+        """
         if decoding != self.telemetry.decoding:
             self._catch_up()
             self.telemetry.decoding = decoding
+        return self.telemetry.step(count, first)
 
     def use(self, precision: Precision) -> None:
         """Compute at another precision from the next call on; its slices must have slots.

@@ -93,7 +93,7 @@ def total(parts: Iterable[Counters]) -> Counters:
 class Telemetry:
     """Is told what happens, and counts it for each layer; draws it too where there is a timeline.
 
-    decoding: whether what happens from now on is counted as decoding (a pass of one token), or as a prompt.
+    decoding: whether what happens from now on is counted as decoding, or as a prompt.
     """
 
     def __init__(self, widths: tuple[int, ...], layers: Iterable[int]) -> None:
@@ -125,9 +125,9 @@ class Telemetry:
         """What was counted for the experts of each layer while decoding, or for prompts."""
         return {layer: part.copy() for layer, part in self._phases[decoding].items()}
 
-    def step(self, first: int, count: int) -> AbstractContextManager[object]:
-        """Around a forward pass of `count` tokens from position `first` on."""
-        return _NOTHING if self.timeline is None else self.timeline.step(first, count)
+    def step(self, count: int, first: int | None) -> AbstractContextManager[object]:
+        """Around a forward pass of `count` tokens, from position `first` on or of several sequences."""
+        return _NOTHING if self.timeline is None else self.timeline.step(count, first)
 
     def reached(self, layer: int) -> None:
         """The routed experts of a layer are asked for."""

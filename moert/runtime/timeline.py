@@ -45,9 +45,11 @@ class Timeline:
         return self._events >= MOST_EVENTS
 
     @contextmanager
-    def step(self, first: int, count: int) -> Iterator[None]:
-        """A forward pass of `count` tokens from position `first` on."""
-        name = f"token {first}" if count == 1 else f"tokens {first} to {first + count - 1}"
+    def step(self, count: int, first: int | None) -> Iterator[None]:
+        """A forward pass of `count` tokens, from position `first` on or of several sequences."""
+        name = f"tokens of several sequences: {count}"
+        if first is not None:
+            name = f"token {first}" if count == 1 else f"tokens {first} to {first + count - 1}"
         begin, self._last = time.perf_counter(), time.perf_counter()  # apart: what begins with its parts nests badly
         try:
             yield
