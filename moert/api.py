@@ -23,7 +23,7 @@ from moert.meter import GenerationStats as GenerationStats
 from moert.meter import Meter
 from moert.recording import Recorder
 from moert.sampling import SamplingParams
-from moert.source import resolve
+from moert.source import resolve, warm_file
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
 
@@ -40,7 +40,8 @@ class LLM:
     alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored.
     kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
     up to 16 share the KV cache of one context. token_scheduler, cache_policy, load_order, prefetch and overlap: see
-    `EngineConfig`. on_status gets lines that say what was chosen.
+    `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed last. on_status
+    gets lines that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
@@ -60,6 +61,7 @@ class LLM:
         overlap: bool = True,
         batch_size: int | None = None,
         token_scheduler: str = "first-come",
+        warm: bool = False,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class LLM:
             token_scheduler=token_scheduler,
         )
         self.description: list[str] = []
+        self._say = on_status or (lambda line: None)
 
         def status(line: str) -> None:
             self.description.append(line)
@@ -89,7 +92,10 @@ class LLM:
         self.tokenizer = Tokenizer(path)
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
         self._engine = Engine(self.store, config, status)
-        self._say = on_status or (lambda line: None)
+        self._warm_file: Path | None = None
+        if warm:
+            self._engine.warm(file := warm_file(path, str(self._engine.precision)), status)
+            self._warm_file = file  # only now: what is interrupted before is nothing to remember
         self._latest: object = None  # the request that the KV cache belongs to
         self._recorders: list[Recorder] = []
 
@@ -228,10 +234,14 @@ class LLM:
         self._recorders.append(Recorder(self.store, self._engine.decoder, Path(path)))
 
     def close(self) -> None:
-        """End the reading threads and what is recorded; the object is of no use afterwards."""
+        """End the reading threads and what is recorded, and write down what a warm start needs; the object is of no use
+        afterwards."""
         try:
             while self._recorders:
                 self._recorders.pop().close()
+            if self._warm_file is not None:
+                file, self._warm_file = self._warm_file, None
+                self._engine.remember(file, self._say)
         finally:
             self._engine.close()
 

@@ -113,15 +113,17 @@ def _step(engine: Engine, slots: Slots, parts: Sequence[_Request]) -> list[tuple
     """Compute what is next of each: logits [V] of its last token, or why there are none."""
     before = engine.counters.copy()
     work = [(request.slot, request.next()) for request in parts]
+    count = sum(len(tokens) for _, tokens in work)
     try:
-        rows = slots.step(work)
+        with engine.counted(parts[0].decoding, count):
+            rows = slots.step(work)
     except MoertError as error:
         if len(parts) == 1:
             return [(parts[0], error)]
         return [found for request in parts for found in _step(engine, slots, [request])]
-    counted, total = engine.counters.since(before), sum(len(tokens) for _, tokens in work)
+    counted = engine.counters.since(before)
     for request, (_, tokens) in zip(parts, work, strict=True):
-        request.meter.add(counted, len(tokens) / total, request.decoding)
+        request.meter.add(counted, len(tokens) / count, request.decoding)
     return list(zip(parts, rows, strict=True))
 
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget
 from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
-from moert.errors import BudgetError, UsageError
+from moert.errors import BudgetError, StoreError, UsageError
 from moert.memory import keep_freed_memory
 from moert.models.architecture import Architecture
 from moert.models.decoder import Decoder
@@ -26,7 +29,9 @@ from moert.quant.layer_step import KEY_BLOCK
 from moert.quant.matmul import FEW_TOKENS
 from moert.runtime.experts import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
+from moert.runtime.timeline import Timeline
 from moert.runtime.transfer import direct_io_works
+from moert.runtime.warm import read_memory, write_memory
 from moert.scheduler.batching import POLICIES as TOKEN_SCHEDULERS
 from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
@@ -34,6 +39,7 @@ from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
 from moert.slots import Slots
+from moert.store.fileio import readable
 from moert.store.reader import Store
 
 _MIB = 1 << 20
@@ -139,7 +145,7 @@ class Engine:
         users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
         slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
         self._describe(store, config, slots[0], num_experts, on_status)
-        self._most_slices = slices
+        self._store, self._most_slices = store, slices
         self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, policies)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
         if slots[0] < num_experts:
@@ -210,6 +216,23 @@ class Engine:
         return self._runner.counters
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits per weight that the store has its experts at."""
+        return self._widths
+
+    def layer_counters(self, decoding: bool) -> dict[int, Counters]:
+        """The same for each layer with experts, of decoding or of prompts."""
+        return self._runner.layer_counters(decoding)
+
+    def counted(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
+        """Around a pass of `count` tokens, from position `first` on or of several sequences: what it is counted as."""
+        return self._runner.begin(decoding, count, first)
+
+    def draw(self, timeline: Timeline | None) -> None:
+        """Draw from now on what happens; whoever gives the timeline closes it."""
+        self._runner.telemetry.timeline = timeline
+
+    @property
     def decoder(self) -> Decoder:
         """The model, for hooks that look into it."""
         return self._decoder
@@ -235,6 +258,28 @@ class Engine:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
         self._runner.preload()
 
+    def warm(self, path: Path, on_status: Callable[[str], None]) -> None:
+        """Begin with the experts that `path` names, where a run before wrote it: see `remember`."""
+        try:
+            memory = read_memory(path, self._store)
+            on_status(f"warm start: reading the experts of the last run, as {path} names them")
+            began = time.perf_counter()
+            nbytes = self._runner.warm(memory)
+            on_status(f"warm start: {readable(nbytes)} in {time.perf_counter() - began:.1f} s")
+        except FileNotFoundError:
+            on_status(f"warm start: none yet; what is in memory at the end is written to {path}")
+        except StoreError as error:
+            on_status(f"warm start: not possible, the arena begins empty. {error}")
+
+    def remember(self, path: Path, on_status: Callable[[str], None]) -> None:
+        """Write down which experts are in memory, for `warm`. Where that is not possible it says so."""
+        memory = self._runner.remember()
+        try:
+            if memory.resident:
+                write_memory(path, self._store, memory)
+        except OSError as error:
+            on_status(f"warm start: not written for the next time, {path}: {error.strerror}")
+
     def rewind(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
         del self.tokens[length:]
@@ -258,7 +303,8 @@ class Engine:
         logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
-            result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
+            with self.counted(len(ids) == 1, len(chunk), len(self.tokens)):
+                result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
             self.tokens += chunk
             logits = [*logits, result] if all_logits else [result]
         return torch.cat(logits) if all_logits else logits[-1]

@@ -15,9 +15,12 @@ class GenerationStats:
     """What one answer took. Times in seconds, sizes in bytes; None where there was nothing to measure.
 
     cached_tokens: prompt tokens found in the KV cache. ttft_s: from the call to the first token. hit_ratio (share of
-    expert uses that were in memory), bytes_read_per_token and mean_width (bits per weight) are those of decoding, or
-    of the prompt where nothing was decoded; bytes_read counts both. Where several prompts run together, they are those
-    of the steps that this one took part in, and its tokens' share of the bytes.
+    expert uses that were in memory), mean_width (bits per weight) and all that is per token are those of decoding, or
+    of the whole prompt where nothing was decoded; bytes_read counts both. Where several prompts run together, they are
+    those of the steps that this one took part in, and its tokens' share of times and bytes. waited: nothing computed,
+    because slices were missing. computed: routed experts did. What is read is read on demand or prefetched; of the
+    latter some is used, some wasted, and some may be used later. width_histogram: share of expert uses at each number
+    of bits (0: left out).
     """
 
     prompt_tokens: int
@@ -34,6 +37,13 @@ class GenerationStats:
     precision: str
     mean_width: float | None
     seed: int
+    waited_s_per_token: float
+    computed_s_per_token: float
+    bytes_on_demand_per_token: float
+    bytes_prefetched_per_token: float
+    bytes_prefetched_used_per_token: float
+    bytes_prefetched_wasted_per_token: float
+    width_histogram: dict[int, float]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -82,6 +92,7 @@ class Meter:
             precision=str(self._engine.precision),
             mean_width=phase.mean_width,
             seed=self._seed,
+            **phase.per_token(steps, self._engine.widths),
         )
 
 
@@ -106,6 +117,11 @@ class SharedMeter(Meter):
         phase.expert_uses += step.expert_uses
         phase.expert_hits += step.expert_hits
         phase.width_sum += step.width_sum
+        phase.token_uses.update(step.token_uses)
+        phase.waited_s += share * step.waited_s
+        phase.computed_s += share * step.computed_s
+        for name in ("bytes_read", "bytes_prefetched", "bytes_used", "bytes_wasted"):
+            setattr(phase, name, getattr(phase, name) + round(share * getattr(step, name)))
         self._bytes[decoding] += share * step.bytes_read
 
     def _counted(self, decoded: bool) -> tuple[Counters, float, int]:

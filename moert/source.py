@@ -144,6 +144,12 @@ def cached_store(model: str | Path, settings: Conversion) -> Path:
     return cache_folder() / f"{name}-w{widths}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+def warm_file(store: Path, precision: str) -> Path:
+    """Where the cache keeps which experts of a store were in memory at the end of a run, for each precision."""
+    identity = json.dumps([str(store.resolve()), precision])
+    return cache_folder() / "warm" / f"{store.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
+
+
 def checkpoint(model: str | Path, *, offline: bool = False, on_status: Status | None = None) -> Path:
     """The checkpoint folder that `model` names, downloaded from the hub if it is an id and not here yet."""
     folder = Path(model).expanduser()

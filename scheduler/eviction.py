@@ -43,6 +43,9 @@ class CachePolicy(Protocol):
     def worth(self, key: ExpertKey, index: int) -> float:
         """How often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
 
+    def restore(self, key: ExpertKey, worth: Sequence[float]) -> None:
+        """What `worth` said of the slices of an expert when another run ended; told before anything is used."""
+
 
 class _Baseline:
     """What baselines do not care about: they know nothing of the future, and let no prefetch evict anything."""
@@ -51,6 +54,8 @@ class _Baseline:
 
     def worth(self, key: ExpertKey, index: int) -> float:
         return 1.0
+
+    def restore(self, key: ExpertKey, worth: Sequence[float]) -> None: ...
 
 
 class LeastRecentlyUsed(_Baseline):
@@ -232,6 +237,10 @@ class RecentScore(_Baseline):
     def worth(self, key: ExpertKey, index: int) -> float:
         row, expert = self._row[key[0]], key[1]
         return float(max(self._use[index, row, expert] / self._scale[row, 0], self._foreseen[row, expert]))
+
+    def restore(self, key: ExpertKey, worth: Sequence[float]) -> None:
+        row = self._row[key[0]]
+        self._use[: len(worth), row, key[1]] = np.array(worth) * self._scale[row, 0]
 
 
 # For a model with these layers, experts per layer and slices per expert.

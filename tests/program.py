@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
@@ -35,6 +35,13 @@ class Stats:
     precision: str = "fixed:4"
     mean_width: float | None = 4.0
     seed: int = 77
+    waited_s_per_token: float = 0.0125
+    computed_s_per_token: float = 0.025
+    bytes_on_demand_per_token: float = 1536.0
+    bytes_prefetched_per_token: float = 512.0
+    bytes_prefetched_used_per_token: float = 256.0
+    bytes_prefetched_wasted_per_token: float = 128.0
+    width_histogram: dict[int, float] = field(default_factory=lambda: {2: 0.25, 4: 0.75})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.figures import add_options as add_figures_options
+from moert.cli.figures import figures
 from moert.cli.progress import line_progress
 from moert.config import DEFAULT_CTX_SIZE, format_bytes, parse_bytes
 from moert.errors import UsageError
@@ -65,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", default="1GiB", help="memory that these fill (default 1GiB: beyond the caches)")
     common.add_memory_options(parser)
     common.add_conversion_options(parser)
+    add_figures_options(parser)
 
 
 def _counts(text: str) -> list[int]:
@@ -152,7 +155,8 @@ def _model(args: argparse.Namespace, status: common.Status) -> int:
     cases = bench.make_cases(args.n_prompt, args.n_gen, args.n_depth)
     text = common.read_text(args.prompt_file, "The prompt") if args.prompt_file else None
     table = _Table(args.output, MODEL_COLUMNS, left=4)
-    with _open(args, status, cases) as llm:
+    with figures(args, status) as taken, _open(args, status, cases) as llm:
+        taken.of(llm)
         ids = None if text is None else llm.tokenizer.encode(text)
         tokens = bench.Tokens(llm.store.architecture.vocab_size, ids)
         tokens.check(max(case.needed for case in cases))

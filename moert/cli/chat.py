@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moert.cli import common
+from moert.cli.figures import add_options as add_figures_options
+from moert.cli.figures import figures
 from moert.cli.session import ChatSession
 
 if TYPE_CHECKING:
@@ -21,12 +23,14 @@ _BLOCK = '"""'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_run_options(parser)
+    add_figures_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     person = sys.stdin.isatty()
-    with common.open_llm(args, status) as llm:
+    with figures(args, status) as taken, common.open_llm(args, status) as llm:
+        taken.of(llm)
         params = common.sampling_params(args, llm, status)
         if llm.tokenizer.chat_template is None:
             status.say("The model has no chat template: it continues your text instead of answering it.")

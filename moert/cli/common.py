@@ -100,6 +100,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
     add_quiet_option(parser)
     add_memory_options(parser)
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="begin with the experts in memory that were there at the end of the last run",
+    )
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
     group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
     for option, name, kind, text in SAMPLING:
@@ -176,6 +181,7 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             overlap=not args.no_overlap,
             batch_size=vars(args).get("batch_size", 1),
             token_scheduler=vars(args).get("token_scheduler", "first-come"),
+            warm=vars(args).get("warm", False),
             offline=args.offline,
             on_status=status.say,
         )

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.figures import add_options as add_figures_options
+from moert.cli.figures import figures
 from moert.cli.progress import line_progress
 from moert.errors import UsageError
 
@@ -46,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="which of them take a step together: first-come (default) or most-overlap",
     )
+    add_figures_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,7 +58,8 @@ def main(args: argparse.Namespace) -> int:
     if len(prompts) == 1:
         args.batch_size = 1
     status = common.Status(args.quiet)
-    with common.open_llm(args, status) as llm:
+    with figures(args, status) as taken, common.open_llm(args, status) as llm:
+        taken.of(llm)
         params = common.sampling_params(args, llm, status)
         if args.chat and llm.tokenizer.chat_template is None:
             status.say("The model has no chat template: the texts follow one another.")

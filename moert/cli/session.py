@@ -194,8 +194,13 @@ class ChatSession:
             self.status.show("Nothing was answered yet.")
             return
         for name, value in self.last.as_dict().items():
-            shown = format_bytes(value) if "bytes" in name else f"{value:.3g}" if isinstance(value, float) else value
-            self.status.show(f"{name:22}{shown}")
+            if isinstance(value, dict):
+                shown = ", ".join(f"{width} bits {share:.1%}" for width, share in value.items())
+            else:
+                shown = (
+                    format_bytes(value) if "bytes" in name else f"{value:.3g}" if isinstance(value, float) else value
+                )
+            self.status.show(f"{name:36}{shown}")
 
 
 def _parse(name: str, kind: Callable[[str], Any], value: str) -> Any:

@@ -8,6 +8,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -26,6 +27,7 @@ from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
 from moert.scheduler.trial import Trial
 from moert.scheduler.types import ExpertKey, Plan, Prediction, RoutedExpert
+from moert.scheduler.warm import Memory, remember, restore
 from moert.store.reader import Store
 
 # Measured on a 12-layer model with a quarter of its experts in memory: from 4 to 24 MiB and from 0.3 to 0.5 it makes no
@@ -92,7 +94,7 @@ class ExpertRunner:
     ) -> None:
         self._store, self._layout, self._slots = store, store.layout, tuple(slots)
         self._policies = policies or Policies()
-        self.telemetry = Telemetry(store.layout.widths)
+        self.telemetry = Telemetry(store.layout.widths, store.kept)
         self._loader = Loader(store, slots, activation, self.telemetry, self._policies.overlap)
         self._parts = torch.empty(0)
         # layer, experts, weights, and the slices that were wanted and used
@@ -117,6 +119,21 @@ class ExpertRunner:
         """Up to date when it is asked for."""
         self._catch_up()
         return self.telemetry.counters
+
+    def layer_counters(self, decoding: bool) -> dict[int, Counters]:
+        """The same for each layer, of decoding or of prompts."""
+        self._catch_up()
+        return self.telemetry.layers(decoding)
+
+    def begin(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
+        """Around a pass of `count` tokens, from position `first` on or of several sequences.
+
+        Decoding and prompts are counted for themselves.
+        """
+        if decoding != self.telemetry.decoding:
+            self._catch_up()
+            self.telemetry.decoding = decoding
+        return self.telemetry.step(count, first)
 
     def use(self, precision: Precision) -> None:
         """Compute at another precision from the next call on; its slices must have slots.
@@ -144,6 +161,24 @@ class ExpertRunner:
             self._recover()
             raise
 
+    def remember(self) -> Memory:
+        """What the arena holds, for a later run."""
+        self._catch_up()
+        return remember(self._scheduler.cache, self._store.kept)
+
+    def warm(self, memory: Memory) -> int:
+        """Read what another run held into the empty arena, so far as it fits; returns the bytes read."""
+        try:
+            loads = restore(self._scheduler.cache, memory, self._precision.slices(self._layout.widths))
+            reads = [(load, self._loader.start(load)) for load in loads]
+            for load, read in reads:
+                self._loader.arrived(load, read)
+            self.telemetry.restart()  # these are nobody's
+            return sum(read.nbytes for _, read in reads)
+        except BaseException:
+            self._recover()
+            raise
+
     def close(self) -> None:
         self._loader.close()
 
@@ -154,6 +189,7 @@ class ExpertRunner:
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
         """
         self._catch_up()
+        self.telemetry.reached(layer)
         self._stepped = False  # a prompt is no token
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
         places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
@@ -182,6 +218,7 @@ class ExpertRunner:
         the cache learns of it later, for several layers at a time, while Python's own data are in the processor's
         caches.
         """
+        self.telemetry.reached(layer)
         before = time.perf_counter()
         if layer == self._first_layer:
             if self._stepped:

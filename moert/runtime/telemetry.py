@@ -6,9 +6,12 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from moert.runtime.timeline import Timeline
 from moert.runtime.transfer import Read
@@ -23,6 +26,7 @@ class Counters:
     would take one at a time, however many of them a step had. bytes_read: all of them; bytes_prefetched: those that
     nobody waited for when they were asked for, of which bytes_used were wanted afterwards, bytes_wasted were evicted or
     dropped without, and others may still be. waited_s: time in which nothing computed because slices were missing.
+    computed_s: time in which routed experts computed.
     """
 
     expert_uses: int = 0
@@ -54,19 +58,85 @@ class Counters:
         """Mean bits per weight over expert uses; None where there were none."""
         return self.width_sum / self.expert_uses if self.expert_uses else None
 
+    def width_histogram(self, widths: Sequence[int]) -> dict[int, float]:
+        """Share of the uses by tokens of each of `widths`, and of 0 bits where experts were left out."""
+        total = sum(self.token_uses.values())
+        return {(0, *widths)[n]: count / total for n, count in sorted(self.token_uses.items())}
+
+    def per_token(self, tokens: int, widths: Sequence[int]) -> dict[str, Any]:
+        """What is new in `GenerationStats`, by the names of its fields."""
+        tokens = max(tokens, 1)
+        return {
+            "waited_s_per_token": self.waited_s / tokens,
+            "computed_s_per_token": self.computed_s / tokens,
+            "bytes_on_demand_per_token": (self.bytes_read - self.bytes_prefetched) / tokens,
+            "bytes_prefetched_per_token": self.bytes_prefetched / tokens,
+            "bytes_prefetched_used_per_token": self.bytes_used / tokens,
+            "bytes_prefetched_wasted_per_token": self.bytes_wasted / tokens,
+            "width_histogram": self.width_histogram(widths),
+        }
+
+
+_numbers = attrgetter(*(f.name for f in fields(Counters) if f.name != "token_uses"))
+
+
+def total(parts: Iterable[Counters]) -> Counters:
+    """Their sum."""
+    parts = list(parts)
+    numbers: Iterable[Any] = map(sum, zip(*map(_numbers, parts), strict=True))
+    result = Counters(*numbers)
+    for part in parts:
+        result.token_uses.update(part.token_uses)
+    return result
+
 
 class Telemetry:
-    """Is told what happens, and counts; draws it too where there is a timeline."""
+    """Is told what happens, and counts it for each layer; draws it too where there is a timeline.
 
-    def __init__(self, widths: tuple[int, ...]) -> None:
-        self.counters = Counters()
+    decoding: whether what happens from now on is counted as decoding, or as a prompt.
+    """
+
+    def __init__(self, widths: tuple[int, ...], layers: Iterable[int]) -> None:
         self.timeline: Timeline | None = None
         self._bits = (0, *widths)  # by number of slices
         self._unused: dict[SliceKey, int] = {}  # prefetched slices that nobody wanted yet, with their bytes
+        self._moe_layers = tuple(layers)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted."""
+        self._phases = {decoding: {layer: Counters() for layer in self._moe_layers} for decoding in (False, True)}
+        self.decoding = False
+
+    @property
+    def decoding(self) -> bool:
+        return self._layers is self._phases[True]
+
+    @decoding.setter
+    def decoding(self, decoding: bool) -> None:
+        self._layers = self._phases[decoding]
+
+    @property
+    def counters(self) -> Counters:
+        """Sums over all layers."""
+        return total(part for layers in self._phases.values() for part in layers.values())
+
+    def layers(self, decoding: bool) -> dict[int, Counters]:
+        """What was counted for the experts of each layer while decoding, or for prompts."""
+        return {layer: part.copy() for layer, part in self._phases[decoding].items()}
+
+    def step(self, count: int, first: int | None) -> AbstractContextManager[object]:
+        """Around a forward pass of `count` tokens, from position `first` on or of several sequences."""
+        return _NOTHING if self.timeline is None else self.timeline.step(count, first)
+
+    def reached(self, layer: int) -> None:
+        """The routed experts of a layer are asked for."""
+        if self.timeline is not None:
+            self.timeline.dense(f"attention, layer {layer}", time.perf_counter())
 
     def planned(self, layer: int, slices: Mapping[int, int], hits: int, tokens: Iterable[tuple[int, int]]) -> None:
         """slices: of each expert that is computed. tokens: how many (token, expert) there are with so many slices."""
-        counters, bits = self.counters, self._bits
+        counters, bits = self._layers[layer], self._bits
         counters.expert_uses += len(slices)
         counters.expert_hits += hits
         counters.width_sum += sum([bits[n] for n in slices.values()])
@@ -79,40 +149,46 @@ class Telemetry:
 
     def asked(self, load: Load, read: Read, ahead: bool) -> None:
         """A read was submitted."""
+        counters = self._layers[load.layer]
         if ahead:
-            self.counters.bytes_prefetched += read.nbytes
+            counters.bytes_prefetched += read.nbytes
             for index, (_, size, _) in enumerate(read.parts, load.first):
                 self._unused[SliceKey(load.layer, load.expert, index)] = size
-        self.counters.reads += 1
-        self.counters.bytes_read += read.nbytes
+        counters.reads += 1
+        counters.bytes_read += read.nbytes
 
     def dropped(self, load: Load, read: Read) -> None:
         """A read that was submitted will not be done."""
-        self.counters.reads -= 1
-        self.counters.bytes_read -= read.nbytes
-        self.counters.bytes_prefetched -= read.nbytes
+        counters = self._layers[load.layer]
+        counters.reads -= 1
+        counters.bytes_read -= read.nbytes
+        counters.bytes_prefetched -= read.nbytes
         for index in range(load.first, load.last):
             self._unused.pop(SliceKey(load.layer, load.expert, index), None)
 
     def arrived(self, load: Load, read: Read, ahead: bool) -> None:
         if self.timeline is not None:
-            name = f"{'prefetch' if ahead else 'load'} {load.layer}.{load.expert} slices {load.first}-{load.last - 1}"
-            self.timeline.add("disk", name, read.begun, read.ended, {"bytes": read.nbytes})
+            name = f"expert {load.layer}.{load.expert}, slices {load.first} to {load.last - 1}"
+            self.timeline.read(name, read.begun, read.ended, read.nbytes, ahead)
 
     def evicted(self, key: SliceKey) -> None:
-        self.counters.bytes_wasted += self._unused.pop(key, 0)
+        if self._unused:
+            self._layers[key.layer].bytes_wasted += self._unused.pop(key, 0)
 
     def waited(self, layer: int, since: float) -> None:
         now = time.perf_counter()
-        self.counters.waited_s += now - since
+        self._layers[layer].waited_s += now - since
         if self.timeline is not None:
-            self.timeline.add("compute", f"wait, layer {layer}", since, now)
+            self.timeline.compute(f"wait, layer {layer}", since, now)
 
     def computed(self, layer: int, experts: int, since: float) -> None:
         now = time.perf_counter()
-        self.counters.computed_s += now - since
+        self._layers[layer].computed_s += now - since
         if self.timeline is not None:
-            self.timeline.add("compute", f"layer {layer}: {experts} experts", since, now)
+            self.timeline.compute(f"{experts} experts, layer {layer}", since, now)
+
+
+_NOTHING = nullcontext()
 
 
 def peak_rss_bytes() -> int:
