@@ -38,8 +38,10 @@ from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
+from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.slots import Slots
 from moert.store.fileio import readable
+from moert.store.predictor import read_predictor
 from moert.store.reader import Store
 
 _MIB = 1 << 20
@@ -146,7 +148,8 @@ class Engine:
         slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
         self._describe(store, config, slots[0], num_experts, on_status)
         self._store, self._most_slices = store, slices
-        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, policies)
+        predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
+        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, policies, predictor)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
         if slots[0] < num_experts:
             self._decoder.watch(self._runner)
@@ -157,6 +160,17 @@ class Engine:
         # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
         self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
         self.tokens: list[int] = []
+
+    @staticmethod
+    def _predictor(store: Store, on_status: Callable[[str], None]) -> Predictor | None:
+        """The store's trained predictor of routes with what the routers themselves say, if it has one."""
+        found = read_predictor(store)
+        if found is None:
+            return None
+        on_status("prefetching by the routing-path predictor that was trained for this store")
+        arch = store.architecture
+        weights = PathWeights(**found.tensors)
+        return make_predictor(Mixed.name, store.moe_layers, store.num_experts, arch.top_k, weights)
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
         libraries, available = library_bytes(), available_bytes()
@@ -304,6 +318,7 @@ class Engine:
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = list(ids[start : start + PREFILL_CHUNK])
             with self.counted(len(ids) == 1, len(chunk), len(self.tokens)):
+                self._runner.tokens(chunk)
                 result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
             self.tokens += chunk
             logits = [*logits, result] if all_logits else [result]

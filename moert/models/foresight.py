@@ -27,7 +27,8 @@ class Guess(NamedTuple):
 class Watcher(Protocol):
     """Wants guesses; `horizon`, which may change at any time, says for how many MoE layers ahead (0: none)."""
 
-    horizon: int
+    @property
+    def horizon(self) -> int: ...
 
     def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
         """What the next MoE layers behind `layer` will probably ask for, the nearest first.

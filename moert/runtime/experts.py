@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,33 +18,19 @@ from torch import Tensor
 from moert.quant.format import MAX_WIDTH
 from moert.quant.rows import add_rows, combine
 from moert.runtime.loading import Loader
+from moert.runtime.lookahead import Guess, LookAhead
 from moert.runtime.telemetry import Counters, Telemetry
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES, RecentScore
 from moert.scheduler.hebf import ORDERS
-from moert.scheduler.odds import Odds
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
-from moert.scheduler.trial import Trial
-from moert.scheduler.types import ExpertKey, Plan, Prediction, RoutedExpert
+from moert.scheduler.predictor import Predictor
+from moert.scheduler.types import ExpertKey, Plan, RoutedExpert
 from moert.scheduler.warm import Memory, remember, restore
 from moert.store.reader import Store
 
-# Measured on a 12-layer model with a quarter of its experts in memory: from 4 to 24 MiB and from 0.3 to 0.5 it makes no
-# difference beyond the noise; a quarter of what is read for odds of 0.3 is never used.
-_AHEAD_BYTES = 12 << 20
-_LEAST_ODDS = 0.3
-
-
-class Guess(Protocol):
-    """What is said of a layer to come: experts, the likeliest first, and their softmax over all."""
-
-    @property
-    def layer(self) -> int: ...
-    @property
-    def experts(self) -> Sequence[int]: ...
-    @property
-    def weights(self) -> Sequence[float]: ...
+_AHEAD_BYTES = 12 << 20  # prefetches on their way: about what a fast disk reads while two layers compute
 
 
 _Places: TypeAlias = dict[int, dict[int, Tensor]]
@@ -91,6 +77,7 @@ class ExpertRunner:
         precision: Precision,
         activation: str,
         policies: Policies | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self._store, self._layout, self._slots = store, store.layout, tuple(slots)
         self._policies = policies or Policies()
@@ -100,10 +87,7 @@ class ExpertRunner:
         # layer, experts, weights, and the slices that were wanted and used
         self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int], Sequence[int]]] = deque()
         self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=_AHEAD_BYTES)
-        self._guesses: Sequence[Guess] = ()
-        self._odds = Odds()
-        self._trial = Trial(self._policies.horizons)
-        self.horizon, self._step_began, self._stepped = self._trial.choice, 0.0, False
+        self._ahead = LookAhead(self._policies.horizons, predictor)
         self._first_layer = min(store.kept)
         self.use(precision)
 
@@ -190,7 +174,7 @@ class ExpertRunner:
         """
         self._catch_up()
         self.telemetry.reached(layer)
-        self._stepped = False  # a prompt is no token
+        self._ahead.pause()
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
         places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
         routed = [
@@ -221,19 +205,17 @@ class ExpertRunner:
         self.telemetry.reached(layer)
         before = time.perf_counter()
         if layer == self._first_layer:
-            if self._stepped:
-                self.horizon = self._trial.step(before - self._step_began)
-            self._step_began, self._stepped = before, True
+            self._ahead.step(before)
         wanted, table = self._chooser.one(layer, experts, weights), self._loader.table
         try:
-            if self._guesses:
+            if self._ahead.guesses:
                 self._catch_up()  # what a prefetch evicts must not be planned afterwards
                 self._arrived()
             counts = wanted
             if self._scheduler.ladder is not None:
                 held, squares = table.held(layer, experts), [w * w for w in weights]
                 counts = self._scheduler.settle(layer, _routed(experts, weights, wanted), squares, held)
-            if self._guesses and not table.missing(layer, experts, counts):
+            if self._ahead.guesses and not table.missing(layer, experts, counts):
                 self._look_ahead(layer, experts)
             if table.add(layer, experts, counts, weights, x, out):
                 self.telemetry.computed(layer, len(experts), before)
@@ -249,32 +231,44 @@ class ExpertRunner:
             self._recover()
             raise
 
+    @property
+    def horizon(self) -> int:
+        """For how many layers ahead guesses are wanted now."""
+        return self._ahead.horizon
+
+    def tokens(self, ids: Sequence[int]) -> None:
+        """Told before a pass which tokens it has."""
+        self._ahead.tokens(ids)
+
     def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
-        """Told before the experts of `layer` are computed what the next layers will probably ask for."""
-        self._guesses = guesses
+        """Told before the experts of `layer` are computed what the next layers will probably ask for; -1: before all
+        layers, when there is nothing else to read yet."""
+        self._ahead.hear(layer, guesses)
+        if layer < 0:
+            try:
+                self._catch_up()
+                self._arrived()
+                self._prefetch(())
+            except BaseException:
+                self._recover()
+                raise
+
+    def _foreseen_slices(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> Sequence[int]:
+        """How much of them to prefetch: the base alone where it can be computed with."""
+        if self._scheduler.ladder is not None:
+            return [1] * len(experts)
+        return self._chooser.one(layer, experts, weights)
 
     def _look_ahead(self, layer: int, experts: Sequence[int]) -> None:
         """Prefetch what was guessed, now that all that `layer` waits for has been asked for."""
-        guesses, self._guesses = self._guesses, ()
         for load in self._loader.unwanted(layer, experts):
             self._scheduler.cancel(load)
-        odds = self._odds
-        odds.learn(layer, experts)
-        predictions = []
-        for ahead, guess in enumerate(guesses):
-            counts = self._chooser.one(guess.layer, guess.experts, guess.weights)
-            if self._scheduler.ladder is not None:
-                counts = [1] * len(counts)
-            missing = self._loader.table.missing(guess.layer, guess.experts, counts)
-            odds.watch(ahead, guess.layer, [(rank, guess.experts[rank]) for rank in missing])
-            lacking = set(missing)
-            for rank, expert in enumerate(guess.experts):
-                if rank not in lacking:
-                    if rank < len(experts):
-                        predictions.append(Prediction(guess.layer, expert, 1.0, 0))
-                elif (probability := odds.of(ahead, rank)) >= _LEAST_ODDS:
-                    predictions.append(Prediction(guess.layer, expert, probability, counts[rank]))
-        prefetch = self._scheduler.prefetch(predictions, [ExpertKey(layer, e) for e in experts])
+        self._ahead.learn(layer, experts)
+        self._prefetch([ExpertKey(layer, e) for e in experts])
+
+    def _prefetch(self, busy: Sequence[ExpertKey]) -> None:
+        predictions = self._ahead.predictions(self._foreseen_slices, self._loader.table.missing)
+        prefetch = self._scheduler.prefetch(predictions, busy)
         self._loader.release(prefetch.evictions)
         for load in prefetch.loads:
             self._loader.start(load, ahead=True)
@@ -319,7 +313,7 @@ class ExpertRunner:
                 self.telemetry.computed(layer, len(now), before)
 
         for number, wave in enumerate(plan.waves):
-            look = functools.partial(self._look_ahead, layer, experts) if number == 0 and self._guesses else None
+            look = functools.partial(self._look_ahead, layer, experts) if number == 0 and self._ahead.guesses else None
             self._loader.run(wave, layer, compute, look)
         add_rows(parts, rows, [weights[rank] for rank in rows], out)
 
