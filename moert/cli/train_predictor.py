@@ -15,9 +15,7 @@ from moert.errors import UsageError
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
-    parser.add_argument(
-        "--trace", type=Path, action="append", required=True, metavar="FILE", help="a trace (may be given again)"
-    )
+    parser.add_argument("--trace", type=Path, action="append", metavar="FILE", help="a trace (may be given again)")
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="times through the traces (default 10)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="stop training then (default 10)")
     parser.add_argument(
@@ -33,6 +31,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("Training needs at least one epoch (--epochs) and more than no time (--minutes).")
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"{args.threads} threads cannot compute anything: give --threads at least 1.")
+    if not args.trace:
+        raise UsageError("Name what to learn from with --trace FILE: record one with --record-trace.")
     path = source.resolve(args.model, offline=args.offline, on_status=status.say)
     with status.spinner("Reading traces"):
         from moert import train_predictor  # loads torch
