@@ -32,7 +32,7 @@ from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
-from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
+from moert.scheduler.precision import BitRouter, ElasticPrecision, Precision, RoutedPrecision, parse_precision
 from moert.slots import Slots
 from moert.store.reader import Store
 
@@ -186,6 +186,9 @@ class Engine:
             chosen.append(f"precision {self.precision} (widest stored)")
         elif isinstance(self.precision, RoutedPrecision):
             how = "trained bit router" if self.precision.router.trained else "thresholds on the router's weights"
+            chosen.append(f"precision {self.precision} ({how})")
+        elif isinstance(self.precision, ElasticPrecision):
+            how = "depends on what is in memory: the same prompt and seed can give another text"
             chosen.append(f"precision {self.precision} ({how})")
         if config.ctx_size is None:
             chosen.append(f"context {self.ctx_size}")

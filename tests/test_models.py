@@ -316,12 +316,13 @@ def test_interrupted_pass_leaves_the_cache(tiny_checkpoint: MakeCheckpoint) -> N
     arch, dense, experts = load(tiny_checkpoint("qwen3_moe"))
     interrupt = False
 
-    def interruptible(layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        if interrupt and layer == 1:
-            raise KeyboardInterrupt
-        return experts(layer, x, indices, weights)
+    class Interruptible(Experts):
+        def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            if interrupt and layer == 1:
+                raise KeyboardInterrupt
+            return experts(layer, x, indices, weights)
 
-    decoder = Decoder(arch, dense, interruptible)
+    decoder = Decoder(arch, dense, Interruptible())
     cache = KVCache(arch, 32, torch.float32)
     decoder(torch.tensor(PROMPT[:10]), cache)
     interrupt = True
