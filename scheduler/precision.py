@@ -234,9 +234,7 @@ class ElasticPrecision:
     the bound knows nothing of what that does.
     """
 
-    def __init__(
-        self, bound: float, router: BitRouter | None = None, skip: float = 0.0, route: float = 0.0
-    ) -> None:
+    def __init__(self, bound: float, router: BitRouter | None = None, skip: float = 0.0, route: float = 0.0) -> None:
         self.bound, self.router, self.skip, self.route = bound, router, skip, route
 
     def __str__(self) -> str:

@@ -15,7 +15,14 @@ WINDOW = 50
 TOP_KEYS = {"text", "window", "complete", "kernel", "threads", "budget_bytes", "peak_rss_bytes", "rows"}
 ROW_KEYS = {
     *("model", "precision", "lossless", "scored_tokens", "perplexity", "perplexity_ratio", "mean_kl", "top1_agreement"),
-    *("mean_width", "bits_per_weight", "expert_bytes_per_token", "bytes_touched_per_token", "layer_errors"),
+    *(
+        "mean_width",
+        "bits_per_weight",
+        "expert_bytes_per_token",
+        "bytes_touched_per_token",
+        "bytes_read_per_token",
+        "layer_errors",
+    ),
 }
 
 

@@ -176,7 +176,7 @@ class ExpertRunner:
             raise
 
     def bonus(self, layer: int, choices: int) -> Tensor | None:
-        """See `moert.models.moe.Experts`: for those in memory, where not all experts are chosen by some token anyway."""
+        """For those in memory, unless so many are chosen that nearly all experts are needed anyway."""
         route, present = self._precision.route, self._loader.present[layer]
         return present * route if route and choices <= len(present) else None
 
