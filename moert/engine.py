@@ -37,8 +37,12 @@ from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
+<<<<<<< HEAD
 from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
 from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
+=======
+from moert.scheduler.precision import BitRouter, ElasticPrecision, Precision, RoutedPrecision, parse_precision
+>>>>>>> route
 from moert.slots import Slots
 from moert.store.fileio import readable
 from moert.store.predictor import read_predictor
@@ -206,6 +210,9 @@ class Engine:
             chosen.append(f"precision {self.precision} (widest stored)")
         elif isinstance(self.precision, RoutedPrecision):
             how = "trained bit router" if self.precision.router.trained else "thresholds on the router's weights"
+            chosen.append(f"precision {self.precision} ({how})")
+        elif isinstance(self.precision, ElasticPrecision):
+            how = "depends on what is in memory: the same prompt and seed can give another text"
             chosen.append(f"precision {self.precision} ({how})")
         if config.ctx_size is None:
             chosen.append(f"context {self.ctx_size}")

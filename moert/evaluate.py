@@ -27,6 +27,7 @@ from moert.engine import Engine, needs_of, read_precision, say_what_is_kept
 from moert.errors import UsageError
 from moert.models.decoder import DecoderLayer
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
+from moert.runtime.telemetry import Counters
 from moert.scheduler.precision import Precision
 from moert.store.reader import Store
 from moert.tokenizer import Tokenizer
@@ -60,7 +61,8 @@ class Row:
     the experts, with all scales that are stored for that width and those below. expert_bytes_per_token: of the slices
     of the experts that a token is routed to, without their padding to pages: what is read if nothing is in memory.
     bytes_touched_per_token: what decoding reads from memory, over a window: those experts (with the scales of their
-    width alone), dense weights and KV cache; see `moert.bench`. scored_tokens: those that the figures are means of.
+    width alone), dense weights and KV cache; see `moert.bench`. bytes_read_per_token: from the disk. scored_tokens:
+    those that the figures are means of.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Row:
     bits_per_weight: float
     expert_bytes_per_token: float
     bytes_touched_per_token: float
+    bytes_read_per_token: float
     layer_errors: list[LayerError]
 
 
@@ -123,6 +126,8 @@ class Sums:
     loss: float = 0.0
     kl: float = 0.0
     same: int = 0
+    tokens: int = 0
+    bytes_read: int = 0
     token_uses: Counter[int] = field(default_factory=Counter)
     layers: dict[int, Tensor] = field(default_factory=dict)
 
@@ -131,9 +136,17 @@ class Sums:
         self.loss += other.loss
         self.kl += other.kl
         self.same += other.same
+        self.tokens += other.tokens
+        self.bytes_read += other.bytes_read
         self.token_uses += other.token_uses
         for layer, squares in other.layers.items():
             self.layers[layer] = self.layers.get(layer, torch.zeros(3, dtype=torch.float64)) + squares
+
+    def count(self, counters: Counters, tokens: int) -> None:
+        """Take note of what the runtime counted for so many tokens."""
+        self.tokens += tokens
+        self.bytes_read += counters.bytes_read
+        self.token_uses += counters.token_uses
 
     def score(self, logits: Tensor, targets: Tensor, lossless: Tensor | None) -> None:
         """logits float32 [T, V] for targets int64 [T], compared in float64, with `lossless` [T, V] if there are."""
@@ -152,6 +165,8 @@ class Evaluation:
     """A store at several precisions beside the lossless store, both loaded under one memory budget.
 
     window: tokens, the context of both. config: the settings of the store's engine but for context and precision.
+    one_by_one: the store computes a window token by token, as an answer is, so that a precision that goes by what is
+    in memory costs what it costs there; errors of layers are not measured then.
     on_status gets lines that say what was chosen. `rows()` is right at every moment: an interrupted window does not
     count. Raises UsageError for a precision that the store does not have, BudgetError where memory does not suffice.
     """
@@ -164,11 +179,12 @@ class Evaluation:
         config: EngineConfig,
         window: int,
         on_status: Callable[[str], None],
+        one_by_one: bool = False,
     ) -> None:
         limit = store.architecture.max_position_embeddings
         if window > limit:
             raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was made for.")
-        self._store, self._against, self._window = store, against, window
+        self._store, self._against, self._window, self._one_by_one = store, against, window, one_by_one
         widths = store.layout.widths
         names = precisions or [f"fixed:{width}" for width in reversed(widths)]
         self._precisions = list({str(p): p for p in (read_precision(name, store) for name in names)}.values())
@@ -204,7 +220,8 @@ class Evaluation:
         budget = split_budget(both, config.memory_budget, None, available_bytes())
         # Every window uses nearly all experts in turn: an arena that does not hold them all is worth nothing, so the
         # store, which needs less, comes first.
-        return budget, min(own.all_experts, budget.arena - both.one_expert + own.one_expert)
+        arena = min(own.all_experts, budget.arena - both.one_expert + own.one_expert)
+        return budget, arena if config.expert_budget is None else min(arena, config.expert_budget)
 
     def _open(self, store: Store, config: EngineConfig, precision: str | None, arena: int) -> Engine:
         changed = replace(config, memory_budget=None, expert_budget=arena, precision=precision, ctx_size=self._window)
@@ -224,12 +241,17 @@ class Evaluation:
             targets = torch.tensor(ids[1:])
             true, lossless = None, Sums()
             if self._lossless is not None:
-                with self._layers(new) if measured < LAYER_TOKENS else _nothing():
+                with self._layers(new) if measured < LAYER_TOKENS and not self._one_by_one else _nothing():
                     true = self._logits(self._lossless, ids, lossless)
                 lossless.score(true, targets, None)
             for sums, precision in zip(new, self._precisions, strict=True):
                 self._engine.use(precision)
-                sums.score(self._logits(self._engine, ids, sums), targets, true)
+                if self._one_by_one:
+                    at = f"window {number} of {len(windows)}, {precision}, token"
+                    logits = self._decoded(ids, sums, lambda token, at=at: on_progress(f"{at} {token}"))  # type: ignore[misc]
+                else:
+                    logits = self._logits(self._engine, ids, sums)
+                sums.score(logits, targets, true)
             measured += len(ids)
             for total, sums in zip([*self._sums, self._lossless_sums], [*new, lossless], strict=True):
                 total.add(sums)
@@ -243,8 +265,19 @@ class Evaluation:
         engine.rewind(0)
         before = engine.counters.copy()
         logits = engine.forward(ids, all_logits=True)[:-1]
-        sums.token_uses = engine.counters.since(before).token_uses
+        sums.count(engine.counters.since(before), len(ids))
         return logits
+
+    def _decoded(self, ids: Sequence[int], sums: Sums, report: Callable[[int], None]) -> Tensor:
+        """The same, token by token."""
+        self._engine.rewind(0)
+        before, rows = self._engine.counters.copy(), []
+        for i, token in enumerate(ids[:-1]):
+            if i % 32 == 0:
+                report(i)
+            rows.append(self._engine.forward([token]))
+        sums.count(self._engine.counters.since(before), len(rows))
+        return torch.stack(rows)
 
     @contextmanager
     def _layers(self, sums: Sequence[Sums]) -> Iterator[None]:
@@ -299,7 +332,7 @@ class Evaluation:
         share = {slices: count / uses for slices, count in sums.token_uses.items()}
         per_token = store.architecture.top_k * len(store.moe_layers)
         stored = sum(part * stored_bytes(layout, slices) for slices, part in share.items())
-        touched = sum(part * expert_bytes(layout, slices) for slices, part in share.items())
+        touched = sum(part * expert_bytes(layout, slices) for slices, part in share.items() if slices)
         weights = sum(rows * cols for rows, cols in layout.shapes)
         return Row(
             model=store.path.name,
@@ -310,11 +343,12 @@ class Evaluation:
             perplexity_ratio=math.exp((sums.loss - reference.loss) / n) if reference else None,
             mean_kl=sums.kl / n if reference else None,
             top1_agreement=sums.same / n if reference else None,
-            mean_width=sum(part * layout.widths[slices - 1] for slices, part in share.items()),
+            mean_width=sum(part * layout.widths[slices - 1] for slices, part in share.items() if slices),
             bits_per_weight=8 * stored / weights,
             expert_bytes_per_token=per_token * stored,
             bytes_touched_per_token=bytes_without_experts(store, engine, Case(0, self._window, 0))
             + per_token * touched,
+            bytes_read_per_token=sums.bytes_read / sums.tokens,
             layer_errors=[
                 LayerError(layer, math.sqrt(d / y), math.sqrt(d / h))
                 for layer, (d, y, h) in ((layer, squares.tolist()) for layer, squares in sorted(sums.layers.items()))

@@ -136,18 +136,27 @@ class LayerStep:
     def _normed(self) -> Tensor:
         return torch.empty(1, self.norms[0].numel())
 
-    def __call__(self, x: Tensor, cache: LayerCache, place: Place) -> tuple[Tensor, list[int], list[float]]:
+    def __call__(
+        self, x: Tensor, cache: LayerCache, place: Place, bonus: Tensor | None = None
+    ) -> tuple[Tensor, list[int], list[float]]:
         """Add attention to x, float32 contiguous [1, D], in place, and write the token's key and value to the cache.
 
         Returns what the experts see, float32 [1, D], valid until the next call, and the router's choice, largest first:
         K experts and their weights, the softmax over all experts (divided by their sum over the chosen ones if it
         normalises).
+
+        bonus: float32 contiguous [E], or None. Each expert's logit gets so many times the range of the token's logits
+        on top when the experts are chosen, the best of all excepted, which always is; the weights are those without.
         """
         normed = self._normed
-        experts, weights = loaded().layer_step(self.native, cache.native, place.native, x.data_ptr(), normed.data_ptr())
+        experts, weights = loaded().layer_step(
+            self.native, cache.native, place.native, _address(bonus), x.data_ptr(), normed.data_ptr()
+        )
         return normed, experts, weights
 
-    def many(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> tuple[Tensor, Tensor, Tensor]:
+    def many(
+        self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]], bonus: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same for tokens x [T, D], in place: what the experts see [T, D], indices int64 and weights [T, K].
 
         runs: the tokens of one sequence after those of another, with the cache of each. What becomes of a token does
@@ -158,7 +167,7 @@ class LayerStep:
         if sum(len(place.rotation[0]) for _, place in runs) != T:
             raise ValueError(f"{T} tokens do not fit the places of {len(runs)} runs")
         loaded().layer_steps(
-            self.native, [(cache.native, place.native) for cache, place in runs],
+            self.native, [(cache.native, place.native) for cache, place in runs], _address(bonus),
             x.data_ptr(), normed.data_ptr(), indices.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         return normed, indices, weights

@@ -6,7 +6,7 @@ what it is told, in which order, decides what it says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -15,6 +15,9 @@ from moert.scheduler.elastic import Ladder
 from moert.scheduler.hebf import Order, hottest_bit_first, hottest_first
 from moert.scheduler.types import ExpertKey, Load, Plan, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
 
+_NOTHING: Mapping[ExpertKey, Load] = {}
+_ALL = 1 << 30  # above any number of slices
+
 
 def plan_layer(
     layer: int,
@@ -22,12 +25,12 @@ def plan_layer(
     cache: SliceCache,
     order: Order = hottest_bit_first,
     tokens: int = 1,
-    underway: Collection[ExpertKey] = (),
+    underway: Mapping[ExpertKey, Load] = _NOTHING,
 ) -> Plan:
     """Plan one layer of one step of `tokens` tokens; `cache` is advanced to the state in which the plan leaves it.
 
     Experts that are resident compute first. What is missing is loaded in waves, as many experts at a time as fit, each
-    read once. underway: experts of which the last resident slices are still being read. Deterministic. Raises
+    read once. underway: what is still being read of resident slices: the last ones. Deterministic. Raises
     ValueError for an expert without tokens or slices, and where the room cannot hold a single one of the experts.
     """
     _check(layer, routed)
@@ -45,13 +48,13 @@ def _plan(
     routed: Sequence[RoutedExpert],
     cache: SliceCache,
     order: Order,
-    underway: Collection[ExpertKey],
+    underway: Mapping[ExpertKey, Load],
 ) -> Plan:
     resident: list[RoutedExpert] = []
     missing: list[RoutedExpert] = []
     awaited: list[int] = []
     for r in hottest_first(routed):
-        if underway and (layer, r.expert) in underway:
+        if underway and _there(underway, layer, r.expert) < r.slices:
             awaited.append(r.expert)
             if cache.resident(layer, r.expert) >= r.slices:
                 continue
@@ -86,6 +89,12 @@ def _plan(
     return Plan(layer, slices, tuple(waves))
 
 
+def _there(underway: Mapping[ExpertKey, Load], layer: int, expert: int) -> int:
+    """The index of the first slice of an expert that is still being read."""
+    load = underway.get(ExpertKey(layer, expert))
+    return _ALL if load is None else load.first
+
+
 @dataclass
 class Scheduler:
     """Cache, order of loads, elastic precision and what has been prefetched.
@@ -103,14 +112,16 @@ class Scheduler:
     def plan(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()) -> Plan:
         """Plan a layer of a step of `tokens` tokens.
 
-        squares: for each routed expert the sum of its tokens' squared router weights, which `ladder` wants.
+        squares: for each routed expert the sum of its tokens' squared router weights, which `ladder` wants; without
+        them all that is wanted is read.
         """
         _check(layer, routed)
         self.used(layer, routed, tokens)
         counts = [r.slices for r in routed]
-        if self.ladder is not None:
-            have = [self.cache.resident(layer, r.expert) for r in routed]
-            counts = self.settle(layer, routed, squares, have)
+        if self.ladder is not None and squares:
+            there = [_there(self._underway, layer, r.expert) for r in routed]
+            have = [min(self.cache.resident(layer, r.expert), n) for r, n in zip(routed, there, strict=True)]
+            counts = self.settle(layer, routed, squares, have, tokens)
         return self.plan_settled(layer, routed, counts)
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1) -> None:
@@ -118,12 +129,12 @@ class Scheduler:
         self.cache.policy.used(layer, routed, tokens)
 
     def settle(
-        self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int]
+        self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
     ) -> list[int]:
         """With how many slices each expert is computed, where it has so many in memory."""
         self._planned = layer
         assert self.ladder is not None
-        return self.ladder.settle(layer, routed, squares, have)
+        return self.ladder.settle(layer, routed, squares, have, tokens)
 
     def plan_settled(self, layer: int, routed: Sequence[RoutedExpert], counts: Sequence[int]) -> Plan:
         """Plan a layer whose use and numbers of slices are settled."""

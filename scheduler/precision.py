@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moert.scheduler.elastic import Ladder, at_mean, generic_damage
+from moert.scheduler.elastic import Ladder, at_mean, generic_damage, harm_of_absence
 
 Floats = NDArray[np.float64]
 
@@ -37,6 +37,11 @@ class Chooser(Protocol):
 
 class Precision(Protocol):
     """What `--precision` names; `str` of it names it again."""
+
+    @property
+    def route(self) -> float:
+        """Bonus of experts in memory when the router chooses, in units of the range of its logits; 0: none."""
+        ...
 
     def slices(self, widths: Sequence[int]) -> int:
         """The most slices that it uses of any expert, of a store with `widths`."""
@@ -58,6 +63,10 @@ class Precision(Protocol):
 
 class _Reproducible:
     """Precision that does not depend on what is in memory."""
+
+    @property
+    def route(self) -> float:
+        return 0.0
 
     def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> None:
         return None
@@ -220,14 +229,17 @@ class ElasticPrecision:
     """Widths from what is in memory, too: not reproducible, but in sum never worse than `bound` bits for every use.
 
     router: what the store knows about its experts, if it does; else each width is taken to do the harm that it does to
-    Gaussian weights. skip: missing experts whose share of a token is below this are left out (0: none).
+    Gaussian weights. skip: missing experts whose router weight is below this are left out where the bound allows it
+    (0: none). route: bonus of experts in memory when the router chooses, in units of the range of its logits (0: none);
+    the bound knows nothing of what that does.
     """
 
-    def __init__(self, bound: float, router: BitRouter | None = None, skip: float = 0.0) -> None:
-        self.bound, self.router, self.skip = bound, router, skip
+    def __init__(self, bound: float, router: BitRouter | None = None, skip: float = 0.0, route: float = 0.0) -> None:
+        self.bound, self.router, self.skip, self.route = bound, router, skip, route
 
     def __str__(self) -> str:
-        return f"elastic:{self.bound:g}" + (f",skip={self.skip:g}" if self.skip else "")
+        options = {"skip": self.skip, "route": self.route}
+        return f"elastic:{self.bound:g}" + "".join(f",{name}={x:g}" for name, x in options.items() if x)
 
     def slices(self, widths: Sequence[int]) -> int:
         return len(widths)
@@ -247,11 +259,29 @@ class ElasticPrecision:
         generic = generic_damage(widths)
         damage = self.router.damage if self.router else {layer: [generic[:n] for n in kept[layer]] for layer in kept}
         allowed = {layer: [at_mean(curve, widths, self.bound) for curve in damage[layer]] for layer in damage}
-        return Ladder(damage, allowed, sizes, self.skip)
+        absent = {layer: [harm_of_absence(curve, widths) for curve in damage[layer]] for layer in damage}
+        return Ladder(damage, allowed, absent, sizes, self.skip)
+
+
+_NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+
+
+def _elastic_options(text: str, options: str) -> dict[str, float]:
+    """Those behind the bound, each with a comma before it."""
+    found: dict[str, float] = {}
+    for option in options.split(",")[1:]:
+        match = re.fullmatch(rf"(skip|route)=({_NUMBER})", option)
+        if match is None or match[1] in found or float(match[2]) > 1:
+            raise ValueError(
+                f"precision {text} has the option {option!r}, which is not one of its two: skip=W leaves missing "
+                "experts of router weights below W out, route=S favours experts in memory, each from 0 to 1 and once"
+            )
+        found[match[1]] = float(match[2])
+    return found
 
 
 def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter | None = None) -> Precision:
-    """Read `fixed:B`, `routed[:MEAN]` or `elastic[:BOUND]` (each alone: the mean of the widths).
+    """Read `fixed:B`, `routed[:MEAN]` or `elastic[:BOUND][,skip=W][,route=S]` (each alone: the mean of the widths).
 
     None is the largest width stored. router: what the store knows about its experts, if it does. Raises ValueError with
     one sentence for anything else.
@@ -259,17 +289,17 @@ def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter |
     if text is None:
         return FixedPrecision(widths[-1])
     stored = ", ".join(str(b) for b in widths)
-    match = re.fullmatch(r"fixed:(\d+)|(routed|elastic)(?::(\d+(?:\.\d*)?))?(?:,skip=(\d*\.?\d+))?", text)
+    match = re.fullmatch(rf"fixed:(\d+)|(routed|elastic)(?::({_NUMBER}))?((?:,[^,]*)*)", text)
     if match is None or (match[4] and match[2] != "elastic"):
         raise ValueError(
             f"precision {text!r} is not known; use fixed:B with B one of {stored}, routed, routed:B with any mean B, "
-            "elastic, elastic:B with B the bits that it must be as good as, or elastic:B,skip=SHARE"
+            "elastic, or elastic:B with B the bits that it must be as good as"
         )
     if match[2] == "elastic":
         bound = float(match[3]) if match[3] else sum(widths) / len(widths)
         if not widths[0] <= bound <= widths[-1]:
             raise ValueError(f"precision {text} asks for a bound outside the widths of the store; it holds {stored}")
-        return ElasticPrecision(bound, router, float(match[4] or 0))
+        return ElasticPrecision(bound, router, **_elastic_options(text, match[4]))
     if match[2]:
         if router is None:
             raise ValueError(

@@ -15,7 +15,14 @@ WINDOW = 50
 TOP_KEYS = {"text", "window", "complete", "kernel", "threads", "budget_bytes", "peak_rss_bytes", "rows"}
 ROW_KEYS = {
     *("model", "precision", "lossless", "scored_tokens", "perplexity", "perplexity_ratio", "mean_kl", "top1_agreement"),
-    *("mean_width", "bits_per_weight", "expert_bytes_per_token", "bytes_touched_per_token", "layer_errors"),
+    *(
+        "mean_width",
+        "bits_per_weight",
+        "expert_bytes_per_token",
+        "bytes_touched_per_token",
+        "bytes_read_per_token",
+        "layer_errors",
+    ),
 }
 
 
@@ -105,6 +112,9 @@ def test_a_checkpoint_is_converted_to_be_compared_with(moert, store, tiny_checkp
         (("--tokens", "-3"), "-3 tokens score nothing"),
         (("--precision", "fixed:5"), "a width that the store does not hold; it holds 2, 3, 4"),
         (("--precision", "fixed:4", "best"), "precision 'best' is not known"),
+        (("--precision", "elastic:3", "elastic:3,skip=7"), "has the option 'skip=7', which is not one of its two"),
+        (("--precision", "elastic:1"), "asks for a bound outside the widths of the store; it holds 2, 3, 4"),
+        (("--expert-budget", "1KiB"), "too small"),
         (("--memory-budget", "1MiB"), "too small"),
         (("--memory-budget", "much"), "is not a size"),
         (("-t", "0"), "threads 0 must be at least 1"),

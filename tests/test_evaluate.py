@@ -193,6 +193,22 @@ def test_a_precision_can_be_changed_but_not_beyond_what_memory_was_split_for(sto
             changed.engine.use(FixedPrecision(4))
 
 
+def test_token_by_token_measures_the_same_and_what_is_read_fits_what_is_kept(moert, store):
+    lossless = store(widths=(16,), dense_bits=16)
+    options = ("-m", store(), "--against", lossless, "--precision", "fixed:3", "elastic:3,skip=0.3", "--json")
+    _, chunk, _ = json.loads(moert(*options).out)["rows"]
+    _, fixed, elastic = json.loads(moert(*options, "--one-by-one", "--expert-budget", "60KiB").out)["rows"]
+    for name in ("perplexity", "perplexity_ratio", "mean_kl"):
+        assert fixed[name] == pytest.approx(chunk[name], rel=1e-3)
+    assert fixed["mean_width"] == 3
+    assert 2 <= elastic["mean_width"] <= 4
+    assert fixed["layer_errors"] == []
+    # Six experts of a token, each of at most all its slices, padded to pages; some of them were there.
+    most = 6 * sum(Store.open(store()).layout.slice_sizes)
+    assert 0 < elastic["bytes_read_per_token"] < most
+    assert 0 < fixed["bytes_read_per_token"] < most
+
+
 def test_windows_do_not_overlap_and_need_two_tokens():
     assert evaluate.cut(range(9), 4, 0) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert evaluate.cut(range(9), 4, 6) == [[0, 1, 2, 3], [4, 5]]

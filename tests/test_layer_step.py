@@ -160,6 +160,35 @@ def test_the_step_of_a_layer_matches_float64(kernel, variant, hidden):
 
 
 @pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("strength", [0.0, 0.15, 1.0])
+def test_experts_with_a_bonus_are_chosen_with_the_weights_that_they_have_without(kernel, normalise, strength):
+    matmul.set_kernel(kernel)
+    g = torch.Generator().manual_seed(3)
+    step = make_step(g, 48, 4, 2, 32, experts=20, top_k=4, normalise=normalise)
+    cos, sin = turn(g, 32)
+    bonus = (torch.rand(20, generator=g) < 0.4) * strength
+    x = torch.randn(5, 48, generator=g)
+    for row in x.split(1):
+        cache, before = make_cache(g, 32, 2, 32)
+        place = layer_step.Place((cos[None], sin[None]), 11, None)
+        _, _, (logits,) = exact_step(step, row, (cos, sin), *before[:, :, :11])
+        shares = logits.softmax(-1)
+        many = step.many(row.clone(), [(cache, place)], bonus)
+        _, experts, weights = step(row.clone(), cache, place, bonus)
+        best, *others = (
+            (logits + 1e9 * (logits == logits.max()) + bonus * (logits.max() - logits.min())).argsort().flip(0)
+        )
+        chosen = sorted([int(best), *map(int, others[:3])], key=lambda e: -logits[e])
+        assert experts == chosen == many[1][0].tolist()
+        want = shares[chosen] / (shares[chosen].sum() if normalise else 1)
+        torch.testing.assert_close(torch.tensor(weights).double(), want, rtol=5e-3, atol=1e-6)
+        assert weights == many[2][0].tolist()
+        if strength == 0:
+            assert step(row.clone(), cache, place)[1:] == (experts, weights)
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_any_dtype_are_read_exactly(kernel, dtype):
     matmul.set_kernel(kernel)

@@ -312,16 +312,32 @@ def test_full_context_and_empty_input_are_refused(tiny_checkpoint: MakeCheckpoin
     assert cache.length == 5
 
 
+def test_a_bonus_changes_which_experts_are_chosen_but_not_what_they_weigh() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, bonus = torch.randn(50, 12, generator=g), (torch.rand(12, generator=g) < 0.5) * 0.2
+    indices, weights = route(logits, 4, True, bonus)
+    moved = 0
+    for row, chosen, found in zip(logits.double(), indices.tolist(), weights, strict=True):
+        reach = row + bonus * (row.max() - row.min())
+        others = sorted((e for e in range(12) if e != int(row.argmax())), key=lambda e: -reach[e])
+        want = sorted([int(row.argmax()), *others[:3]], key=lambda e: -row[e])
+        assert chosen == want
+        torch.testing.assert_close(found.double(), row[want].softmax(-1), rtol=1e-5, atol=1e-7)
+        moved += want != row.topk(4).indices.tolist()
+    assert moved > 5
+
+
 def test_interrupted_pass_leaves_the_cache(tiny_checkpoint: MakeCheckpoint) -> None:
     arch, dense, experts = load(tiny_checkpoint("qwen3_moe"))
     interrupt = False
 
-    def interruptible(layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        if interrupt and layer == 1:
-            raise KeyboardInterrupt
-        return experts(layer, x, indices, weights)
+    class Interruptible(Experts):
+        def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            if interrupt and layer == 1:
+                raise KeyboardInterrupt
+            return experts(layer, x, indices, weights)
 
-    decoder = Decoder(arch, dense, interruptible)
+    decoder = Decoder(arch, dense, Interruptible())
     cache = KVCache(arch, 32, torch.float32)
     decoder(torch.tensor(PROMPT[:10]), cache)
     interrupt = True

@@ -123,7 +123,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="POLICY",
         help="width of the experts: fixed:4; routed:3 for a mean chosen by the router; elastic:3 for what is in "
-        "memory, in sum no worse than 3 bits (default: the widest)",
+        "memory, in sum no worse than 3 bits, not reproducible (default: the widest). Behind elastic:3 also ,skip=0.05 "
+        "(leaves missing experts out that weigh less) and ,route=0.1 (favours experts in memory, beyond the bound)",
     )
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")

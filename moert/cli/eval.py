@@ -37,6 +37,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "expert MB/token": lambda r: f"{r.expert_bytes_per_token / 1e6:.4g}",
     "all MB/token": lambda r: f"{r.bytes_touched_per_token / 1e6:.4g}",
 }
+# In one piece a window uses nearly all experts: what it reads says nothing about answers.
+READ: dict[str, Callable[[Row], str]] = {"read MB/token": lambda r: f"{r.bytes_read_per_token / 1e6:.4g}"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +52,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
     parser.add_argument("--tokens", type=int, default=20480, metavar="N", help="at most; 0: all (default 20480)")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="token by token, as answers are computed: for precision elastic"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw perplexity against bytes per token")
     common.add_quiet_option(parser)
     group = parser.add_argument_group("memory and speed")
     group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB")
+    group.add_argument("--expert-budget", metavar="SIZE", help="memory for the store's experts (for experiments)")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
     common.add_conversion_options(parser)
@@ -63,7 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     budget = None if args.memory_budget is None else parse_bytes(args.memory_budget, "memory-budget")
-    config = EngineConfig(memory_budget=budget, threads=args.threads, kv_bits=args.kv_bits)
+    experts = None if args.expert_budget is None else parse_bytes(args.expert_budget, "expert-budget")
+    config = EngineConfig(memory_budget=budget, expert_budget=experts, threads=args.threads, kv_bits=args.kv_bits)
     if args.plot is not None:
         from moert import plot
 
@@ -79,7 +86,9 @@ def main(args: argparse.Namespace) -> int:
         store = Store.open(model)
         reference = None if against is None else Store.open(against)
         windows = evaluate.cut(evaluate.encode(text, store, reference), args.window, args.tokens)
-        evaluation = evaluate.Evaluation(store, reference, args.precision, config, args.window, status.say)
+        evaluation = evaluate.Evaluation(
+            store, reference, args.precision, config, args.window, status.say, args.one_by_one
+        )
     code = 0
     try:
         with line_progress(status) as progress:
@@ -124,7 +133,8 @@ def _show(evaluation: Evaluation, text: Path, windows: Sequence[Sequence[int]], 
     if args.json:
         print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
     elif rows:
-        _print_table([list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)])
+        columns = COLUMNS | (READ if args.one_by_one else {})
+        _print_table([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
         _print_layers(rows)
         peak, budget = (format_bytes(about[name]) for name in ("peak_rss_bytes", "budget_bytes"))  # type: ignore[arg-type]
         of = "" if about["complete"] else f" of {asked}"

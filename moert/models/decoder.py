@@ -34,12 +34,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(dense, f"{name}.post_attention_layernorm", arch.rms_norm_eps)
         # Methods are kept, because a module looks its parts up slowly and decoding would wait for it.
         self._add_one: Callable[[Tensor, Sequence[int], Sequence[float], Tensor], None]
+        self.bonus: Callable[[int], Tensor | None]
         if arch.is_moe_layer[layer]:
             self.mlp: nn.Module = (block := MoEBlock(arch, dense, layer, experts))
-            self._add_one = block.add_one
+            self._add_one, self.bonus = block.add_one, block.bonus
         else:
             self.mlp = GatedMLP(dense, f"{name}.mlp", arch.hidden_act)
-            self._add_one = self._add_mlp
+            self._add_one, self.bonus = self._add_mlp, self._no_bonus
         self.step = self._step(arch)
         self.watcher: Watcher | None = None
         self.foresight: Foresight | None = None
@@ -55,10 +56,13 @@ class DecoderLayer(nn.Module):
 
     def decode(self, x: Tensor, cache: LayerCache, place: Place) -> None:
         """What the layer does with one token x [1, D], in place, where `step` can do it."""
-        normed, experts, weights = self.step(x, cache, place)
+        normed, experts, weights = self.step(x, cache, place, self.bonus(1))
         if self.watcher is not None and self.watcher.horizon and self.foresight is not None:
             self.foresight.tell(x, self.watcher)
         self._add_one(normed, experts, weights, x)
+
+    def _no_bonus(self, tokens: int) -> None:
+        return None
 
     def _add_mlp(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         out += self.mlp(x)
@@ -74,7 +78,7 @@ class DecoderLayer(nn.Module):
 
     def together(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> Tensor:
         """Tokens x [T, D] of several sequences in place, as `LayerStep.many` takes them; returns the experts chosen."""
-        normed, indices, weights = self.step.many(x, runs)
+        normed, indices, weights = self.step.many(x, runs, self.bonus(len(x)))
         x += self.mlp(normed, (indices, weights)) if self.step.router else self.mlp(normed)
         return indices
 

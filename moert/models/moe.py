@@ -24,17 +24,34 @@ class Experts(Protocol):
         """
         ...
 
+    def bonus(self, layer: int, choices: int) -> Tensor | None:
+        """What `route` adds to the logits of these experts, where they are asked for `choices` contributions in all."""
+        return None
+
     def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """The same for a single token, added to `out`: x and out float32 contiguous [1, D]. What decoding calls."""
         out += self(layer, x, torch.tensor([experts]), torch.tensor([weights]))
 
 
-def route(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, normalise: bool, bonus: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Router logits [T, E] -> indices int64 [T, K] and weights float32 [T, K], largest first.
 
     Weights are the softmax over all experts, divided by their sum over the chosen ones if `normalise`.
+
+    bonus [E]: cache-conditional routing (arXiv 2412.00099, the method that it calls Cache-Prior): each expert's logit
+    gets so many times the range of its token's logits on top when the experts are chosen, but the weights are those
+    without it, and each token's best expert is always chosen. (The paper takes the mean range of the tokens so far; the
+    token's own needs no state.)
     """
-    weights, indices = torch.softmax(logits, dim=-1).topk(top_k, dim=-1)
+    weights = torch.softmax(logits, dim=-1)
+    if bonus is None:
+        weights, indices = weights.topk(top_k, dim=-1)
+    else:
+        low, high = logits.aminmax(dim=-1, keepdim=True)
+        favoured = torch.where(logits == high, torch.inf, logits + bonus * (high - low))
+        chosen = favoured.topk(top_k, dim=-1).indices
+        weights, order = weights.gather(-1, chosen).sort(dim=-1, descending=True)
+        indices = chosen.gather(-1, order)
     if normalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return indices, weights
@@ -56,9 +73,14 @@ class MoEBlock(nn.Module):
 
     def forward(self, x: Tensor, chosen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`chosen`: what `route` says, where it is known already."""
-        chosen = chosen or route(self.gate(x), self.top_k, self.norm_topk_prob)
+        if chosen is None:
+            chosen = route(self.gate(x), self.top_k, self.norm_topk_prob, self.bonus(len(x)))
         y = self.experts(self.layer, x, *chosen)
         return y if self.shared_expert is None else y + self._shared(self.shared_expert, x)
+
+    def bonus(self, tokens: int) -> Tensor | None:
+        """What the router of so many tokens adds to the logits, [E]; see `route`."""
+        return self.experts.bonus(self.layer, tokens * self.top_k)
 
     def add_one(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """Add what the block makes of one token x [1, D], for which its router has chosen, to `out` [1, D]."""

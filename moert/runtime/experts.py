@@ -195,6 +195,11 @@ class ExpertRunner:
             self._recover()
             raise
 
+    def bonus(self, layer: int, choices: int) -> Tensor | None:
+        """For those in memory, unless so many are chosen that nearly all experts are needed anyway."""
+        route, present = self._precision.route, self._loader.present[layer]
+        return present * route if route and choices <= len(present) else None
+
     def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """The same for a single token, added to `out`: x and out float32 contiguous [1, D].
 

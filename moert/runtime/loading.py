@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
+import torch
+
 from moert.quant.expert_table import ExpertTable
 from moert.runtime.residency import Arena
 from moert.runtime.telemetry import Telemetry
@@ -24,6 +26,7 @@ class Loader:
         self.arena = Arena(slots, store.layout.slice_sizes)
         self.table = ExpertTable(store.layout, activation, self.arena.memory)
         self.reader = make_reader(self.arena.memory)
+        self.present = {layer: torch.zeros(len(kept)) for layer, kept in store.kept.items()}  # 1: can be computed
         self._locations: dict[tuple[int, int], Location] = {}
         self._checked: set[SliceKey] = set()  # a checksum is verified when a slice is read for the first time
         self._underway: dict[SliceKey, Read] = {}  # slices whose bytes are not there yet
@@ -59,6 +62,7 @@ class Loader:
             self._finished.append(load)
         slices = [SliceKey(load.layer, load.expert, index) for index in range(load.last)]
         self.table.put(load.layer, load.expert, [self.arena.offset(key) for key in slices])
+        self.present[load.layer][load.expert] = 1
         for key in keys:
             self._underway.pop(key, None)
         self._telemetry.arrived(load, read, ahead)
@@ -89,6 +93,8 @@ class Loader:
                 if not (whole and self._drop(load)):
                     self.arrived(load, self._ahead[load])
             self.table.keep(key.layer, key.expert, key.slice)
+            if key.slice == 0:
+                self.present[key.layer][key.expert] = 0
             self.arena.release(key)
             self._telemetry.evicted(key)
 
@@ -176,7 +182,10 @@ class Loader:
         self._ahead.clear()
         self._finished.clear()
         self.table = ExpertTable(self._layout, self._activation, self.arena.memory)
+        for present in self.present.values():
+            present.zero_()
         for (layer, expert), count in prefixes.items():
+            self.present[layer][expert] = 1
             self.table.put(layer, expert, [self.arena.offset(SliceKey(layer, expert, i)) for i in range(count)])
         return prefixes
 

@@ -50,7 +50,7 @@ class Ahead {
     std::vector<Choice> choices;
     for (size_t i = 0; i < routers_.size(); i++) {
       Choice& choice = choices.emplace_back(std::vector<int64_t>(count_), std::vector<float>(count_));
-      route(outs[i], routers_[i].rows(), count_, false, choice.first.data(), choice.second.data());
+      route(outs[i], outs[i], routers_[i].rows(), count_, false, choice.first.data(), choice.second.data());
     }
     return choices;
   }

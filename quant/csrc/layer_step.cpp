@@ -137,8 +137,8 @@ void LayerStep::attend(const Kernel& kernel, const Layer& layer, const Runs& run
   });
 }
 
-void LayerStep::run(const Kernel& kernel, const Layer& layer, const Runs& runs, float* x, float* normed,
-                    int64_t* indices, float* weights) {
+void LayerStep::run(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* bonus, float* x,
+                    float* normed, int64_t* indices, float* weights) {
   check(runs);
   const int64_t D = layer.hidden, T = runs.tokens, Q = layer.q.rows(), K = layer.k.rows(), E = layer.router.rows();
   float *q = q_.get<float>(T * Q), *k = k_.get<float>(T * K), *v = v_.get<float>(T * K);
@@ -157,22 +157,37 @@ void LayerStep::run(const Kernel& kernel, const Layer& layer, const Runs& runs, 
     kernel.rms_norm(x + t * D, layer.output_norm, D, layer.eps, normed + t * D);
   });
   if (E == 0) return;
-  float* logits = logits_.get<float>(T * E);
+  float* logits = logits_.get<float>(2 * T * E);
   const Matrix* router[] = {&layer.router};
   products_.linear(kernel, router, 1, normed, T, D, D, &logits);
   for_tokens(T, 64 * E, [&](int64_t t) {
-    route(logits + t * E, E, layer.top_k, layer.normalise, indices + t * layer.top_k, weights + t * layer.top_k);
+    float *own = logits + t * E, *favoured = bonus != nullptr ? logits + (T + t) * E : own;
+    if (bonus != nullptr) favour(own, bonus, E, favoured);
+    route(own, favoured, E, layer.top_k, layer.normalise, indices + t * layer.top_k, weights + t * layer.top_k);
   });
 }
 
-void route(const float* logits, int64_t count, int64_t top_k, bool normalise, int64_t* indices, float* weights) {
+void favour(const float* logits, const float* bonus, int64_t count, float* favoured) {
+  const auto [low, high] = std::minmax_element(logits, logits + count);
+  const float range = *high - *low;
+  for (int64_t i = 0; i < count; i++) favoured[i] = logits[i] == *high ? INFINITY : logits[i] + bonus[i] * range;
+}
+
+// Puts i into `indices`, the first `chosen` numbers in descending order of their scores.
+static void place(const float* scores, int64_t i, int64_t chosen, int64_t* indices) {
+  for (; chosen > 0 && scores[i] > scores[indices[chosen - 1]]; chosen--) indices[chosen] = indices[chosen - 1];
+  indices[chosen] = i;
+}
+
+void route(const float* logits, const float* favoured, int64_t count, int64_t top_k, bool normalise, int64_t* indices,
+           float* weights) {
   int64_t chosen = 0;
-  for (int64_t i = 0; i < count; i++) {  // insertion into a short sorted list
-    if (chosen == top_k && !(logits[i] > logits[indices[chosen - 1]])) continue;
-    int64_t place = chosen < top_k ? chosen++ : chosen - 1;
-    for (; place > 0 && logits[i] > logits[indices[place - 1]]; place--) indices[place] = indices[place - 1];
-    indices[place] = i;
+  for (int64_t i = 0; i < count; i++) {
+    if (chosen == top_k && !(favoured[i] > favoured[indices[chosen - 1]])) continue;
+    place(favoured, i, chosen < top_k ? chosen++ : chosen - 1, indices);
   }
+  if (favoured != logits)
+    for (int64_t i = 1; i < top_k; i++) place(logits, indices[i], i, indices);
   const float peak = logits[indices[0]];
   float all = 0, some = 0;
   for (int64_t i = 0; i < count; i++) all += std::exp(logits[i] - peak);

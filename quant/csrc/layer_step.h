@@ -65,8 +65,9 @@ class LayerStep {
   // x [tokens][hidden] gets attention added to it; normed [tokens][hidden] is what the experts see; indices and weights
   // [tokens][top_k] are what the router makes of it. Keys and values are written to the caches. What becomes of a token
   // does not depend on the tokens beside it. Throws std::invalid_argument where a place lies beyond its cache.
-  void run(const Kernel& kernel, const Layer& layer, const Runs& runs, float* x, float* normed, int64_t* indices,
-           float* weights);
+  // bonus [experts], or null: see `favour`.
+  void run(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* bonus, float* x, float* normed,
+           int64_t* indices, float* weights);
 
  private:
   // Norms, clips and rotates q and k of a token in place, and writes its key and value.
@@ -81,8 +82,13 @@ class LayerStep {
   Buffer q_, k_, v_, attended_, logits_, units_;
 };
 
-// The top_k largest of logits [count]: indices, largest first (of equals the one that comes first), and their softmax
-// over all logits, divided by the sum over the chosen ones if `normalise`.
-void route(const float* logits, int64_t count, int64_t top_k, bool normalise, int64_t* indices, float* weights);
+// The top_k largest of favoured [count]: indices, those with the largest logits first (of equals the one that comes
+// first), and their softmax over all logits, divided by the sum over the chosen ones if `normalise`.
+void route(const float* logits, const float* favoured, int64_t count, int64_t top_k, bool normalise, int64_t* indices,
+           float* weights);
+
+// Cache-conditional routing: favoured [count] are the logits, and for each so many times their range on top as `bonus`
+// says; infinite for the largest.
+void favour(const float* logits, const float* bonus, int64_t count, float* favoured);
 
 }  // namespace moert

@@ -273,30 +273,33 @@ void set_layer(Layer* self, int64_t hidden, int head_dim, std::tuple<uintptr_t, 
                    normalise};
 }
 
-void run_step(const Layer& layer, const Runs& runs, uintptr_t x, uintptr_t normed, int64_t* indices, float* weights) {
+void run_step(const Layer& layer, const Runs& runs, uintptr_t bonus, uintptr_t x, uintptr_t normed, int64_t* indices,
+              float* weights) {
   const Busy busy;
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(products_lock());
-  step().run(*active, layer, runs, at<float>(x), at<float>(normed), indices, weights);
+  step().run(*active, layer, runs, at<const float>(bonus), at<float>(x), at<float>(normed), indices, weights);
 }
 
-void layer_steps(const Layer& layer, const Parts& parts, uintptr_t x, uintptr_t normed, uintptr_t indices,
-                 uintptr_t weights) {
+void layer_steps(const Layer& layer, const Parts& parts, uintptr_t bonus, uintptr_t x, uintptr_t normed,
+                 uintptr_t indices, uintptr_t weights) {
   std::vector<Run> runs;
   int64_t tokens = 0;
   for (auto [cache, place] : parts) runs.push_back({cache, place, tokens}), tokens += place->tokens;
-  run_step(layer, {runs.data(), int64_t(runs.size()), tokens}, x, normed, at<int64_t>(indices), at<float>(weights));
+  run_step(layer, {runs.data(), int64_t(runs.size()), tokens}, bonus, x, normed, at<int64_t>(indices),
+           at<float>(weights));
 }
 
 using Choice = std::pair<std::vector<int64_t>, std::vector<float>>;
 
 // One token.
-Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t x, uintptr_t normed) {
+Choice layer_step(const Layer& layer, const LayerCache& cache, const Place& place, uintptr_t bonus, uintptr_t x,
+                  uintptr_t normed) {
   if (place.tokens != 1) throw std::invalid_argument("not a single token");
   const size_t chosen = layer.router.rows() != 0 ? layer.top_k : 0;
   Choice choice{std::vector<int64_t>(chosen), std::vector<float>(chosen)};
   const Run run{&cache, &place, 0};
-  run_step(layer, {&run, 1, 1}, x, normed, choice.first.data(), choice.second.data());
+  run_step(layer, {&run, 1, 1}, bonus, x, normed, choice.first.data(), choice.second.data());
   return choice;
 }
 
