@@ -37,12 +37,8 @@ from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
-<<<<<<< HEAD
-from moert.scheduler.precision import BitRouter, Precision, RoutedPrecision, parse_precision
-from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
-=======
 from moert.scheduler.precision import BitRouter, ElasticPrecision, Precision, RoutedPrecision, parse_precision
->>>>>>> route
+from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.slots import Slots
 from moert.store.fileio import readable
 from moert.store.predictor import read_predictor
@@ -68,6 +64,7 @@ def workspace_bytes(arch: Architecture, ctx_size: int, sequences: int = 1) -> in
     floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
     floats += 2 * T * ctx_size  # masks
     floats += (10 + 2 * sequences) * arch.vocab_size  # logits, and copies that sampling sorts
+    floats += len(arch.moe_layers) * arch.num_experts * arch.hidden_size // 7  # routers at 4 bits, for looking ahead
     return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
