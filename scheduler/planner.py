@@ -178,6 +178,7 @@ class Scheduler:
             evicted = self.cache.insert(key, load.last, keep, worth)
             if evicted is None:
                 continue
+            keep.add(key)
             room -= self._nbytes(load)
             self._forget(evicted)
             evictions += evicted

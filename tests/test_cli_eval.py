@@ -114,7 +114,7 @@ def test_a_checkpoint_is_converted_to_be_compared_with(moert, store, tiny_checkp
         (("--precision", "fixed:4", "best"), "precision 'best' is not known"),
         (("--precision", "elastic:3", "elastic:3,skip=7"), "has the option 'skip=7', which is not one of its two"),
         (("--precision", "elastic:1"), "asks for a bound outside the widths of the store; it holds 2, 3, 4"),
-        (("--expert-budget", "1KiB"), "too small"),
+        (("--expert-budget", "1KiB"), "holds no expert"),
         (("--memory-budget", "1MiB"), "too small"),
         (("--memory-budget", "much"), "is not a size"),
         (("-t", "0"), "threads 0 must be at least 1"),

@@ -10,6 +10,7 @@ from moert.scheduler.eviction import POLICIES, Belady, LeastFrequentlyUsed, Leas
 from moert.scheduler.hebf import hottest_bit_first
 from moert.scheduler.odds import Odds
 from moert.scheduler.planner import Scheduler, plan_layer
+from moert.scheduler.precision import ElasticPrecision
 from moert.scheduler.trial import HOLD, PROBE, Trial
 from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert, SliceKey
 
@@ -17,10 +18,12 @@ LAYERS, EXPERTS, SLICES = 3, 6, 3
 SIZES = (5, 2, 3)
 
 
-def scheduler_of(slots, policy="score", ahead=40):
+def scheduler_of(slots, policy="score", ahead=40, elastic=False):
+    kept = dict.fromkeys(range(LAYERS), (SLICES,) * EXPERTS)
+    ladder = ElasticPrecision(3.0).ladder((2, 3, 4), kept, SIZES) if elastic else None
     capacity = [n * size for n, size in zip(slots, SIZES, strict=True)]
     cache = SliceCache(capacity, POLICIES[policy](range(LAYERS), EXPERTS, SLICES), dict.fromkeys(range(LAYERS), SIZES))
-    return Scheduler(cache, ahead=ahead)
+    return Scheduler(cache, ladder=ladder, ahead=ahead)
 
 
 class Memory:
@@ -67,14 +70,21 @@ def events(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(events(), st.lists(st.integers(1, 8), min_size=SLICES, max_size=SLICES), st.sampled_from(sorted(POLICIES)))
-def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy):
-    scheduler, again, memory = scheduler_of(slots, policy), scheduler_of(slots, policy), Memory(slots)
+@given(
+    events(),
+    st.lists(st.integers(1, 8), min_size=SLICES, max_size=SLICES),
+    st.sampled_from(sorted(POLICIES)),
+    st.booleans(),
+)
+def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy, elastic):
+    scheduler, again = (scheduler_of(slots, policy, elastic=elastic) for _ in range(2))
+    memory = Memory(slots)
     busy: list[ExpertKey] = []
     for what, where, details in sequence:
         if what == "plan":
-            plan = scheduler.plan(where, details)
-            assert plan == again.plan(where, details), "plans are deterministic"
+            squares = [r.weight**2 for r in details]
+            plan = scheduler.plan(where, details, 1, squares)
+            assert plan == again.plan(where, details, 1, squares), "plans are deterministic"
             computed = []
             for wave in plan.waves:
                 memory.evict(wave.evictions)

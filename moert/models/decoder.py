@@ -11,12 +11,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from moert.errors import CheckpointError
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention, Span, span
 from moert.models.foresight import Foresight, Gate, Watcher
 from moert.models.kv_cache import KVCache
-from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
+from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm, check_tensors
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
 from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection, Router
@@ -103,7 +102,7 @@ class Decoder(nn.Module):
 
     def __init__(self, arch: Architecture, dense: DenseTensors, experts: Experts) -> None:
         super().__init__()
-        _check(arch, dense)
+        check_tensors(arch, dense)
         self.arch = arch
         self.rotation = Rotation(arch.rope, arch.head_dim)
         self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
@@ -209,16 +208,3 @@ class Decoder(nn.Module):
             cache.advance(len(tokens))
         last = torch.tensor([len(tokens) for tokens, _ in runs]).cumsum(0) - 1
         return Step(self.lm_head(self.norm(x[last])), list(torch.stack(indices)[:, last].unbind(1)))
-
-
-def _check(arch: Architecture, dense: DenseTensors) -> None:
-    specs = arch.dense_tensors()
-    for name in sorted(specs.keys() ^ dense.keys()):
-        problem = "is missing" if name in specs else "does not belong to it"
-        raise CheckpointError(
-            f"The weights of this {arch.model_type} model do not match its configuration: {name} {problem}."
-        )
-    for name, spec in specs.items():
-        if tuple(dense[name].shape) != spec.shape:
-            shape = tuple(dense[name].shape)
-            raise CheckpointError(f"The tensor {name} has the shape {shape}, but the configuration says {spec.shape}.")

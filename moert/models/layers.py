@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moert.errors import CheckpointError
+from moert.models.architecture import Architecture
 from moert.quant import matmul, rows
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
@@ -73,3 +75,17 @@ class GatedMLP(nn.Module):
         gate, up = linear_many(x, (self.gate_proj, self.up_proj))
         y: Tensor = self.down_proj(self.activation(gate) * up)
         return y
+
+
+def check_tensors(arch: Architecture, dense: DenseTensors) -> None:
+    """CheckpointError unless these are all tensors but the experts', in their shapes."""
+    specs = arch.dense_tensors()
+    for name in sorted(specs.keys() ^ dense.keys()):
+        problem = "is missing" if name in specs else "does not belong to it"
+        raise CheckpointError(
+            f"The weights of this {arch.model_type} model do not match its configuration: {name} {problem}."
+        )
+    for name, spec in specs.items():
+        if tuple(dense[name].shape) != spec.shape:
+            shape = tuple(dense[name].shape)
+            raise CheckpointError(f"The tensor {name} has the shape {shape}, but the configuration says {spec.shape}.")
