@@ -185,7 +185,7 @@ class Telemetry:
         now = time.perf_counter()
         self._layers[layer].computed_s += now - since
         if self.timeline is not None:
-            self.timeline.compute(f"{experts} experts, layer {layer}", since, now)
+            self.timeline.compute(f"experts, layer {layer}: {experts}", since, now)
 
 
 _NOTHING = nullcontext()
