@@ -64,10 +64,14 @@ def _plan(
         return Plan(layer, slices, (Wave((), (), ready, tuple(awaited)),))
     sizes, waves = cache.sizes(layer), []
     keep = {ExpertKey(layer, e) for e in [*ready, *awaited]}
+    # Where all experts of the layer fit whatever else is there, which is usual for a single token, nobody need count.
+    roomy = all(len(routed) * size <= most for size, most in zip(sizes, cache.capacity, strict=True))
     while missing or ready or awaited:
-        room = cache.room(keep)
         chosen: list[RoutedExpert] = []
-        for r in missing:
+        if roomy:
+            chosen = missing
+        room = cache.room(keep) if not roomy else []
+        for r in missing[len(chosen) :]:
             held = cache.resident(layer, r.expert) if (layer, r.expert) in keep else 0
             if any(room[index] < sizes[index] for index in range(held, r.slices)):
                 break  # later ones could be smaller, but the order is the hottest first

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 
 PROBE = 12  # tokens of each choice in a trial
-HOLD = 192  # tokens until the next one
+HOLD = 384  # tokens until the next one
+WARM = 64  # tokens before the first one: a cache that fills up says nothing of what comes after
 _DROP = 2  # tokens after a change that still feel the one before
 
 
@@ -21,7 +22,7 @@ class Trial:
     """
 
     choices: Sequence[int]
-    margin: float = 0.01
+    margin: float = 0.05
     choice: int = field(init=False)
     seconds: dict[int, float] = field(default_factory=dict)  # medians of the last trial
     _samples: dict[int, list[float]] = field(default_factory=dict)
@@ -29,7 +30,7 @@ class Trial:
     _turns: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._begin()
+        self.choice, self._left = self.choices[0], WARM
 
     def _begin(self) -> None:
         self._samples = {choice: [] for choice in self.choices}

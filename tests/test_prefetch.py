@@ -11,7 +11,7 @@ from moert.scheduler.hebf import hottest_bit_first
 from moert.scheduler.odds import Odds
 from moert.scheduler.planner import Scheduler, plan_layer
 from moert.scheduler.precision import ElasticPrecision
-from moert.scheduler.trial import HOLD, PROBE, Trial
+from moert.scheduler.trial import HOLD, PROBE, WARM, Trial
 from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert, SliceKey
 
 LAYERS, EXPERTS, SLICES = 3, 6, 3
@@ -279,22 +279,25 @@ def feed(trial, seconds, steps):
     return choices
 
 
-@pytest.mark.parametrize(("costs", "best"), [((1.0, 0.8), 1), ((1.0, 1.05), 0), ((1.0, 0.995), 0), ((1.0, 1.0), 0)])
+@pytest.mark.parametrize(("costs", "best"), [((1.0, 0.8), 1), ((1.0, 1.05), 0), ((1.0, 0.97), 0), ((1.0, 1.0), 0)])
 def test_a_trial_keeps_what_is_faster(costs, best):
-    choices = feed(Trial((0, 1)), lambda choice, step: costs[choice], 4 * PROBE + HOLD)
+    choices = feed(Trial((0, 1)), lambda choice, step: costs[choice], WARM + 4 * PROBE + HOLD)
+    assert set(choices[:WARM]) == {0}
+    choices = choices[WARM:]
     assert choices[: 4 * PROBE] == [0] * PROBE + [1] * 2 * PROBE + [0] * PROBE
     assert set(choices[4 * PROBE :]) == {best}
 
 
 def test_a_trial_is_not_deceived_by_a_machine_that_slows_down():
-    choices = feed(Trial((0, 1)), lambda choice, step: (1.0, 0.9)[choice] * (1 + step / 200), 5 * PROBE)
+    choices = feed(Trial((0, 1)), lambda choice, step: (1.0, 0.9)[choice] * (1 + step / 200), WARM + 5 * PROBE)
     assert choices[-1] == 1
 
 
 def test_a_trial_is_held_again_when_times_have_changed():
     round_ = 4 * PROBE + HOLD
-    choices = feed(Trial((0, 1)), lambda choice, step: (1.0, 0.8 if step < round_ else 1.2)[choice], 2 * round_)
-    assert choices[round_ - 1] == 1
+    change = WARM + round_
+    choices = feed(Trial((0, 1)), lambda choice, step: (1.0, 0.8 if step < change else 1.2)[choice], WARM + 2 * round_)
+    assert choices[change - 1] == 1
     assert choices[-1] == 0
 
 

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -82,7 +82,7 @@ class Read:
     ended: float = 0.0
     _left: int = 0  # chunks that are not read yet
     _started: bool = False
-    _done: threading.Event = field(default_factory=threading.Event)
+    _done: threading.Event | None = None  # where Python's threads read
     _job: Any = None  # where the compiled module reads
     _reader: Any = None
 
@@ -92,13 +92,20 @@ class Read:
 
     @property
     def done(self) -> bool:
-        return self._done.is_set() if self._job is None else self._reader.done(self._job)
+        if self._done is not None:
+            return self._done.is_set()
+        return self._job is not None and bool(self._reader.done(self._job))
+
+    def end(self) -> None:
+        """Nothing more will come of it."""
+        if self._done is not None:
+            self._done.set()
 
     def wait(self) -> None:
         """Block until the bytes are there and checked. Raises StoreError where they could not be had."""
-        if self._job is None:
+        if self._done is not None:
             self._done.wait()
-        else:
+        elif self._job is not None:
             self._reader.wait(self._job)
             self.begun, self.ended = self._job.begun, self._job.ended
             self.error = self._failure(self._job.outcome, self._job.damaged)
@@ -213,7 +220,7 @@ class SliceReader:
             thread.start()
 
     def submit(self, read: Read, ahead: bool = False) -> None:
-        total = read.nbytes
+        total, read._done = read.nbytes, threading.Event()
         starts = range(0, total, CHUNK_BYTES)
         read._left = len(starts)
         chunks = [(read, at, min(at + CHUNK_BYTES, total)) for at in starts]
@@ -235,14 +242,14 @@ class SliceReader:
             for waiting in (self._ahead, self._demanded):
                 for chunk in [chunk for chunk in waiting if chunk[0] is read]:
                     waiting.remove(chunk)
-            read._done.set()
+            read.end()
             return True
 
     def drain(self) -> None:
         with self._changed:
             for chunk in [*self._demanded, *self._ahead]:
                 if not chunk[0]._started:
-                    chunk[0]._done.set()
+                    chunk[0].end()
             self._demanded = deque(chunk for chunk in self._demanded if chunk[0]._started)
             self._ahead = deque(chunk for chunk in self._ahead if chunk[0]._started)
             self._changed.wait_for(lambda: not (self._busy or self._demanded or self._ahead))
@@ -295,7 +302,7 @@ class SliceReader:
         except Exception as failure:
             read.error = failure
         read.ended = time.perf_counter()
-        read._done.set()
+        read.end()
 
     def _fill(self, read: Read, first: int, last: int) -> None:
         try:
