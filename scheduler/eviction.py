@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moert.scheduler.types import ExpertKey, RoutedExpert
 
-_QUEUE = 64  # experts whose turn to be evicted is known at a time
+_POOL = 256  # experts that are looked at when one is to be evicted
 
 
 class CachePolicy(Protocol):
@@ -172,11 +172,13 @@ class RecentScore(_Baseline):
         self._scale = np.ones((L, 1))
         self._foreseen = np.zeros((L, E))
         self._held = np.zeros((S, L, E), bool)
-        self._visit, self._last_visit = 0, np.zeros((L, E), np.int64)
+        self._visit = 0
         ahead = (np.arange(L)[None] - np.arange(L)[:, None] - 1) % L  # [now, of what]: layers until its turn
         self._discount = (patience ** (ahead / L))[..., None]
         self._now = 0
-        self._queues: dict[int, tuple[int, list[ExpertKey]]] = {}  # by slice: since when, the next to evict at the end
+        self._all = np.arange(L * E)
+        self._pools: dict[int, tuple[int, NDArray[np.int64]]] = {}  # by slice: since when, places of low scores
+        self._queues: dict[int, list[int]] = {}  # by slice, while scores stay: places, the next to evict at the end
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
         row = self._now = self._row[layer]
@@ -189,18 +191,19 @@ class RecentScore(_Baseline):
         self._scale[row, 0] = scale
         share = (1 - kept) / tokens * scale
         if tokens == 1:
-            begin, size = row * self._num_experts, self._last_visit.size
+            begin, size = row * self._num_experts, self._foreseen.size
             self._use.reshape(-1)[[begin + r.expert + i * size for r in routed for i in range(r.slices)]] += share
         else:
             for r in routed:
                 self._use[: r.slices, row, r.expert] += share * np.array(r.waiting or (r.tokens,) * r.slices)
-        self._last_visit[row, [r.expert for r in routed]] = self._visit
         self._foreseen[row] = 0
+        self._queues.clear()
 
     def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
         row = self._foreseen[self._row[layer]]
         row[:] = 0
         row[list(probabilities)] = list(probabilities.values())
+        self._queues.clear()
 
     def loaded(self, key: ExpertKey, index: int) -> None:
         self._held[index, self._row[key[0]], key[1]] = True
@@ -209,26 +212,39 @@ class RecentScore(_Baseline):
         self._held[index, self._row[key[0]], key[1]] = False
 
     def eviction_order(self, index: int) -> Iterator[ExpertKey]:
-        """The lowest scores are sorted once per cycle of layers; what was used or named since then is passed over."""
-        since, queue = self._queues.get(index, (0, []))
-        if not queue or self._visit - since > len(self._layers):
-            queue = list(islice(self._order(index), _QUEUE))[::-1]
-            since = self._visit
-            self._queues[index] = since, queue
-        while queue:
-            key = queue.pop()
-            row, expert = self._row[key.layer], key.expert
-            if self._last_visit[row, expert] <= since and not self._foreseen[row, expert]:
-                yield key
-        yield from self._order(index)
+        """Sorted anew after every use, but only those that scored lowest when all were looked at last.
 
-    def _order(self, index: int) -> Iterator[ExpertKey]:
-        scores = np.maximum(self._use[index] / self._scale, self._foreseen) * self._discount[self._now]
-        flat = np.where(self._held[index], scores, np.inf).ravel()
-        few = min(_QUEUE, flat.size - 1)
-        first = np.argpartition(flat, few)[:few]
-        yield from map(self._key, first[np.argsort(flat[first], kind="stable")].tolist())
-        yield from map(self._key, np.argsort(flat, kind="stable").tolist())
+        That is once per cycle of layers, or when none of them is left. What is evicted is then as good as if all were
+        sorted every time; sorting once per cycle and passing over what was used since reads 4% more.
+        """
+        queue = self._queues.get(index)
+        if not queue:
+            since, pool = self._pools.get(index, (0, self._all[:0]))
+            if queue is None and self._visit - since <= len(self._layers):
+                queue = self._sorted(index, pool)
+            if not queue:
+                pool = self._all
+                if len(pool) > _POOL:
+                    pool = np.argpartition(self._scores(index, pool), _POOL)[:_POOL]
+                self._pools[index] = self._visit, pool
+                queue = self._sorted(index, pool)
+            self._queues[index] = queue
+        while queue:
+            yield self._key(queue.pop())
+        yield from map(self._key, reversed(self._sorted(index, self._all)))
+
+    def _scores(self, index: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of experts by their place in the flattened [L, E]; infinite where the slice is not there."""
+        row = places // self._num_experts
+        use = self._use[index].reshape(-1)[places] / self._scale[row, 0]
+        scores = np.maximum(use, self._foreseen.reshape(-1)[places]) * self._discount[self._now][row, 0]
+        return np.where(self._held[index].reshape(-1)[places], scores, np.inf)
+
+    def _sorted(self, index: int, places: NDArray[np.int64]) -> list[int]:
+        """Those of `places` that are there, the lowest score at the end."""
+        scores = self._scores(index, places)
+        order = np.argsort(scores, kind="stable")
+        return places[order[: int(np.isfinite(scores).sum())]].tolist()[::-1]
 
     def _key(self, place: int) -> ExpertKey:
         row, expert = divmod(place, self._num_experts)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities, slice_sizes, slots_for
 from moert.scheduler.cost import Costs, Disk
-from moert.scheduler.eviction import POLICIES, Belady
+from moert.scheduler.eviction import POLICIES, Belady, RecentScore
 from moert.scheduler.planner import Scheduler, plan_layer
 from moert.scheduler.profile import Profile, parse_profile, read_profile
 from moert.scheduler.replay import Foreteller, chunks, read_precision
@@ -377,3 +377,26 @@ def test_loads_are_counted_in_bytes():
     assert costs.nbytes(Load(0, 3, 1, 3)) == 50
     assert [costs.expert_s(0, n) for n in (1, 2, 3)] == pytest.approx([0.1, 0.3, 0.6])
     assert ExpertKey(0, 3) == (0, 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
+def test_score_evicts_what_has_the_lowest_running_mean(uses):
+    """Against means that are worked out anew for every expert, without scales, pools or queues."""
+    rate, patience = 0.1, 0.5
+    policy = RecentScore([0, 1], 6, 1, rate, patience)
+    mean = {(layer, e): 0.0 for layer in range(2) for e in range(6)}
+    held = set()
+    for layer, used, other in uses:
+        policy.used(layer, [RoutedExpert(e, 1, 0.5, 1) for e in {used, other}], 1)
+        for e in range(6):
+            mean[layer, e] = (1 - rate) * mean[layer, e] + rate * (e in {used, other})
+        for e in {used, other} - {e for at, e in held if at == layer}:
+            policy.loaded(ExpertKey(layer, e), 0)
+            held.add((layer, e))
+        score = {key: mean[key] * (1.0 if key[0] != layer else patience**0.5) for key in held}
+        order = list(itertools.islice(policy.eviction_order(0), len(held)))
+        assert set(order) == held
+        assert [score[key] for key in order] == pytest.approx(sorted(score.values()))
+        held.discard(order[0])
+        policy.removed(order[0], 0)
