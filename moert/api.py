@@ -37,7 +37,9 @@ class LLM:
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
     ships with the package. memory_budget: for everything, `"2GiB"` or bytes. expert_budget: for the expert arena
-    alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored.
+    alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored. Behind
+    a bound `",skip=0.1"` leaves out, within it, missing experts of router weights below 0.1; `",route=0.1"` favours
+    experts in memory, beyond it.
     kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
     up to 16 share the KV cache of one context. token_scheduler, cache_policy, load_order, prefetch and overlap: see
     `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed last. on_status

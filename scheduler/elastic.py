@@ -67,6 +67,7 @@ class Ladder:
     left: list[tuple[float, int, int]] = field(default_factory=list)
     _saved: float = 0.0
     _settled: int = 0  # tokens, once for each layer
+    _experts: dict[tuple[int, int], _Expert] = field(default_factory=dict)
 
     def settle(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
@@ -78,44 +79,61 @@ class Ladder:
         memory goes by error saved per byte, along the lower convex hull of each expert's harm over bytes, so it is at
         most one step more than the cheapest choice that the bound allows; what this step does too well is saved up.
         """
-        curves, absent, allowed = self.damage[layer], self.absent[layer], self.allowed[layer]
-        harms = [(absent[r.expert], *curves[r.expert]) for r in routed]
-        grant = sum(s * allowed[r.expert] for r, s in zip(routed, squares, strict=True))
-        counts = [_least(harm, 1, min(max(h, 1), r.slices)) for r, h, harm in zip(routed, have, harms, strict=True)]
-        if self.skip:
-            for k, r in enumerate(routed):
-                if have[k] == 0 and r.weight < self.skip * r.tokens:
-                    counts[k] = 0
-        spent = [s * harm[n] for s, harm, n in zip(squares, harms, counts, strict=True)]
-        total, limit = sum(spent), self._saved + grant
-        steps = []
-        for k, r in enumerate(routed):
-            steps += self._step(k, harms[k], squares[k], counts[k], have[k], r.slices)
-        heapify(steps)
+        grant, total, counts, steps = 0.0, 0.0, list[int](), list[tuple[float, int, int]]()
+        experts = [self._expert(layer, r.expert) for r in routed]
+        for k, (r, expert, square, held) in enumerate(zip(routed, experts, squares, have, strict=True)):
+            grant += square * expert.allowed
+            n = 0 if held == 0 and r.weight < self.skip * r.tokens else expert.best(min(max(held, 1), r.slices))
+            counts.append(n)
+            total += square * expert.harm[n]
+            if n < r.slices and (step := expert.step(n, held, r.slices)):
+                steps.append((-square * step[0], k, step[1]))
+        limit = self._saved + grant
+        if total > limit:
+            heapify(steps)
         while steps and total > limit:
             _, k, n = heappop(steps)
-            counts[k], before, spent[k] = n, spent[k], squares[k] * harms[k][n]
-            total += spent[k] - before
-            for step in self._step(k, harms[k], squares[k], n, have[k], routed[k].slices):
-                heappush(steps, step)
-        total = sum(spent)
+            expert, square, most = experts[k], squares[k], routed[k].slices
+            total += square * (expert.harm[n] - expert.harm[counts[k]])
+            counts[k] = n
+            if n < most and (step := expert.step(n, have[k], most)):
+                heappush(steps, (-square * step[0], k, step[1]))
         self.spent, self.granted, self._settled = self.spent + total, self.granted + grant, self._settled + tokens
         self._saved = min(limit - total, _SAVED * self.granted / self._settled)
         self.left = [(-rate, routed[k].expert, counts[k]) for rate, k, _ in steps if counts[k]]
         return counts
 
-    def _step(
-        self, k: int, harm: Sequence[float], square: float, n: int, have: int, most: int
-    ) -> list[tuple[float, int, int]]:
-        """The next step up from n slices: minus the error that it saves per byte, k, and to how many slices."""
-        best, nbytes = (0.0, k, n), 0
-        for m in range(n + 1, most + 1):
-            nbytes += self.sizes[m - 1] if m > have else 0
-            if nbytes and harm[m] < harm[n]:
-                best = min(best, (-square * (harm[n] - harm[m]) / nbytes, k, m))
-        return [best] if best[0] < 0 else []
+    def _expert(self, layer: int, expert: int) -> _Expert:
+        found = self._experts.get((layer, expert))
+        if found is None:
+            harm = (self.absent[layer][expert], *self.damage[layer][expert])
+            found = self._experts[layer, expert] = _Expert(harm, self.allowed[layer][expert], self.sizes)
+        return found
 
 
-def _least(harm: Sequence[float], first: int, last: int) -> int:
-    """The number of slices from first to last that does least harm, the lowest of equals."""
-    return min(range(first, last + 1), key=harm.__getitem__)
+class _Expert:
+    """harm: by number of slices, from none on. What is asked of it again and again is kept."""
+
+    def __init__(self, harm: Sequence[float], allowed: float, sizes: Sequence[int]) -> None:
+        self.harm, self.allowed, self._sizes = harm, allowed, sizes
+        self._best = [min(range(1, max(n, 1) + 1), key=harm.__getitem__) for n in range(len(harm))]
+        self._steps: dict[tuple[int, int, int], tuple[float, int] | None] = {}
+
+    def best(self, most: int) -> int:
+        """The number of slices up to `most` that does least harm, the lowest of equals."""
+        return self._best[most]
+
+    def step(self, n: int, held: int, most: int) -> tuple[float, int] | None:
+        """The step up from n slices that saves most error per byte beyond those held: how much, and to how many."""
+        key = n, held, most
+        if key not in self._steps:
+            self._steps[key] = self._find(*key)
+        return self._steps[key]
+
+    def _find(self, n: int, held: int, most: int) -> tuple[float, int] | None:
+        rates = [
+            ((self.harm[n] - self.harm[m]) / sum(self._sizes[max(n, held) : m]), m)
+            for m in range(max(n, held) + 1, most + 1)
+            if self.harm[m] < self.harm[n]
+        ]
+        return max(rates) if rates else None

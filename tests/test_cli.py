@@ -295,6 +295,7 @@ def test_from_checkpoint_to_chat(moert: Program, tiny_checkpoint: Callable[..., 
     assert facts["disk_bytes"] == sum(f.stat().st_size for f in Path(store).iterdir())
     shown = moert("info", "-m", store).out
     assert "bits per weight" in shown
+    assert "error of each width on Gaussian weights" in facts["elastic_precision"]
     assert f"{sum(sizes):,}" in shown
 
     options = ("-m", store, "--seed", "3", "-n", "6", "--ignore-eos", "-p", "Hello")

@@ -63,6 +63,13 @@ def _routed(store: Store) -> str:
     return "thresholds on the router's weights" if trained is None else f"trained bit router: {trained.about}"
 
 
+def _elastic(store: Store) -> str:
+    """What the bound of `--precision elastic` goes by."""
+    if store.meta.sensitivity is None or store.meta.router_weights is None:
+        return "by the error of each width on Gaussian weights: converted without --calibrate"
+    return "by the error that was measured for each expert"
+
+
 def describe(store: Store) -> dict[str, Any]:
     """Facts of a store under stable names; sizes in bytes."""
     arch, layout = store.architecture, store.layout
@@ -100,6 +107,7 @@ def describe(store: Store) -> dict[str, Any]:
         ],
         "kept": "every width of every expert" if store.meta.kept is None else store.kept_widths(),
         "routed_precision": _routed(store),
+        "elastic_precision": _elastic(store),
         "experts_bytes": store.experts_bytes(layout.num_slices),
         "dense_bytes": store.dense_bytes,
         "disk_bytes": sum(f.stat().st_size for f in store.path.iterdir()),

@@ -32,14 +32,12 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(arch, dense, layer)
         self.post_attention_layernorm = RMSNorm(dense, f"{name}.post_attention_layernorm", arch.rms_norm_eps)
         # Methods are kept, because a module looks its parts up slowly and decoding would wait for it.
-        self._add_one: Callable[[Tensor, Sequence[int], Sequence[float], Tensor], None]
-        self.bonus: Callable[[int], Tensor | None]
+        self.bonus: Callable[[int], Tensor | None] = lambda tokens: None
         if arch.is_moe_layer[layer]:
             self.mlp: nn.Module = (block := MoEBlock(arch, dense, layer, experts))
             self._add_one, self.bonus = block.add_one, block.bonus
         else:
-            self.mlp = GatedMLP(dense, f"{name}.mlp", arch.hidden_act)
-            self._add_one, self.bonus = self._add_mlp, self._no_bonus
+            self.mlp, self._add_one = GatedMLP(dense, f"{name}.mlp", arch.hidden_act), self._add_mlp
         self.step = self._step(arch)
         self.watcher: Watcher | None = None
         self.foresight: Foresight | None = None
@@ -59,9 +57,6 @@ class DecoderLayer(nn.Module):
         if self.watcher is not None and self.watcher.horizon and self.foresight is not None:
             self.foresight.tell(x, self.watcher)
         self._add_one(normed, experts, weights, x)
-
-    def _no_bonus(self, tokens: int) -> None:
-        return None
 
     def _add_mlp(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         out += self.mlp(x)
