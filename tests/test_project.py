@@ -46,7 +46,9 @@ ALLOWED = {
         "models",
         "tokenizer",
     },
-    "train_router": {"errors", "config", "budget", "quant", "scheduler", "store", "models", "engine"},
+    "distil": {"errors", "config", "budget", "quant", "scheduler", "store", "models"},
+    "train_router": {"errors", "distil", "scheduler", "store", "engine"},
+    "train_scales": {"errors", "distil", "quant", "scheduler", "store", "engine"},
     "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
 }
 LINE_LIMIT, FAMILY_LIMIT = 400, 220
