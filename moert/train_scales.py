@@ -85,6 +85,17 @@ class _Scaled(NestedExperts):
         return result
 
 
+class _Watched(NestedExperts):
+    """The lossless experts; tells `watch`, if there is one, what they are asked."""
+
+    watch: Callable[[int, Tensor, Tensor], None] | None = None
+
+    def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(layer, x, indices)
+        return super().__call__(layer, x, indices, weights)
+
+
 class Trainer:
     """Trains the scales of `store`, against the `lossless` store of the same checkpoint, on windows of token ids.
 
@@ -101,7 +112,8 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(seed)
         self._experts = _Scaled(store)
         self._model = distil.decoder(store, self._experts)
-        self._lossless = distil.decoder(lossless, NestedExperts(lossless))
+        self._right = _Watched(lossless)
+        self._lossless = distil.decoder(lossless, self._right)
         widths, router = store.meta.widths, bit_router(store)
         self._fixed: list[Precision] = [FixedPrecision(b) for b in reversed(widths)]
         self._routed: list[Precision] = []
@@ -170,6 +182,43 @@ class Trainer:
                     found.append(total / sum(map(len, self._checked)))
                 result.append(Comparison(str(precision), *found))
         return result
+
+    @torch.no_grad()
+    def sensitivity(self, on_progress: Callable[[str], None]) -> dict[int, list[list[float]]] | None:
+        """As in moert.json, if the store says it: by as much more or less as the outputs of the experts are wrong with
+        what is learnt so far, where they see what the lossless model sees of the windows set apart."""
+        known, layers = self._store.meta.sensitivity, self._store.moe_layers
+        if known is None:
+            return None
+        # Calibration moves factors of the experts' inputs to the norm before them.
+        norm = "layers.{}.post_attention_layernorm.weight"
+        norms = {
+            layer: [m.get_parameter(norm.format(layer)) for m in (self._model, self._lossless)] for layer in layers
+        }
+        factors = {layer: (here / there).nan_to_num(1.0) for layer, (here, there) in norms.items()}
+        errors = {layer: torch.zeros(2, self._store.num_experts, len(self._store.meta.widths)) for layer in layers}
+
+        def watch(layer: int, x: Tensor, indices: Tensor) -> None:
+            here = x * factors[layer]
+            for e in torch.unique(indices).tolist():
+                tokens = (indices == e).any(-1)
+                right = self._right.ffn(layer, e, 0, x[tokens])
+                for n in range(self._store.kept[layer][e]):
+                    for learning in (False, True):
+                        self._experts.learning = learning
+                        wrong = self._experts.ffn(layer, e, n, here[tokens]) - right
+                        errors[layer][int(learning), e, n] += wrong.square().sum()
+
+        self._right.watch = watch
+        with distil.torch_alone():
+            for ids in self._checked:
+                on_progress("measuring what the widths cost")
+                distil.logits(self._lossless, [ids])
+        self._right.watch = None
+        growth = {
+            layer: torch.where(before > 0, after / before, 1.0).double() for layer, (before, after) in errors.items()
+        }
+        return {layer: (torch.tensor(known[layer]).double() * growth[layer]).tolist() for layer in layers}
 
     def result(self, layer: int, expert: int) -> list[list[Tensor]]:
         """What is learnt so far: of each slice of an expert the scales of gate, up and down, fp16 [N, K / G]."""

@@ -75,7 +75,7 @@ def test_the_store_has_what_was_learnt_and_the_codes_it_had(calibrated_copy, los
     trainer = Trainer(store, lossless, WINDOWS, seed=0)
     trainer.train(8, 1e9, silent)
     before = files(calibrated_copy)
-    new = rescale(store, tmp_path / "new", trainer.result, "for a test", silent)
+    new = rescale(store, tmp_path / "new", trainer.result, None, "for a test", silent)
     new.verify()
     assert files(calibrated_copy) == before
     assert new.meta.quantiser == store.meta.quantiser + "; scales trained: for a test"
@@ -96,6 +96,36 @@ def test_the_store_has_what_was_learnt_and_the_codes_it_had(calibrated_copy, los
                 assert not any(torch.equal(a, b) for a, b in zip(old, now, strict=True))
 
 
+def test_sensitivities_are_those_of_the_new_scales(calibrated, store, lossless):
+    """Beside float64, where the experts see what transformers' model would show them."""
+    nested = Store.open(calibrated)
+    trainer = Trainer(nested, lossless, WINDOWS, seed=0)
+    trainer.train(4, 1e9, silent)
+    seen = []
+    trainer._right.watch = lambda layer, x, indices: seen.append((layer, x, indices))
+    with distil.torch_alone(), torch.no_grad():
+        distil.logits(trainer._lossless, trainer._checked)
+    found = trainer.sensitivity(silent)
+
+    def ffn(matrices, x):
+        gate, up, down = (m.double() for m in matrices)
+        return (torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
+
+    norm = "model.layers.{}.post_attention_layernorm.weight"
+    dense = [s.load_dense() for s in (nested, lossless)]
+    for layer, x, indices in seen:
+        shift = dense[0][norm.format(layer)].float() / dense[1][norm.format(layer)].float()
+        for e in range(8):
+            mine = x[(indices == e).any(-1)]
+            right = ffn(PackedExpert.from_slices(lossless.read_expert(layer, e), lossless.layout).floats(), mine)
+            for n in range(3):
+                old = PackedExpert.from_slices(nested.read_expert(layer, e)[: n + 1], nested.layout).floats()
+                new = trainer._experts.matrices(layer, e, n)
+                before, after = ((ffn(w, mine * shift) - right).square().sum() for w in (old, new))
+                want = nested.meta.sensitivity[layer][e][n] * float(after / before)
+                assert found[layer][e][n] == pytest.approx(want, rel=1e-3)
+
+
 def test_experts_that_keep_fewer_slices_can_be_trained(tiny_checkpoint, calibrated, lossless, tmp_path):
     from moert.store.calibration import CalibrationText
     from moert.store.convert import convert
@@ -108,7 +138,7 @@ def test_experts_that_keep_fewer_slices_can_be_trained(tiny_checkpoint, calibrat
     assert min(map(min, small.kept.values())) < 3
     trainer = Trainer(small, lossless, WINDOWS, seed=0)
     trainer.train(4, 1e9, silent)
-    new = rescale(small, tmp_path / "new", trainer.result, "for a test", silent)
+    new = rescale(small, tmp_path / "new", trainer.result, None, "for a test", silent)
     new.verify()
     assert new.kept == small.kept
 
@@ -204,7 +234,7 @@ def test_what_cannot_be_trained_or_written_is_said(moert, options, lossless, cal
 def test_a_folder_that_is_left_over_is_not_touched(calibrated, tmp_path):
     (tmp_path / "new.partial").mkdir()
     with pytest.raises(StoreError, match="left from a run that was cut off: delete it"):
-        rescale(Store.open(calibrated), tmp_path / "new", lambda layer, e: [], "", silent)
+        rescale(Store.open(calibrated), tmp_path / "new", lambda layer, e: [], None, "", silent)
     assert (tmp_path / "new.partial").is_dir()
 
 
@@ -216,5 +246,5 @@ def test_a_full_disk_leaves_nothing_behind(calibrated, tmp_path, monkeypatch):
     monkeypatch.setattr(rescaling, "write_json", full)
     old = train_scales._Scaled(store).scales
     with pytest.raises(StoreError, match=r"Cannot write .*new: No space left on device; .* is as it was"):
-        rescale(store, tmp_path / "new", lambda layer, e: [old[layer, e, n] for n in range(3)], "unchanged", silent)
+        rescale(store, tmp_path / "new", lambda layer, e: [old[layer, e, n] for n in range(3)], None, "", silent)
     assert not list(tmp_path.iterdir())

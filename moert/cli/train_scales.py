@@ -42,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
         if sum(row.after / row.before for row in found) >= len(found):
             status.show("This is no better, so no store is written: try more --steps or a longer --text.")
             return 1
-        rescale(store, args.out, trainer.result, f"{steps} steps on {text.name}, seed {args.seed}", progress)
+        about = f"{steps} steps on {text.name}, seed {args.seed}"
+        rescale(store, args.out, trainer.result, trainer.sensitivity(progress), about, progress)
     status.show(f"Stored in {args.out} after {steps} steps.")
     if store.meta.sensitivity is not None:
         status.show(f"For routed precision, moert train-router -m {args.out} now learns what its widths cost.")

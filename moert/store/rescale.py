@@ -35,14 +35,15 @@ def rescale(
     store: Store,
     out: Path,
     scales: Callable[[int, int], Sequence[Sequence[Tensor]]],
+    sensitivity: dict[int, list[list[float]]] | None,
     about: str,
     progress: Callable[[str], None],
 ) -> Store:
     """Write `store` to the folder `out`, which appears whole or not at all, with the scales that `scales` gives.
 
-    scales(layer, expert): for each slice that is kept of it, those of gate, up and down, float [N, K / G] each. about:
-    is added to the name of the quantiser. A bit router is not taken along, for it was trained for other scales. Raises
-    StoreError where `out` exists or cannot be written.
+    scales(layer, expert): for each slice that is kept of it, those of gate, up and down, float [N, K / G] each.
+    sensitivity: with these, as in moert.json. about: is added to the name of the quantiser. A bit router is not taken
+    along, for it was trained for other scales. Raises StoreError where `out` exists or cannot be written.
     """
     check_out(store, out)
     meta, checksums = store.meta, {}
@@ -70,6 +71,7 @@ def rescale(
                 quantiser=f"{meta.quantiser}; scales trained: {about}",
                 weights=weights,
                 checksums=checksums,
+                sensitivity=sensitivity,
             )
             write_json(folder / META_FILE, changed.as_json())
     except OSError as error:
