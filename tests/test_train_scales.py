@@ -120,7 +120,7 @@ def test_sensitivities_are_those_of_the_new_scales(calibrated, store, lossless):
             right = ffn(PackedExpert.from_slices(lossless.read_expert(layer, e), lossless.layout).floats(), mine)
             for n in range(3):
                 old = PackedExpert.from_slices(nested.read_expert(layer, e)[: n + 1], nested.layout).floats()
-                new = trainer._experts.matrices(layer, e, n)
+                new = [w.detach() for w in trainer._experts.matrices(layer, e, n)]
                 before, after = ((ffn(w, mine * shift) - right).square().sum() for w in (old, new))
                 want = nested.meta.sensitivity[layer][e][n] * float(after / before)
                 assert found[layer][e][n] == pytest.approx(want, rel=1e-3)
