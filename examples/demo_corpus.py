@@ -1,5 +1,7 @@
 """The text behind train_demo_model.py: the running interpreter's standard library, as files and as dialogues.
 
+    python examples/demo_corpus.py OUT      writes a sample of the files to OUT, as text for moert train-scales
+
 Everything here comes from files that Python itself ships, so nothing is downloaded and the result may be passed on
 under Python's licence. A few of the files, picked by a hash of their names, are kept out of the training text, the
 tokenizer and the n-gram counts: they are the held-out text.
@@ -7,6 +9,7 @@ tokenizer and the n-gram counts: they are the held-out text.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import inspect
@@ -25,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 HELDOUT_BYTES = {"library": 180_000, "tests": 90_000}
+SAMPLE_BYTES = {"library": 4_000_000, "tests": 2_000_000}
 # Written by the build or the site, and so naming this machine's folders rather than being Python's own text.
 NOT_SOURCE = re.compile(r"site-packages|dist-packages|_sysconfigdata|^config-|sitecustomize|usercustomize|pydoc_data")
 Turn = tuple[str, str]  # what the user says, what the assistant answers
@@ -290,3 +294,25 @@ def ngram_perplexities(training: np.ndarray, heldout: np.ndarray, vocab: int, or
         tail = p[-len(query) :]
         p[-len(query) :] = np.where(known, (kept + spare[context] * tail) / total[context], tail)
     return {"unigram": float(np.exp(-np.log(unigram).mean())), f"{order}-gram": float(np.exp(-np.log(p).mean()))}
+
+
+def sample(seed: int = 0) -> str:
+    """Files of the training text, in random order, none of which is held out."""
+    left, chosen = dict(SAMPLE_BYTES), []
+    training = sorted(split_heldout(source_files())[0].items())
+    random.Random(seed).shuffle(training)
+    for _, (kind, text) in training:
+        if (size := len(text.encode())) <= left[kind]:
+            left[kind] -= size
+            chosen.append(text)
+    return END_OF_TEXT.join(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.parse_args().out.write_text(sample(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

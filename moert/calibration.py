@@ -29,10 +29,10 @@ def read(text: str) -> str:
         raise UsageError(f"Cannot read the calibration text {path}: {error.strerror}.") from error
 
 
-def tokens(text: str, content: str, checkpoint: Path) -> CalibrationText:
+def tokens(text: str, content: str, checkpoint: Path, most: int = MOST_TOKENS) -> CalibrationText:
     """The tokens of `content`, which `text` names, by the tokenizer of a checkpoint.
 
-    Of a long text windows are taken at even distances, MOST_TOKENS in all. Raises UsageError for a text that has too
+    Of a long text windows are taken at even distances, `most` tokens in all. Raises UsageError for a text that has too
     few tokens, StoreError for the tokenizer.
     """
     from moert.store.calibration import CalibrationText  # loads torch
@@ -44,7 +44,7 @@ def tokens(text: str, content: str, checkpoint: Path) -> CalibrationText:
             " name a longer one, or use --calibrate default."
         )
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    count = min(len(windows), MOST_TOKENS // WINDOW)
+    count = min(len(windows), most // WINDOW)
     chosen = [token for i in range(count) for token in windows[i * len(windows) // count]]
     checksum = zlib.crc32(b"".join(token.to_bytes(4, "little") for token in chosen))
     return CalibrationText(f"{Path(text).name} ({checksum:08x})", tuple(chosen))

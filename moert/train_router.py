@@ -12,40 +12,29 @@ threshold is moved, that is right up to the third order of the errors, since bot
 often. Everything is computed in float32 by torch.
 """
 
-# T tokens, V vocabulary, D hidden, K experts per token, L MoE layers, E experts, B widths
+# T tokens, D hidden, K experts per token, L MoE layers, E experts, B widths
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from moert.budget import available_bytes
-from moert.config import format_bytes
+from moert import distil
+from moert.distil import NestedExperts
 from moert.engine import bit_router
 from moert.errors import UsageError
-from moert.models.attention import span
-from moert.models.decoder import Decoder
-from moert.models.kv_cache import KVCache
-from moert.models.moe import Experts
-from moert.quant import dispatch
-from moert.quant.layer_step import Place
-from moert.quant.matmul import ACTIVATIONS, PackedExpert, floats, gather_rows
-from moert.scheduler.precision import BitRouter, Chooser, RoutedPrecision
+from moert.scheduler.precision import BitRouter, RoutedPrecision
 from moert.store.bit_router import TrainedRouter
 from moert.store.calibration import weight_quantiles
 from moert.store.reader import Store
 
-WINDOW = 512
 _TEMPERATURE = 0.3  # bits that a width's cost may be above another's before it is rarely drawn
 _RATE = 0.03
 _PRICES = 16  # drawn from, at even distances of the mean width
-_MOST_CHECKED = 8  # windows that are kept from training, to compare with what there was before
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,83 +46,38 @@ class Comparison:
     after: float
 
 
-class _Window(KVCache):
-    """Keys and values of a window that begins with nothing: as they are, so that gradients pass."""
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self._both = keys, values
-
-    def read(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        return self._both
-
-
-class _Lossless(Experts):
-    """The experts of a lossless store."""
-
-    def __init__(self, store: Store) -> None:
-        self._activation = store.architecture.hidden_act
-        self._weights = {
-            (layer, e): PackedExpert.from_slices(store.read_expert(layer, e), store.layout).floats()
-            for layer in store.moe_layers
-            for e in range(store.num_experts)
-        }
-
-    def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e in torch.unique(indices).tolist():
-            tokens, places = (indices == e).nonzero(as_tuple=True)
-            y = _ffn(x[tokens], self._weights[layer, e], self._activation)
-            out.index_add_(0, tokens, y * weights[tokens, places, None])
-        return out
-
-
-class _Nested(Experts):
-    """The experts of a store at every width. While `price` is set they learn, else `chooser` chooses the widths."""
+class _Nested(NestedExperts):
+    """While `price` is set the widths are drawn and learn, else `chooser` chooses them."""
 
     def __init__(self, store: Store, harm: _Harm, generator: torch.Generator) -> None:
-        self._activation, self._kept = store.architecture.hidden_act, store.kept
+        super().__init__(store)
         self._harm, self._generator = harm, generator
         self._bits = torch.tensor(store.meta.widths, dtype=torch.float32)
         self._rows = {layer: row for row, layer in enumerate(store.moe_layers)}
-        self._weights: dict[tuple[int, int, int], Sequence[Tensor]] = {}
-        for layer in store.moe_layers:
-            for e, count in enumerate(store.kept[layer]):
-                slices = store.read_expert(layer, e)
-                for n in range(count):
-                    self._weights[layer, e, n] = PackedExpert.from_slices(slices[: n + 1], store.layout).floats()
         self.price: float | None = None
-        self.chooser: Chooser | None = None
         self.widths: list[Tensor] = []  # expected ones, of the layers since it was emptied
         self.routed: list[tuple[int, Tensor, Tensor]] = []  # layers, indices and weights, likewise
 
     def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         self.routed.append((layer, indices, weights.detach()))
         if self.price is None:
-            assert self.chooser is not None
-            chosen = torch.from_numpy(self.chooser.many(layer, indices.numpy(), weights.numpy())) - 1
-            return self._sum(layer, x, indices, weights, chosen, None)
+            return super().__call__(layer, x, indices, weights)
         cost = self._harm.cost(self._rows[layer], indices, weights) / self.price + self._bits
         p = (cost / -_TEMPERATURE).softmax(-1)
         chosen = torch.multinomial(p.detach().flatten(0, 1), 1, generator=self._generator).view_as(indices)
         self.widths.append((p * self._bits).sum(-1).mean())
-        return self._sum(layer, x, indices, weights, chosen, p - p.detach())
+        y = self.sum(layer, x, indices, weights, chosen)
+        return y + self._slopes(layer, x.detach(), indices, weights.detach(), p - p.detach())
 
-    def _sum(
-        self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, chosen: Tensor, slopes: Tensor | None
-    ) -> Tensor:
-        """chosen: int64 [T, K], index of the width. slopes: [T, K, B], zeros that take the gradients of the widths."""
+    def _slopes(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, slopes: Tensor) -> Tensor:
+        """Zeros [T, D] that bring `slopes` [T, K, B], zeros as well, the gradients of the widths."""
         out = torch.zeros_like(x)
         for e in torch.unique(indices).tolist():
-            for n in range(self._kept[layer][e]):
-                matrices = self._weights[layer, e, n]
-                tokens, places = ((indices == e) & (chosen == n)).nonzero(as_tuple=True)
-                y = _ffn(x[tokens], matrices, self._activation)
-                out = out.index_add(0, tokens, y * weights[tokens, places, None])
-                if slopes is not None:
-                    tokens, places = (indices == e).nonzero(as_tuple=True)
-                    with torch.no_grad():
-                        y = _ffn(x[tokens], matrices, self._activation) * weights[tokens, places, None]
-                    out = out.index_add(0, tokens, y * slopes[tokens, places, n, None])
+            tokens, places = (indices == e).nonzero(as_tuple=True)
+            for n in range(self.kept[layer][e]):
+                with torch.no_grad():
+                    y = self.ffn(layer, e, n, x[tokens]) * weights[tokens, places, None]
+                out = out.index_add(0, tokens, y * slopes[tokens, places, n, None])
         return out
 
 
@@ -170,22 +114,16 @@ class Trainer:
                 f"{store.path} does not say how sensitive its experts are, from which training starts: convert the"
                 " checkpoint with --calibrate default."
             )
-        if len(windows) < 2:
-            raise UsageError("Training needs at least two windows of text: name a longer one.")
-        _check_memory(store, lossless)
+        self._windows, self._checked = distil.set_apart(windows)
+        distil.check_memory(store, lossless, copies=1)
         self._store, self._before = store, thresholds
         self._generator = torch.Generator().manual_seed(seed)
         rows = torch.tensor([store.meta.sensitivity[layer] for layer in store.moe_layers])
         kept = torch.tensor([store.kept[layer] for layer in store.moe_layers])
         self._harm = _Harm(rows, torch.arange(rows.shape[2]) >= kept[..., None])
         self._experts = _Nested(store, self._harm, self._generator)
-        self._model = _decoder(store, self._experts)
-        self._lossless = _decoder(lossless, _Lossless(lossless))
-        ids = [torch.tensor(window) for window in windows]
-        checked = max(1, min(_MOST_CHECKED, len(ids) // 8))
-        at = [i * len(ids) // checked for i in range(checked)]  # spread over the text
-        self._checked = [ids[i] for i in at]
-        self._windows = [window for i, window in enumerate(ids) if i not in at]
+        self._model = distil.decoder(store, self._experts)
+        self._lossless = distil.decoder(lossless, NestedExperts(lossless))
         least, most = (thresholds.mean_width(thresholds.thresholds(2.0**power)) for power in (100, -100))
         self._means = [least + (most - least) * part for part in (0.25, 0.5)]
         span_of_means = [least + (most - least) * (0.1 + 0.65 * i / (_PRICES - 1)) for i in range(_PRICES)]
@@ -199,7 +137,7 @@ class Trainer:
         optimiser = torch.optim.Adam(self._harm.parameters(), lr=_RATE)
         ends, history = time.monotonic() + seconds, []
         order: list[int] = []
-        with _torch_alone():
+        with distil.torch_alone():
             for step in range(steps):
                 if step and time.monotonic() > ends:
                     break
@@ -217,7 +155,7 @@ class Trainer:
         experts = self._experts
         price = self._prices[int(torch.randint(_PRICES, (), generator=self._generator))]
         experts.price, experts.widths = price, []
-        kl = self._divergence(ids)
+        kl = distil.divergence(self._model, self._lossless, [ids])
         width = torch.stack(experts.widths).mean()
         uses = len(experts.widths) * self._store.architecture.top_k  # of experts by a token
         optimiser.zero_grad()
@@ -225,12 +163,6 @@ class Trainer:
         optimiser.step()
         experts.price, experts.routed = None, []
         return float(kl.detach()), float(width.detach())
-
-    def _divergence(self, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            true = _logits(self._lossless, ids).log_softmax(-1)
-        scores = _logits(self._model, ids).log_softmax(-1)
-        return functional.kl_div(scores, true, reduction="batchmean", log_target=True)
 
     def result(self, about: str) -> TrainedRouter:
         """What is learnt so far."""
@@ -242,11 +174,11 @@ class Trainer:
         """The thresholds of the conversion and what is learnt so far, each at the same mean width on these windows."""
         experts, router = self._experts, self._after()
         result = []
-        with _torch_alone():
+        with distil.torch_alone():
             self._choose(self._before, self._means[0])
             for ids in self._checked:
                 on_progress("comparing with the thresholds of the conversion")
-                _logits(self._model, ids)
+                distil.logits(self._model, [ids])
             usage = self._usage()
             for mean in self._means:
                 found = []
@@ -255,7 +187,7 @@ class Trainer:
                     total = 0.0
                     for ids in self._checked:
                         on_progress(f"comparing with the thresholds of the conversion at {mean:g} bits")
-                        total += float(self._divergence(ids)) * len(ids)
+                        total += float(distil.divergence(self._model, self._lossless, [ids])) * len(ids)
                     found.append(total / sum(map(len, self._checked)))
                 result.append(Comparison(mean, *found))
         experts.routed = []
@@ -280,48 +212,3 @@ class Trainer:
             indices, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
             result[layer] = [weight_quantiles(weights[indices == e]) for e in range(self._store.num_experts)]
         return result
-
-
-def _ffn(x: Tensor, matrices: Sequence[Tensor], activation: str) -> Tensor:
-    gate, up, down = matrices
-    return (ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def _decoder(store: Store, experts: Experts) -> Decoder:
-    dense = {name: floats(w) for name, w in store.load_dense().items()}
-    return Decoder(store.architecture, dense, experts)
-
-
-def _logits(model: Decoder, ids: Tensor) -> Tensor:
-    """[T, V] of a window; `Decoder.forward` would keep no gradients."""
-    rotation = model.rotation.cos_sin(0, len(ids))
-    x = gather_rows(model.embed_tokens.weight, ids)
-    for layer, window in zip(model.layers, model.arch.sliding_windows, strict=True):
-        seen, cache = span(0, len(ids), window), _Window(model.arch, 0, torch.float32)
-        x = layer(x, Place(rotation, 0, window), seen, cache)
-    logits: Tensor = model.lm_head(model.norm(x))
-    return logits
-
-
-def _check_memory(store: Store, lossless: Store) -> None:
-    """All experts lie in memory in float32, those of the store at each of its widths."""
-    weights = sum(rows * cols for rows, cols in store.layout.shapes)
-    experts = sum(sum(counts) + len(counts) for counts in store.kept.values())
-    needed = 4 * weights * experts + 3 * (store.dense_bytes + lossless.dense_bytes)
-    available = available_bytes()
-    if needed > available:
-        raise UsageError(
-            f"Training would need {format_bytes(needed)} of memory for the weights in float32, but"
-            f" {format_bytes(available)} are available: train on a larger machine, or use the store as it is."
-        )
-
-
-@contextmanager
-def _torch_alone() -> Iterator[None]:
-    """The compiled kernels keep no gradients."""
-    kernel = dispatch.kernel_name()
-    dispatch.set_kernel(dispatch.Kernel.REFERENCE)
-    try:
-        yield
-    finally:
-        dispatch.set_kernel(kernel)

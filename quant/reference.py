@@ -52,15 +52,20 @@ def pack(codes: Tensor, scales: Sequence[Tensor], layout: MatrixLayout) -> list[
             remaining -= bits
             parts.append(_pack_plane(tiled >> remaining & (2**bits - 1), bits))
         assert remaining == layout.widths[-1] - width
-        scale = torch.zeros(tiles * TILE_ROWS, groups, dtype=torch.float16)
-        scale[: layout.rows] = scales[index]
         out = torch.zeros(layout.slice_bytes(index), dtype=torch.uint8)
-        end = layout.codes_bytes(index)
-        out[:end] = torch.cat(parts, dim=-1).reshape(-1)
-        scale_bytes = scale.reshape(tiles, TILE_ROWS, groups).transpose(1, 2).contiguous().view(torch.uint8)
-        out[end : end + layout.scales_bytes()] = scale_bytes.reshape(-1)
+        out[: layout.codes_bytes(index)] = torch.cat(parts, dim=-1).reshape(-1)
+        put_scales(out, layout, index, scales[index])
         slices.append(out)
     return slices
+
+
+def put_scales(piece: Tensor, layout: MatrixLayout, index: int, scales: Tensor) -> None:
+    """Write scales, float [N, groups], into slice `index`, whose bytes are `piece`."""
+    scale = torch.zeros(layout.tiles * TILE_ROWS, layout.groups, dtype=torch.float16)
+    scale[: layout.rows] = scales
+    start = layout.codes_bytes(index)
+    scale_bytes = scale.reshape(layout.tiles, TILE_ROWS, layout.groups).transpose(1, 2).contiguous().view(torch.uint8)
+    piece[start : start + layout.scales_bytes()] = scale_bytes.reshape(-1)
 
 
 def unpack_codes(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:

@@ -47,7 +47,9 @@ ALLOWED = {
         "models",
         "tokenizer",
     },
-    "train_router": {"errors", "config", "budget", "quant", "scheduler", "store", "models", "engine"},
+    "distil": {"errors", "config", "budget", "quant", "scheduler", "store", "models"},
+    "train_router": {"errors", "distil", "scheduler", "store", "engine"},
+    "train_scales": {"errors", "distil", "quant", "scheduler", "store", "engine"},
     "train_predictor": {"errors", "quant", "scheduler", "store"},
     "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
 }

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moert import LLM, train_router
+from moert import LLM, distil, train_router
 from moert.errors import UsageError
 from moert.quant import dispatch
 from moert.quant.matmul import PackedExpert
@@ -44,8 +44,8 @@ def silent(text):
 
 def test_its_lossless_model_is_that_of_transformers(stores, tiny_checkpoint, reference_logits):
     trainer = Trainer(*stores, WINDOWS, seed=0)
-    with train_router._torch_alone(), torch.no_grad():
-        got = train_router._logits(trainer._lossless, torch.tensor(WINDOWS[0]))
+    with distil.torch_alone(), torch.no_grad():
+        got = distil.logits(trainer._lossless, [torch.tensor(WINDOWS[0])])
     want = reference_logits(tiny_checkpoint("qwen3_moe"), WINDOWS[0])
     assert torch.allclose(got, want, atol=2e-3)
 
@@ -53,8 +53,8 @@ def test_its_lossless_model_is_that_of_transformers(stores, tiny_checkpoint, ref
 def test_its_nested_model_is_that_of_the_runtime(stores):
     trainer = Trainer(*stores, WINDOWS, seed=0)
     trainer._choose(trainer._before, 2.6)
-    with train_router._torch_alone(), torch.no_grad():
-        got = train_router._logits(trainer._model, torch.tensor(WINDOWS[0])).log_softmax(-1)
+    with distil.torch_alone(), torch.no_grad():
+        got = distil.logits(trainer._model, [torch.tensor(WINDOWS[0])]).log_softmax(-1)
     with LLM(stores[0].path, precision="routed:2.6") as llm, LLM(stores[0].path, precision="routed:2.4") as other:
         near, far = ((llm.logits(WINDOWS[0]).log_softmax(-1) - got).square().mean() for llm in (llm, other))
     assert near < far / 2, "inputs rounded to 8 bits are the only difference"
@@ -68,8 +68,8 @@ def test_widths_are_computed_as_drawn_and_get_the_gradients_of_their_outputs(sto
     weights, indices = torch.rand(6, 8, generator=g).topk(3)
     chosen = torch.randint(3, (6, 3), generator=g)
     slopes = torch.zeros(6, 3, 3, requires_grad=True)
-    with train_router._torch_alone():
-        got = nested._sum(1, x, indices, weights, chosen, slopes)
+    with distil.torch_alone():
+        got = nested.sum(1, x, indices, weights, chosen) + nested._slopes(1, x, indices, weights, slopes)
         (got * target).sum().backward()
     for t in range(6):
         want = torch.zeros(64, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_what_cannot_be_trained_is_said(moert, calibrated, store, tmp_path, monk
     assert "more than no time" in train(calibrated, lossless, "--minutes", "0")[1]
     assert "cannot compute anything" in train(calibrated, lossless, "-t", "0")[1]
     assert "Cannot read the calibration text" in train(calibrated, lossless, "--text", "nowhere.txt")[1]
-    monkeypatch.setattr(train_router, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(distil, "available_bytes", lambda: 1 << 20)
     assert "1.0 MiB are available: train on a larger machine" in train(calibrated, lossless)[1]
     with pytest.raises(UsageError, match="at least two windows"):
         Trainer(Store.open(calibrated), Store.open(lossless), WINDOWS[:1], seed=0)

@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "what is in a store",
     "bench": "measure speed, bytes and memory",
     "eval": "measure what a width costs in quality",
+    "train-scales": "fit a store's scales to the whole model",
     "train-router": "learn where a calibrated store needs bits",
     "train-predictor": "learn from traces which experts to read ahead",
     "simulate": "predict the speed on another device from a routing trace",

@@ -4,52 +4,25 @@ leaves the store as it was."""
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from moert import calibration, source
-from moert.cli import common
+from moert import calibration
+from moert.cli import common, training
 from moert.cli.progress import line_progress
-from moert.errors import UsageError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="STORE", help="a store made with --calibrate")
-    parser.add_argument("--against", metavar="STORE", help="the lossless store of the same checkpoint")
-    parser.add_argument(
-        "--text", default=calibration.DEFAULT, help="UTF-8 file to train on (default: one that comes along)"
-    )
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="windows of 512 tokens (default 200)")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="take fewer steps then (default 10)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed and steps, same router (default 0)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    training.add_options(parser, "router", steps=200, of="windows of 512 tokens", minutes=10)
 
 
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
-    if args.steps < 1 or not args.minutes > 0:
-        raise UsageError("Training needs at least one step (--steps) and more than no time (--minutes).")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"{args.threads} threads cannot compute anything: give --threads at least 1.")
-    if args.model is None or args.against is None:
-        raise UsageError("Name the store to train with -m, and the lossless store of its checkpoint with --against.")
-    for name in (args.model, args.against):
-        if not source.is_store(Path(name).expanduser()):
-            raise UsageError(f"{name} is not a store: make one with moert convert.")
-    content = calibration.read(args.text)
+    content = training.check(args)
     with status.spinner("Loading"):
-        from moert import evaluate, train_router  # loads torch
-        from moert.engine import default_threads
-        from moert.quant.dispatch import set_num_threads
+        from moert import train_router  # loads torch
         from moert.store.bit_router import write_router
-        from moert.store.reader import Store
 
-        store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))
-        evaluate.encode(content, store, lossless)  # says what is wrong with the two, if anything is
-        text = calibration.tokens(args.text, content, store.path)
-        set_num_threads(args.threads or default_threads())
-        size = min(train_router.WINDOW, store.architecture.max_position_embeddings)
-        windows = evaluate.cut(text.tokens, size, 0)
+        store, lossless, text, windows = training.load(args, content, calibration.MOST_TOKENS)
         trainer = train_router.Trainer(store, lossless, windows, args.seed)
     with line_progress(status) as progress:
         steps = trainer.train(args.steps, 60 * args.minutes, progress)
