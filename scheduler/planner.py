@@ -179,6 +179,8 @@ class Scheduler:
             key = ExpertKey(load.layer, load.expert)
             if key in self._underway or self._nbytes(load) > room:
                 continue
+            if self.cache.resident(*key) != load.first:  # an earlier one of these evicted its base
+                continue
             evicted = self.cache.insert(key, load.last, keep, worth)
             if evicted is None:
                 continue

@@ -82,6 +82,7 @@ def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy, elasti
     busy: list[ExpertKey] = []
     for what, where, details in sequence:
         if what == "plan":
+            used = {(where, r.expert) for r in details}
             squares = [r.weight**2 for r in details]
             plan = scheduler.plan(where, details, 1, squares)
             assert plan == again.plan(where, details, 1, squares), "plans are deterministic"
@@ -98,8 +99,8 @@ def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy, elasti
                     assert not late or e in wave.awaited, "what is still being read is waited for"
                 computed += here
             assert sorted(computed) == sorted(r.expert for r in details), "each expert is computed exactly once"
-            busy = [ExpertKey(where, r.expert) for r in details]
-            for load in {load for load in memory.underway.values() if ExpertKey(load.layer, load.expert) in busy}:
+            busy = [ExpertKey(where, r.expert) for r in details] if len(details) > 1 else []
+            for load in {load for load in memory.underway.values() if (load.layer, load.expert) in used}:
                 memory.underway = {key: other for key, other in memory.underway.items() if other != load}
                 for s in (scheduler, again):
                     s.arrived(load)  # it was waited for
@@ -313,3 +314,12 @@ def test_odds_are_the_shares_of_right_guesses():
         odds.learn(5, used)
     assert [odds.of(0, rank) for rank in range(3)] == pytest.approx([0.9, 0.4, 0.05], abs=0.1)
     assert odds.of(1, 0) == 0.5, "nothing is known of what was never watched"
+
+
+def test_a_refinement_is_not_read_whose_base_the_same_prefetch_evicts():
+    scheduler = scheduler_of((1, 1, 1), elastic=True)
+    plan = scheduler.plan(0, [RoutedExpert(0, 1, 1.0, 3)], 1, [1.0])
+    assert plan.slices == {0: 2}, "the bound of 3 bits leaves a slice to refine"
+    found = scheduler.prefetch([Prediction(1, 4, 0.99, 1)])
+    assert found.loads == (Load(1, 4, 0, 1),)
+    assert scheduler.cache.resident_experts() == {ExpertKey(1, 4): 1}

@@ -384,9 +384,8 @@ def test_loads_are_counted_in_bytes():
 def test_score_evicts_what_has_the_lowest_running_mean(uses):
     """Against means that are worked out anew for every expert, without scales, pools or queues."""
     rate, patience = 0.1, 0.5
-    policy = RecentScore([0, 1], 6, 1, rate, patience)
+    policy, held = RecentScore([0, 1], 6, 1, rate, patience), set()
     mean = {(layer, e): 0.0 for layer in range(2) for e in range(6)}
-    held = set()
     for layer, used, other in uses:
         policy.used(layer, [RoutedExpert(e, 1, 0.5, 1) for e in {used, other}], 1)
         for e in range(6):
@@ -396,7 +395,6 @@ def test_score_evicts_what_has_the_lowest_running_mean(uses):
             held.add((layer, e))
         score = {key: mean[key] * (1.0 if key[0] != layer else patience**0.5) for key in held}
         order = list(itertools.islice(policy.eviction_order(0), len(held)))
-        assert set(order) == held
-        assert [score[key] for key in order] == pytest.approx(sorted(score.values()))
+        assert (set(order), [score[key] for key in order]) == (held, pytest.approx(sorted(score.values())))
         held.discard(order[0])
         policy.removed(order[0], 0)
