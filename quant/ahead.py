@@ -32,7 +32,8 @@ Choice = tuple[list[int], list[float]]
 def fold(norm: Tensor, router: Tensor | PackedMatrix) -> PackedMatrix:
     """A router [E, D] that takes x / rms(x) instead of `RMSNorm(x)` with weight norm [D], at 4 bits."""
     weights = floats(router) * norm.float()
-    layout = MatrixLayout(*weights.shape, _GROUP_SIZE, (WIDTH,))
+    rows, cols = weights.shape
+    layout = MatrixLayout(rows, cols, _GROUP_SIZE, (WIDTH,))
     return PackedMatrix(layout, tuple(nested.quantise(weights, layout)))
 
 

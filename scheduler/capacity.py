@@ -28,7 +28,7 @@ def slots_for(
         return sum(count * size for count, size in zip(slots(n), sizes, strict=True))
 
     most = math.ceil(experts[0] / min(share for share in shares if share))
-    return slots(bisect_right(range(1, most + 1), arena_bytes, key=nbytes))
+    return slots(bisect_right(range(1, most + 1), float(arena_bytes), key=nbytes))
 
 
 def slice_sizes(expert_bytes: int, widths: Sequence[int]) -> tuple[int, ...]:

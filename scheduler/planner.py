@@ -222,4 +222,4 @@ class Scheduler:
         for layer, expert, index in evicted:
             load = self._underway.get(ExpertKey(layer, expert))
             if load is not None and index <= load.first:
-                del self._underway[load.layer, load.expert]  # type: ignore[index]
+                del self._underway[ExpertKey(layer, expert)]

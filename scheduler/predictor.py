@@ -47,8 +47,7 @@ def likely(probabilities: Floats, least: float) -> list[tuple[int, float]]:
 
 
 def _sigmoid(odds: Floats) -> Floats:
-    result: Floats = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
-    return result
+    return (1 / (1 + np.exp(-np.clip(odds, -30, 30)))).astype(np.float32)
 
 
 class Popularity:
@@ -338,15 +337,14 @@ def make_predictor(
     name: str, layers: Sequence[int], num_experts: int, top_k: int, weights: PathWeights | None
 ) -> Predictor:
     """By name; `weights`: of a trained routing path, if there is one. ValueError for a name that is not known."""
-    sources: dict[str, Predictor] = {
-        source.name: source
-        for source in (
-            Popularity(layers, num_experts),
-            LastToken(layers, num_experts),
-            GateAhead(layers, num_experts, top_k),
-            *([] if weights is None else [RoutingPath(layers, weights)]),
-        )
-    }
+    known: list[Predictor] = [
+        Popularity(layers, num_experts),
+        LastToken(layers, num_experts),
+        GateAhead(layers, num_experts, top_k),
+    ]
+    if weights is not None:
+        known.append(RoutingPath(layers, weights))
+    sources = {source.name: source for source in known}
     if name in sources:
         return sources[name]
     if name != Mixed.name:

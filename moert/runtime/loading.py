@@ -172,9 +172,9 @@ class Loader:
         held = self.arena.held() - self._underway.keys()
         prefixes: dict[ExpertKey, int] = {}
         for key in sorted(held):
-            expert = ExpertKey(key.layer, key.expert)
-            if key.slice == prefixes.get(expert, 0):
-                prefixes[expert] = key.slice + 1
+            owner = ExpertKey(key.layer, key.expert)
+            if key.slice == prefixes.get(owner, 0):
+                prefixes[owner] = key.slice + 1
         for key in self.arena.held():
             if key in self._underway or key.slice >= prefixes.get(ExpertKey(key.layer, key.expert), 0):
                 self.arena.release(key)
