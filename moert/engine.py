@@ -242,6 +242,10 @@ class Engine:
         """The same for each layer with experts, of decoding or of prompts."""
         return self._runner.layer_counters(decoding)
 
+    def foresight(self) -> str:
+        """What looking ahead came to, in a line; empty where nobody looked."""
+        return self._runner.foresight.line()
+
     def counted(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
         """Around a pass of `count` tokens, from position `first` on or of several sequences: what it is counted as."""
         return self._runner.begin(decoding, count, first)

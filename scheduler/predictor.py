@@ -296,19 +296,15 @@ class Mixed:
 
 @dataclass
 class Worth:
-    """What predictions came to. Pure counters: differences of two moments say what happened between them.
+    """How right guesses were, since the start.
 
     asked, foreseen: experts that tokens were routed to, and those of them that had been named before. named: experts
-    that were named. bytes_spent: read because of a prediction; bytes_saved: of these, what a demand then found there.
-    seconds_won: reading that nobody had to wait for.
+    that were named.
     """
 
     asked: int = 0
     foreseen: int = 0
     named: int = 0
-    bytes_spent: int = 0
-    bytes_saved: int = 0
-    seconds_won: float = 0.0
 
     def count(self, named: Collection[int], asked: Collection[int]) -> None:
         """Of one layer of a pass."""
@@ -323,14 +319,6 @@ class Worth:
     @property
     def precision(self) -> float | None:
         return self.foreseen / self.named if self.named else None
-
-    @property
-    def yield_of_bytes(self) -> float | None:
-        """The share of the bytes spent that was of use."""
-        return self.bytes_saved / self.bytes_spent if self.bytes_spent else None
-
-    def since(self, before: Worth) -> Worth:
-        return Worth(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
 
 
 def make_predictor(

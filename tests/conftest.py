@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -223,3 +223,12 @@ def calibrated(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Te
 def calibrated_copy(calibrated: Path, tmp_path: Path) -> Path:
     """A copy of its own that the test may change."""
     return Path(shutil.copytree(calibrated, tmp_path / "calibrated"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For such small products more are slower, and far slower where others compute too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,10 +1,13 @@
 """Prefetches, evictions and trials: the scheduler between plans, checked by a model of memory and by brute force."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moert.runtime.lookahead import LookAhead
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES, Belady, LeastFrequentlyUsed, LeastRecentlyUsed, RecentScore
 from moert.scheduler.hebf import hottest_bit_first
@@ -323,3 +326,14 @@ def test_a_refinement_is_not_read_whose_base_the_same_prefetch_evicts():
     found = scheduler.prefetch([Prediction(1, 4, 0.99, 1)])
     assert found.loads == (Load(1, 4, 0, 1),)
     assert scheduler.cache.resident_experts() == {ExpertKey(1, 4): 1}
+
+
+def test_looking_ahead_counts_how_many_of_the_experts_used_it_had_named():
+    ahead = LookAhead((1,))
+    assert ahead.line() == ""
+    ahead.hear(0, [SimpleNamespace(layer=1, experts=[5, 6, 7, 8], weights=[0.4, 0.3, 0.2, 0.1])])
+    found = ahead.predictions(lambda layer, experts, weights: [3] * 4, lambda layer, experts, slices: [1, 3])
+    assert found == [Prediction(1, 5, 1.0, 0), Prediction(1, 6, 0.5, 3), Prediction(1, 8, 0.5, 3)]
+    ahead.learn(1, [6, 7])
+    assert ahead.worth.recall == 0.5, "of the two best of four named, as many as a router chooses, one was right"
+    assert "50.0% of the next layer's experts" in ahead.line()

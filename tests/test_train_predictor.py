@@ -17,19 +17,12 @@ from moert.train_predictor import Trainer, Window, measure, read_windows
 
 from .program import Program
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def moert(capsys, monkeypatch, tmp_path):
     return Program(capsys, monkeypatch, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For such small products more are slower, and far slower where others compute too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -16,21 +16,14 @@ from moert.train_router import Trainer
 
 from .program import Program
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOWS = [torch.randint(3, 320, (64,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(9)]
 
 
 @pytest.fixture
 def moert(capsys, monkeypatch, tmp_path):
     return Program(capsys, monkeypatch, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For such small products more are slower, and far slower where others compute too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

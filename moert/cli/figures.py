@@ -48,6 +48,8 @@ class Figures:
                 layers = engine.layer_counters(decoding)
                 for line in table(what, layers, engine.widths, top_k):
                     self._status.show(line, style="default")
+            if line := engine.foresight():
+                self._status.show(line, style="default")
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class ExpertRunner:
         # layer, experts, weights, and the slices that were wanted and used
         self._unplanned: deque[tuple[int, Sequence[int], Sequence[float], Sequence[int], Sequence[int]]] = deque()
         self._scheduler = Scheduler(self._new_cache(), ORDERS[self._policies.order], ahead=_AHEAD_BYTES)
-        self._ahead = LookAhead(self._policies.horizons, predictor)
+        self.foresight = LookAhead(self._policies.horizons, predictor)
         self._first_layer = min(store.kept)
         self.use(precision)
 
@@ -174,7 +174,7 @@ class ExpertRunner:
         """
         self._catch_up()
         self.telemetry.reached(layer)
-        self._ahead.pause()
+        self.foresight.pause()
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
         places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
         routed = [
@@ -210,17 +210,17 @@ class ExpertRunner:
         self.telemetry.reached(layer)
         before = time.perf_counter()
         if layer == self._first_layer:
-            self._ahead.step(before)
+            self.foresight.step(before)
         wanted, table = self._chooser.one(layer, experts, weights), self._loader.table
         try:
-            if self._ahead.guesses:
+            if self.foresight.guesses:
                 self._catch_up()  # what a prefetch evicts must not be planned afterwards
                 self._arrived()
             counts = wanted
             if self._scheduler.ladder is not None:
                 held, squares = table.held(layer, experts), [w * w for w in weights]
                 counts = self._scheduler.settle(layer, _routed(experts, weights, wanted), squares, held)
-            if self._ahead.guesses and not table.missing(layer, experts, counts):
+            if self.foresight.guesses and not table.missing(layer, experts, counts):
                 self._look_ahead(layer, experts)
             if table.add(layer, experts, counts, weights, x, out):
                 self.telemetry.computed(layer, len(experts), before)
@@ -239,16 +239,16 @@ class ExpertRunner:
     @property
     def horizon(self) -> int:
         """For how many layers ahead guesses are wanted now."""
-        return self._ahead.horizon
+        return self.foresight.horizon
 
     def tokens(self, ids: Sequence[int]) -> None:
         """Told before a pass which tokens it has."""
-        self._ahead.tokens(ids)
+        self.foresight.tokens(ids)
 
     def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
         """Told before the experts of `layer` are computed what the next layers will probably ask for; -1: before all
         layers, when there is nothing else to read yet."""
-        self._ahead.hear(layer, guesses)
+        self.foresight.hear(layer, guesses)
         if layer < 0:
             try:
                 self._catch_up()
@@ -268,11 +268,11 @@ class ExpertRunner:
         """Prefetch what was guessed, now that all that `layer` waits for has been asked for."""
         for load in self._loader.unwanted(layer, experts):
             self._scheduler.cancel(load)
-        self._ahead.learn(layer, experts)
+        self.foresight.learn(layer, experts)
         self._prefetch([ExpertKey(layer, e) for e in experts])
 
     def _prefetch(self, busy: Sequence[ExpertKey]) -> None:
-        predictions = self._ahead.predictions(self._foreseen_slices, self._loader.table.missing)
+        predictions = self.foresight.predictions(self._foreseen_slices, self._loader.table.missing)
         prefetch = self._scheduler.prefetch(predictions, busy)
         self._loader.release(prefetch.evictions)
         for load in prefetch.loads:
@@ -318,7 +318,9 @@ class ExpertRunner:
                 self.telemetry.computed(layer, len(now), before)
 
         for number, wave in enumerate(plan.waves):
-            look = functools.partial(self._look_ahead, layer, experts) if number == 0 and self._ahead.guesses else None
+            look = (
+                functools.partial(self._look_ahead, layer, experts) if number == 0 and self.foresight.guesses else None
+            )
             self._loader.run(wave, layer, compute, look)
         add_rows(parts, rows, [weights[rank] for rank in rows], out)
 

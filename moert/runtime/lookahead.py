@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from moert.scheduler.odds import Odds
-from moert.scheduler.predictor import Predictor, likely
+from moert.scheduler.predictor import Predictor, Worth, likely
 from moert.scheduler.trial import Trial
 from moert.scheduler.types import Prediction
 
@@ -37,6 +37,8 @@ class LookAhead:
 
     def __init__(self, horizons: tuple[int, ...], predictor: Predictor | None = None) -> None:
         self._trial, self._odds, self._predictor = Trial(horizons), Odds(), predictor
+        self.worth = Worth()  # of what was named for the very next layer
+        self._named: dict[int, Sequence[int]] = {}
         self.horizon = self._trial.choice
         self.guesses: Sequence[Guess] = ()
         self._began = 0.0
@@ -65,6 +67,8 @@ class LookAhead:
     def learn(self, layer: int, experts: Sequence[int]) -> None:
         """What a single token was routed to in the end."""
         self._odds.learn(layer, experts)
+        if layer in self._named:
+            self.worth.count(self._named.pop(layer), experts)
         if self._predictor is not None:
             self._predictor.used(layer, np.array([experts]))
 
@@ -81,6 +85,8 @@ class LookAhead:
         guesses, self.guesses = self.guesses, ()
         for ahead, guess in enumerate(guesses):
             experts, weights = self._ranked(guess)
+            if ahead == 0:
+                self._named[guess.layer] = experts[: len(experts) // 2]
             counts = wanted(guess.layer, experts, weights)
             lacking = set(missing(guess.layer, experts, counts))
             self._odds.watch(ahead, guess.layer, [(rank, experts[rank]) for rank in sorted(lacking)])
@@ -91,6 +97,16 @@ class LookAhead:
                 elif (probability := self._odds.of(ahead, rank)) >= _LEAST_ODDS:
                     result.append(Prediction(guess.layer, expert, probability, counts[rank]))
         return result
+
+    def line(self) -> str:
+        """What looking ahead came to, for people; empty where nobody looked."""
+        if self.worth.recall is None:
+            return ""
+        trial = ", ".join(f"{1000 * s:.1f} ms/token with {n}" for n, s in sorted(self._trial.seconds.items()))
+        return (
+            f"looking ahead: {self.worth.recall:.1%} of the next layer's experts were named; layers ahead now: "
+            f"{self.horizon}" + (f" (last trial: {trial})" if trial else "")
+        )
 
     def _ranked(self, guess: Guess) -> tuple[Sequence[int], Sequence[float]]:
         found = None if self._predictor is None else self._predictor.probabilities(guess.layer)
