@@ -317,11 +317,9 @@ class ExpertRunner:
                 self._loader.table.compute_one(layer, now, [slices[e] for e in now], ranks, x, parts)
                 self.telemetry.computed(layer, len(now), before)
 
-        for number, wave in enumerate(plan.waves):
-            look = (
-                functools.partial(self._look_ahead, layer, experts) if number == 0 and self.foresight.guesses else None
-            )
-            self._loader.run(wave, layer, compute, look)
+        look = functools.partial(self._look_ahead, layer, experts)  # once: it takes the guesses
+        for wave in plan.waves:
+            self._loader.run(wave, layer, compute, look if self.foresight.guesses else None)
         add_rows(parts, rows, [weights[rank] for rank in rows], out)
 
     def _room(self, rows: int, size: int) -> Tensor:
