@@ -36,6 +36,7 @@ class Settings:
 
     budget: bytes for experts. widths: those of the store. policy: see `POLICIES`. recalls: of the predictor, one
     for each layer ahead; none: nothing is predicted. ahead: bytes of prefetches that may be on their way at a time.
+    sizes: bytes of each slice of an expert; empty: what the trace says at 4 bits, divided among the widths.
     """
 
     budget: int
@@ -45,6 +46,7 @@ class Settings:
     recalls: tuple[float, ...] = (0.8,)
     ahead: int = 12 << 20
     seed: int = 0
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Simulation:
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over the tokens decoded; seconds and bytes."""
+    """Sums over the tokens decoded; seconds and bytes. prompts: of each chunk of a prompt, tokens, reads and bytes."""
 
     tokens: int = 0
     computed_s: float = 0.0
@@ -95,6 +97,7 @@ class Totals:
     hits: int = 0
     mass: dict[int, float] = field(default_factory=dict)  # by number of slices
     counts: dict[int, int] = field(default_factory=dict)
+    prompts: list[tuple[int, int, int]] = field(default_factory=list)
 
     def result(self, widths: Sequence[int], seconds: float) -> Result:
         bits = (0, *widths)
@@ -140,9 +143,11 @@ class Replay:
                 progress(f"{self.totals.tokens} of {decoding} tokens")
                 continue
             self._settle()
+            loads: list[Load] = []
             for layer in sorted({layer for step in steps for layer in step.layers}):
-                there = [step for step in steps if layer in step.layers]
-                self._plan(layer, there)
+                waves, _ = self._plan(layer, [step for step in steps if layer in step.layers])
+                loads += [load for wave in waves for load in wave.loads]
+            self.totals.prompts.append((len(steps), len(loads), sum(map(self.costs.nbytes, loads))))
         return self.totals
 
     def _settle(self) -> None:
@@ -288,34 +293,43 @@ class Simulator:
         self.trace, self.profile = trace, profile
         self._moe = [layer for layer, n in enumerate(trace.expert_bytes) if n]
 
-    def run(self, settings: Settings, progress: Progress = lambda text: None) -> Simulation:
-        """Raises ValueError, with a sentence, for settings that make no sense, such as too little room."""
+    def prepare(self, settings: Settings) -> Replay:
+        """The run as asked for, ready to go. Raises as `run`."""
         trace, widths = self.trace, settings.widths
         precision = read_precision(settings.precision, trace, widths)
-        sizes = [slice_sizes(n, widths) for n in trace.expert_bytes]
+        sizes = self._sizes(settings)
         try:
             room = capacities(
                 settings.budget, [sizes[layer] for layer in self._moe], trace.num_experts, precision.shares(widths)
             )
         except ValueError as error:
             raise ValueError(f"an expert budget of {settings.budget} bytes at {precision} {error}") from None
-        costs = Costs(self.profile, sizes, trace.dense_bytes, widths)
-
         policy = POLICIES[settings.policy](self._moe, trace.num_experts, len(widths))
         chosen = self._asked(settings, precision, sizes, self._scheduler(room, policy, sizes, settings.ahead))
-        main = Replay(costs, self._disk(), *chosen)
+        return Replay(Costs(self.profile, sizes, trace.dense_bytes, widths), self._disk(), *chosen)
+
+    def run(self, settings: Settings, progress: Progress = lambda text: None) -> Simulation:
+        """Raises ValueError, with a sentence, for settings that make no sense, such as too little room."""
+        trace, widths, main = self.trace, settings.widths, self.prepare(settings)
         totals = main.run(trace, lambda text: progress(f"as asked: {text}"))
         run = totals.result(widths, totals.computed_s + totals.stalled_s)
         perfect = totals.result(widths, max(totals.computed_s, totals.reading_s))
 
         future = Belady([(layer, {r.expert: r.slices for r in routed}) for layer, routed in main.visits])
-        again = _again(main.visits)
-        offline = Replay(costs, self._disk(), self._scheduler(room, future, sizes), lambda *_: next(again))
-        totals = offline.run(trace, lambda text: progress(f"belady: {text}"))
+        again, cache = _again(main.visits), main.scheduler.cache
+        scheduler = self._scheduler(cache.capacity, future, self._sizes(settings))
+        totals = Replay(main.costs, self._disk(), scheduler, lambda *_: next(again)).run(
+            trace, lambda text: progress(f"belady: {text}")
+        )
         belady = totals.result(widths, totals.computed_s + totals.stalled_s)
         # What the run left out is not asked again, but its weight and width count.
         belady = replace(belady, mean_width=run.mean_width, mass_at_width=run.mass_at_width)
         return Simulation(settings, run, belady, perfect, self._baseline(settings, progress))
+
+    def _sizes(self, settings: Settings) -> list[tuple[int, ...]]:
+        """[L, S]"""
+        whole = self.trace.expert_bytes
+        return [(settings.sizes if n else ()) or slice_sizes(n, settings.widths) for n in whole]
 
     def _asked(
         self, settings: Settings, precision: Precision, sizes: Sequence[Sequence[int]], s: Scheduler

@@ -1,0 +1,138 @@
+"""What a trace takes on a device, in a second: only the run asked for, of some of the layers, with their share of room.
+
+Layers with experts are alike but for how evenly they use them, which changes slowly with depth. A cache that is shared
+by all of them gives each about its share, so that a few, spread evenly over the depth, with the proportionate budget
+show what the whole model does. A test compares the two.
+"""
+
+# L layers, E experts, S slices
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moert.scheduler.profile import Profile
+from moert.scheduler.simulator import Result, Settings, Simulator
+from moert.scheduler.trace import DECODE, PREFILL, Trace, TraceStep
+
+MARGIN = 0.05  # prefetching is used where it is faster by this much, as the runtime's trials decide
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReads:
+    """What one chunk of a prompt read, of all layers."""
+
+    tokens: int
+    reads: float
+    nbytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of the whole model. seconds: of a decoded token. held_bytes: experts in memory at the end. first: the chunk of a
+    prompt that found memory empty. later: the same chunk again, after decoding. Both None where the trace has no prompt.
+    """
+
+    seconds: float
+    decoding: Result
+    held_bytes: float
+    first: PromptReads | None
+    later: PromptReads | None
+
+
+def estimate(
+    trace: Trace, profile: Profile, settings: Settings, *, most_layers: int = 12, most_tokens: int = 96
+) -> Estimate:
+    """The faster of the run with prefetching as `settings` say and the run without, as the runtime finds out itself.
+
+    At most so many of the layers with experts are simulated, and so many decoded tokens. Raises ValueError as
+    `Simulator.run`.
+    """
+    layers, some = sample(trace, most_layers, most_tokens)
+    share = sum(trace.expert_bytes[layer] for layer in layers) / sum(trace.expert_bytes)
+    if settings.budget * share < 2 * trace.top_k * max(trace.expert_bytes):  # too little to be divided
+        layers, some = sample(trace, trace.layers, most_tokens)
+        share = 1.0
+    own = replace(settings, budget=int(settings.budget * share))
+    plain = _run(some, profile, replace(own, recalls=()))
+    best = plain
+    if settings.recalls:
+        ahead = _run(some, profile, own)
+        best = ahead if ahead[0] < plain[0] * (1 - MARGIN) else plain
+    seconds, result, held, prompts = best
+    # What is not simulated: layers without experts, whose time is known, and the others like those that were.
+    moe = [layer for layer, n in enumerate(trace.expert_bytes) if n]
+    scale = len(moe) / len(layers)
+    dense = sum(trace.dense_bytes) - scale * sum(trace.dense_bytes[layer] for layer in layers)
+    idle = trace.layers - len(moe)
+    seconds = profile.token_overhead_s + (seconds - profile.token_overhead_s) * scale
+    seconds += dense * profile.dense_s_per_byte + idle * profile.layer_overhead_s
+    result = replace(
+        result,
+        decode_tokens_per_s=1 / seconds,
+        bytes_read_per_token=result.bytes_read_per_token * scale,
+        bytes_prefetched_per_token=result.bytes_prefetched_per_token * scale,
+    )
+    reads = [PromptReads(tokens, reads * scale, nbytes * scale) for tokens, reads, nbytes in prompts]
+    first, later = (reads[0], reads[-1]) if reads else (None, None)
+    return Estimate(seconds, result, held * scale, first, later)
+
+
+def _run(
+    trace: Trace, profile: Profile, settings: Settings
+) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
+    """Seconds per token, the result, bytes held at the end, and what chunks of prompts read."""
+    replay = Simulator(trace, profile).prepare(settings)
+    totals = replay.run(trace)
+    seconds = totals.computed_s + totals.stalled_s
+    cache = replay.scheduler.cache
+    held = sum(cache.capacity) - sum(cache.free)
+    return seconds / totals.tokens, totals.result(settings.widths, seconds), held, totals.prompts
+
+
+def sample(trace: Trace, most_layers: int, most_tokens: int) -> tuple[list[int], Trace]:
+    """Layers with experts, evenly spaced over the depth, and a trace of these alone; its first chunk of a prompt comes
+    again at its end."""
+    moe = [layer for layer, n in enumerate(trace.expert_bytes) if n]
+    count = min(most_layers, len(moe))
+    layers = [moe[int((i + 0.5) * len(moe) / count)] for i in range(count)]  # the first and last are unlike the others
+    steps: list[TraceStep] = []
+    decoded = 0
+    for step in trace.steps:
+        if decoded == most_tokens:
+            break
+        decoded += step.phase == DECODE
+        steps.append(_only(step, layers, step.turn))
+    prompt = [step for step in steps if step.phase == PREFILL and step.turn == steps[0].turn]
+    steps += [replace(step, turn=steps[-1].turn + 1) for step in prompt]
+    return layers, replace(
+        trace,
+        layers=len(layers),
+        expert_bytes=tuple(trace.expert_bytes[layer] for layer in layers),
+        dense_bytes=tuple(trace.dense_bytes[layer] for layer in layers),
+        steps=tuple(steps),
+    )
+
+
+def _only(step: TraceStep, layers: Sequence[int], turn: int) -> TraceStep:
+    found = {row: step.layers[layer] for row, layer in enumerate(layers) if layer in step.layers}
+    return TraceStep(step.phase, found, step.token, turn)
+
+
+def touched(trace: Trace, tokens: int) -> float:
+    """How many experts of a layer so many tokens are expected to be routed to, in the mean of the layers.
+
+    From how often each is used in the trace; one that it never uses counts as used half a time.
+    """
+    counts = np.zeros((trace.layers, trace.num_experts))
+    seen = np.zeros(trace.layers)
+    for step in trace.steps:
+        for layer, routing in step.layers.items():
+            counts[layer, list(routing.experts)] += 1
+            seen[layer] += 1
+    used = seen > 0
+    shares = np.maximum(counts[used], 0.5) / np.maximum(seen[used], 1)[:, None]
+    return float((1 - (1 - np.minimum(shares, 1)) ** tokens).sum(1).mean())
