@@ -1,12 +1,16 @@
 """One number for all memory: what it is split into, and the least that would do."""
 
+# T tokens
+
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import psutil
 
-from moert.config import format_bytes
+from moert.config import PREFILL_CHUNK, format_bytes
 from moert.errors import BudgetError
 from moert.quant.format import align
 
@@ -16,6 +20,31 @@ _LIBRARY_STEP = 32 * _MIB
 # Grown later by thread stacks, the allocator's slack and code pages not touched yet.
 _LIBRARY_GROWTH = 48 * _MIB
 _AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
+
+
+class Sizes(Protocol):
+    """What the workspace depends on: of an `Architecture`, or of a `ModelShape`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def moe_layers(self) -> Sequence[int]: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def expert_inner(self) -> int: ...
+    @property
+    def widest_inner(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +88,21 @@ class Budget:
         split = ", ".join(f"{name.replace('_', ' ')} {format_bytes(getattr(self, name))}" for name in parts)
         how = " (chosen: 80% of what is available, or all that the model can use)" if self.automatic else ""
         return f"memory budget {format_bytes(self.total)}{how}: {split}"
+
+
+def workspace_bytes(sizes: Sizes, ctx_size: int, sequences: int = 1) -> int:
+    """Upper estimate of the temporary memory of a forward pass, and of sampling from its logits."""
+    T = min(PREFILL_CHUNK, ctx_size) + sequences - 1
+    q_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    floats = T * (8 * sizes.hidden_size + 4 * q_size + 6 * kv_size + 4 * sizes.widest_inner)
+    # Of the experts: a place per contribution and its ordered copy, inputs side by side in int8, gate and up.
+    floats += T * sizes.top_k * (2 * sizes.hidden_size + sizes.hidden_size // 4 + 3 * sizes.expert_inner)
+    floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
+    floats += 2 * T * ctx_size  # masks
+    floats += (10 + 2 * sequences) * sizes.vocab_size  # logits, and copies that sampling sorts
+    # Routers at 4 bits, for looking ahead.
+    floats += len(sizes.moe_layers) * sizes.num_experts * sizes.hidden_size // 7
+    return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
 def library_bytes() -> int:

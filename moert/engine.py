@@ -15,17 +15,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget
+from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget, workspace_bytes
 from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.memory import keep_freed_memory
-from moert.models.architecture import Architecture
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
 from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
-from moert.quant.format import align
-from moert.quant.layer_step import KEY_BLOCK
+from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
 from moert.runtime.experts import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
@@ -44,28 +42,11 @@ from moert.store.fileio import readable
 from moert.store.predictor import read_predictor
 from moert.store.reader import Store
 
-_MIB = 1 << 20
-
 
 def default_threads() -> int:
     """Physical cores that this process may use: a second thread of a core adds nothing to these kernels."""
     logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
-
-
-def workspace_bytes(arch: Architecture, ctx_size: int, sequences: int = 1) -> int:
-    """Upper estimate of the temporary memory of a forward pass, and of sampling from its logits."""
-    T = min(PREFILL_CHUNK, ctx_size) + sequences - 1
-    q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    inner = max(arch.expert_inner, arch.dense_inner if not all(arch.is_moe_layer) else 0, arch.shared_inner)
-    floats = T * (8 * arch.hidden_size + 4 * q_size + 6 * kv_size + 4 * inner)
-    # Of the experts: a place per contribution and its ordered copy, inputs side by side in int8, gate and up.
-    floats += T * arch.top_k * (2 * arch.hidden_size + arch.hidden_size // 4 + 3 * arch.expert_inner)
-    floats += 2 * ctx_size * (kv_size + q_size)  # keys and values in float32, repeated for each query head
-    floats += 2 * T * ctx_size  # masks
-    floats += (10 + 2 * sequences) * arch.vocab_size  # logits, and copies that sampling sorts
-    floats += len(arch.moe_layers) * arch.num_experts * arch.hidden_size // 7  # routers at 4 bits, for looking ahead
-    return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
 def bit_router(store: Store, trained: bool = True) -> BitRouter | None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
-from moert.quant.format import align
-from moert.quant.layer_step import KEY_BLOCK
+from moert.quant.format import KEY_BLOCK, align
 
 
 @dataclass(eq=False, slots=True)

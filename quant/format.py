@@ -37,6 +37,7 @@ SLICE_ALIGN = 4096
 RAW_WIDTH = 16
 MIN_WIDTH, MAX_WIDTH = 2, 8
 GROUP_SIZES = (32, 64, 128)
+KEY_BLOCK = 16  # positions of a KV cache whose keys lie side by side, so that a register holds a number of each
 RAW_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from moert.quant.dispatch import compiled, loaded
 from moert.quant.matmul import FEW_TOKENS, PackedMatrix, native_matrix, streamable
 
-KEY_BLOCK = 16  # positions whose keys lie side by side, so that a register holds a number of each
 _EVERYTHING = 1 << 62
 
 

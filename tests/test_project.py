@@ -25,6 +25,7 @@ ALLOWED = {
     "store": {"errors", "memory", "quant", "models"},
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
+    "shape": {"errors", "budget", "models", "quant", "store", "source"},
     "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models", "slots"},
     "slots": {"models", "quant"},
     "meter": {"engine", "runtime"},

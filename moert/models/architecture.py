@@ -20,6 +20,11 @@ QKNorm = Literal["none", "head", "full"]
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
+def kv_bytes(vectors: int, size: int, bits: int) -> int:
+    """Bytes of so many vectors of `size` numbers in a KV cache; at 8 bits each has a float32 scale beside it."""
+    return vectors * (size * bits // 8 + (4 if bits == 8 else 0))
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape of a tensor, and whether it is a large matrix that may be stored at 8 bits."""
@@ -100,6 +105,16 @@ class Architecture:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have experts."""
         return tuple(layer for layer, is_moe in enumerate(self.is_moe_layer) if is_moe)
+
+    @property
+    def widest_inner(self) -> int:
+        """The largest inner size of any expert or MLP."""
+        return max(self.expert_inner, 0 if all(self.is_moe_layer) else self.dense_inner, self.shared_inner)
+
+    @property
+    def kv_vectors(self) -> int:
+        """How many vectors of `head_dim` numbers a position takes in the KV cache, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads
 
     def dense_tensors(self) -> dict[str, TensorSpec]:
         """Canonical name -> spec of every tensor that is not an expert's; no lm_head where embeddings are tied."""

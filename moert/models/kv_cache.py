@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moert.errors import UsageError
-from moert.models.architecture import Architecture
-from moert.quant.format import align
-from moert.quant.layer_step import KEY_BLOCK, LayerCache
+from moert.models.architecture import Architecture, kv_bytes
+from moert.quant.format import KEY_BLOCK, align
+from moert.quant.layer_step import LayerCache
 
 
 class KVMemory:
@@ -67,8 +67,7 @@ class KVCache:
     @staticmethod
     def bytes_per_position(arch: Architecture, dtype: torch.dtype = torch.float16) -> int:
         """Bytes of the keys and values of a position, over all layers."""
-        per_vector = arch.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
-        return arch.num_layers * 2 * arch.num_kv_heads * per_vector
+        return kv_bytes(arch.kv_vectors, arch.head_dim, 8 * dtype.itemsize)
 
     @staticmethod
     def bytes_for(arch: Architecture, ctx_size: int, dtype: torch.dtype = torch.float16) -> int:

@@ -17,10 +17,11 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from moert.models.architecture import TensorSpec
 from moert.quant.format import RAW_DTYPE_BYTES, SLICE_ALIGN, ExpertLayout, MatrixLayout, align
 
 META_FILE = "moert.json"
@@ -146,3 +147,17 @@ def dense_width(name: str, dense_bits: int) -> int:
 def dense_order(tensors: Iterable[DenseTensor]) -> list[DenseTensor]:
     """The order in dense.safetensors that keeps every tensor aligned to its element size without padding."""
     return sorted(tensors, key=lambda t: 0 if t.packed else 1 if t.dtype == "float32" else 2)
+
+
+def stored_dense(
+    tensors: Mapping[str, TensorSpec], dtype_of: Callable[[str], str], group_size: int, dense_bits: int
+) -> list[DenseTensor]:
+    """How each of `tensors`, by canonical name, is stored, in order; dtype_of gives the source's dtype for a name."""
+
+    def stored(name: str, spec: TensorSpec) -> DenseTensor:
+        packed = None
+        if spec.quantise and dense_bits in DENSE_WIDTHS:
+            packed = MatrixLayout(spec.shape[0], spec.shape[1], group_size, (dense_width(name, dense_bits),))
+        return DenseTensor(name, tuple(spec.shape), dtype_of(name), packed)
+
+    return dense_order(stored(name, spec) for name, spec in tensors.items())

@@ -13,19 +13,16 @@ from typing import Any
 from moert import __version__
 from moert.errors import CheckpointError, UsageError
 from moert.quant.allocate import Allocation, allocate
-from moert.quant.format import ExpertLayout, MatrixLayout
+from moert.quant.format import ExpertLayout
 from moert.store.fileio import json_bytes, readable
 from moert.store.layout import (
     CONFIG_FILE,
     DENSE_FILE,
-    DENSE_WIDTHS,
     TOKENIZER_FILE,
-    DenseTensor,
     ExpertFile,
     build_header,
-    dense_order,
-    dense_width,
     experts_file,
+    stored_dense,
 )
 from moert.store.meta import QUANTILES, CopiedFile, StoreMeta, WeightFile
 from moert.store.partial import Finished
@@ -86,7 +83,7 @@ class Plan:
                 f"The experts in {source.checkpoint.path} have several dtypes and cannot be kept as they are:"
                 " choose widths from 2 to 8."
             )
-        self.dense = dense_order(self._dense_tensors())
+        self.dense = stored_dense(arch.dense_tensors(), source.dense_dtype, group_size, dense_bits)
         self.experts = [ExpertFile(layer, arch.num_experts, self.layout) for layer in arch.moe_layers]
         self.cut = max_size is not None and self.fixed_bytes + sum(file.data_bytes for file in self.experts) > max_size
         if max_size is not None:
@@ -96,14 +93,6 @@ class Plan:
                     f"A store of {max_size} bytes ({readable(max_size)}) does not hold every expert at"
                     f" {widths[0]} bits; the least --max-size that does is {least} bytes ({readable(least)})."
                 )
-
-    def _dense_tensors(self) -> Iterator[DenseTensor]:
-        for name, spec in self.source.architecture.dense_tensors().items():
-            packed = None
-            if spec.quantise and self.dense_bits in DENSE_WIDTHS:
-                width = dense_width(name, self.dense_bits)
-                packed = MatrixLayout(spec.shape[0], spec.shape[1], self.group_size, (width,))
-            yield DenseTensor(name, tuple(spec.shape), self.source.dense_dtype(name), packed)
 
     @cached_property
     def dense_bytes(self) -> int:

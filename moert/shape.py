@@ -1,0 +1,214 @@
+"""The sizes of a model, from which is worked out what it needs and how fast it would be: no weights are read.
+
+Of a store they stand in moert.json. Of a checkpoint, whether it lies in a folder or on the hub, they are what a
+conversion with the settings given would write, worked out from config.json and the headers of the safetensors files.
+"""
+
+# L layers, E experts, D hidden, F expert inner size
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moert.budget import Needs, workspace_bytes
+from moert.models import registry
+from moert.models.architecture import Architecture, kv_bytes
+from moert.quant.format import KEY_BLOCK, RAW_WIDTH, ExpertLayout, align
+from moert.source import Conversion, Status, checkpoint, find
+from moert.store.layout import CONFIG_FILE, EMBEDDING, HEAD, META_FILE, DenseTensor
+from moert.store.meta import read_meta
+from moert.store.plan import Plan
+from moert.store.source import SourceModel
+
+_FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What a model is in figures. All bytes are those of a store in these widths, group size and dense bits.
+
+    origin: where the figures come from, for people. why_not: why moert cannot run it, a sentence; empty where it can.
+    moe_layers: indices of the layers with experts. widest_inner: the largest inner size of any expert or MLP.
+    kv_vectors, kv_vector_size: a position takes so many vectors of so many numbers in the KV cache, over all layers.
+    slice_bytes: of one expert, each slice. slice_counts: how many experts, over all layers, have each slice.
+    dense_bytes: by layer, all that is resident of it, which every token reads. head_bytes: final norm and head, read by
+    every token too. embedding_bytes: resident, but a token reads one row; 0 where it is the head. store_bytes: of the
+    files with weights; tokenizer and moert.json come on top. parameters: of the whole model.
+    """
+
+    name: str
+    model_type: str
+    origin: str
+    why_not: str = ""
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_inner: int
+    widest_inner: int
+    vocab_size: int
+    max_position_embeddings: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_vectors: int
+    kv_vector_size: int
+    widths: tuple[int, ...]
+    group_size: int
+    slice_bytes: tuple[int, ...]
+    slice_counts: tuple[int, ...]
+    dense_bits: int
+    dense_bytes: tuple[int, ...]
+    head_bytes: int
+    embedding_bytes: int
+    store_bytes: int
+    parameters: int
+
+    @property
+    def runnable(self) -> bool:
+        return not self.why_not
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters without those of the experts that a token is not routed to."""
+        idle = len(self.moe_layers) * (self.num_experts - self.top_k)
+        return self.parameters - 3 * idle * self.hidden_size * self.expert_inner
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of all weights but the experts."""
+        return sum(self.dense_bytes) + self.head_bytes + self.embedding_bytes
+
+    def slices_for(self, width: int) -> int:
+        """How many slices `width` needs. ValueError for a width that is not among `widths`."""
+        return self.widths.index(width) + 1
+
+    def expert_bytes(self, slices: int) -> int:
+        """Bytes of the first `slices` slices of one expert."""
+        return sum(self.slice_bytes[:slices])
+
+    def experts_bytes(self, slices: int) -> int:
+        """The same of all experts, so far as they have them."""
+        return sum(size * n for size, n in zip(self.slice_bytes[:slices], self.slice_counts, strict=False))
+
+    def kv_bytes_per_position(self, kv_bits: int | None = None) -> int:
+        """Bytes of a position in the KV cache over all layers, at 8 or 16 bits; None: as the engine chooses."""
+        lossless = self.widths == (RAW_WIDTH,) and self.dense_bits == RAW_WIDTH
+        return kv_bytes(self.kv_vectors, self.kv_vector_size, kv_bits or (32 if lossless else 16))
+
+    def workspace_bytes(self, ctx_size: int, sequences: int = 1) -> int:
+        """Upper estimate of the temporary memory of a forward pass."""
+        return workspace_bytes(self, ctx_size, sequences)
+
+    def needs(self, libraries: int, ctx_size: int, slices: int, kv_bits: int | None = None) -> Needs:
+        """What an engine for one sequence needs; libraries: bytes of interpreter and libraries."""
+        stored = [size for size, n in zip(self.slice_bytes[:slices], self.slice_counts, strict=False) if n]
+        return Needs(
+            libraries=libraries,
+            dense=self.resident_bytes,
+            kv_cache=align(ctx_size, KEY_BLOCK) * self.kv_bytes_per_position(kv_bits),
+            workspace=self.workspace_bytes(ctx_size),
+            one_expert=sum(stored),
+            all_experts=self.experts_bytes(slices),
+        )
+
+
+def read_shape(
+    model: str | Path | None, conversion: Conversion, *, offline: bool = False, on_status: Status = lambda text: None
+) -> ModelShape:
+    """The sizes of what `-m` may name, None for the model that ships; no weights are read or downloaded.
+
+    conversion: settings for what is not converted yet; a store keeps its own. Raises StoreError, CheckpointError,
+    UnsupportedModelError.
+    """
+    if store := find(model, conversion):
+        return store_shape(store)
+    assert model is not None
+    return _checkpoint_shape(SourceModel.open(checkpoint(model, offline=offline)), conversion, str(model))
+
+
+def store_shape(path: Path) -> ModelShape:
+    """Of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
+    meta = read_meta(path / META_FILE)
+    arch = registry.architecture(json.loads((path / CONFIG_FILE).read_bytes()))
+    counts = [count for layer in meta.moe_layers for count in meta.expert_file(layer).counts]
+    return _known_family(
+        arch,
+        meta.layout,
+        meta.dense,
+        name=meta.source_name,
+        origin="store",
+        dense_bits=meta.dense_bits,
+        store_bytes=sum(file.size for file in meta.weights.values()),
+        counts=counts,
+    )
+
+
+def _checkpoint_shape(source: SourceModel, settings: Conversion, name: str) -> ModelShape:
+    plan = Plan(source, settings.widths, settings.group_size, settings.dense_bits, "", name)
+    arch = source.architecture
+    return _known_family(
+        arch,
+        plan.layout,
+        plan.dense,
+        name=name,
+        origin="checkpoint folder",
+        dense_bits=settings.dense_bits,
+        store_bytes=plan.total_bytes,
+        counts=[plan.layout.num_slices] * len(arch.moe_layers) * arch.num_experts,
+    )
+
+
+def _known_family(
+    arch: Architecture,
+    layout: ExpertLayout,
+    dense: Sequence[DenseTensor],
+    *,
+    name: str,
+    origin: str,
+    dense_bits: int,
+    store_bytes: int,
+    counts: Sequence[int],
+) -> ModelShape:
+    """counts: of every expert of every layer, how many slices it has."""
+    by_layer = [0] * arch.num_layers
+    sizes = {tensor.name: tensor.nbytes for tensor in dense}
+    for tensor, size in sizes.items():
+        if tensor.startswith("model.layers."):
+            by_layer[int(tensor.split(".")[2])] += size
+    tied = arch.tie_word_embeddings
+    weights = 3 * arch.hidden_size * arch.expert_inner
+    return ModelShape(
+        name=name,
+        model_type=arch.model_type,
+        origin=origin,
+        num_layers=arch.num_layers,
+        moe_layers=arch.moe_layers,
+        num_experts=arch.num_experts,
+        top_k=arch.top_k,
+        hidden_size=arch.hidden_size,
+        expert_inner=arch.expert_inner,
+        widest_inner=arch.widest_inner,
+        vocab_size=arch.vocab_size,
+        max_position_embeddings=arch.max_position_embeddings,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        kv_vectors=arch.kv_vectors,
+        kv_vector_size=arch.head_dim,
+        widths=layout.widths,
+        group_size=layout.group_size,
+        slice_bytes=layout.slice_sizes,
+        slice_counts=tuple(sum(n > i for n in counts) for i in range(layout.num_slices)),
+        dense_bits=dense_bits,
+        dense_bytes=tuple(by_layer),
+        head_bytes=sizes[_FINAL_NORM] + sizes[EMBEDDING if tied else HEAD],
+        embedding_bytes=0 if tied else sizes[EMBEDDING],
+        store_bytes=store_bytes,
+        parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
+    )
