@@ -174,6 +174,7 @@ class Replay:
     def _decode(self, step: TraceStep) -> None:
         totals, disk = self.totals, self.disk
         nbytes, reading = disk.nbytes, disk.busy_until(self.now)
+        self._compute(self.costs.token_s)
         for layer, seconds in enumerate(self.costs.dense_s):
             self._compute(seconds)
             if layer in step.layers:
@@ -188,6 +189,8 @@ class Replay:
         for load in [load for load, read in self._ahead.items() if (read.done or self.now) < self.now]:
             self._arrive(load)
         waves, slices = self._plan(layer, [step])
+        if any(wave.loads or wave.awaited for wave in waves):
+            self._compute(self.costs.miss_s)
         for number, wave in enumerate(waves):
             self._release(wave.evictions)
             reads = self._hurry(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]

@@ -25,6 +25,7 @@ ALLOWED = {
     "store": {"errors", "memory", "quant", "models"},
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
+    "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
     "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models", "slots"},
     "slots": {"models", "quant"},
     "meter": {"engine", "runtime"},
