@@ -111,8 +111,7 @@ def test_widths_decide_what_is_read_and_computed():
 
 
 def test_missing_layers_and_overheads():
-    """A layer that the trace lacks still takes its dense part; overheads count for every token, layer, layer with a miss
-    and read."""
+    """A layer that the trace lacks still takes its dense part; overheads count per token, layer, miss and read."""
     overheads = {"token": 4.0, "layer": 0.25, "miss": 0.0625, "load": 0.125}
     device = dataclasses.replace(DEVICE, **{f"{name}_overhead_s": seconds for name, seconds in overheads.items()})
     trace = trace_of(step([(0, 1.0)], [(1, 1.0)]), step([(0, 1.0)], []))
