@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,17 +112,25 @@ def library_bytes() -> int:
 
 def available_bytes() -> int:
     """Memory that this process can still get: the machine's, or its control group's where that is less."""
-    available = psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *(limit - used for limit, used in _group_limits())])
+
+
+def total_bytes() -> int:
+    """Memory that programs may use in all: the machine's, or its control group's where that is less."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits())])
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """Of the control groups that limit memory: the limit and what is in use, in bytes."""
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
             with open(limit_file) as limit, open(used_file) as used:
-                available = min(available, int(limit.read()) - int(used.read()))
+                yield int(limit.read()), int(used.read())
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return available
 
 
 def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | None, available: int) -> Budget:

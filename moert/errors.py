@@ -45,3 +45,7 @@ class StoreError(MoertError):
 
 class TemplateError(MoertError):
     """The chat template of a model cannot be used."""
+
+
+class ProfileError(MoertError):
+    """A device profile is malformed, or cannot be read or written."""

@@ -14,11 +14,16 @@ from moert.scheduler.types import Load
 
 
 class Costs:
-    """Times of a decode step of one token. sizes: for each layer, bytes of the S slices of an expert, `widths` wide."""
+    """Times of a decode step of one token, in seconds.
+
+    sizes: for each layer, bytes of the S slices of an expert, `widths` wide. token_s: once a token. miss_s: for each
+    layer in which something is missing. load_s: for each read. dense_s: of each layer, what is not an expert.
+    """
 
     def __init__(
         self, profile: Profile, sizes: Sequence[Sequence[int]], dense_bytes: Sequence[int], widths: Sequence[int]
     ) -> None:
+        self.token_s, self.miss_s = profile.token_overhead_s, profile.miss_overhead_s
         self.load_s = profile.load_overhead_s
         self.sizes = sizes
         self.dense_s = [profile.layer_overhead_s + n * profile.dense_s_per_byte for n in dense_bytes]

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moert.scheduler.profile import Profile
-from moert.scheduler.simulator import Result, Settings, Simulator
+from moert.scheduler.simulation import Result, Settings
+from moert.scheduler.simulator import Simulator
 from moert.scheduler.trace import DECODE, PREFILL, Trace, TraceStep
 
 MARGIN = 0.05  # prefetching is used where it is faster by this much, as the runtime's trials decide

@@ -22,65 +22,13 @@ from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Chooser, Precision
 from moert.scheduler.profile import Profile
 from moert.scheduler.replay import Foreteller, chunks, gather, read_precision
+from moert.scheduler.simulation import Result, Settings, Simulation
 from moert.scheduler.trace import DECODE, Trace, TraceStep
 from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert, SliceKey, Wave
 
 Asked = tuple[list[RoutedExpert], list[float]]
 Progress = Callable[[str], None]
 LEAST_ODDS = 0.3  # what is less likely is not prefetched, as in the runtime
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is simulated.
-
-    budget: bytes for experts. widths: those of the store. policy: see `POLICIES`. recalls: of the predictor, one
-    for each layer ahead; none: nothing is predicted. ahead: bytes of prefetches that may be on their way at a time.
-    sizes: bytes of each slice of an expert; empty: what the trace says at 4 bits, divided among the widths.
-    """
-
-    budget: int
-    precision: str
-    widths: tuple[int, ...] = (2, 3, 4)
-    policy: str = "score"
-    recalls: tuple[float, ...] = (0.8,)
-    ahead: int = 12 << 20
-    seed: int = 0
-    sizes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Of the tokens decoded.
-
-    hit_ratio: share of the uses of experts that found all slices in memory. stall_share: share of the time in which
-    nothing computed. mean_width: bits, over uses of experts. mass_at_width: by width, the share of the router weight
-    that was computed at it; 0: left out.
-    """
-
-    decode_tokens_per_s: float
-    hit_ratio: float
-    bytes_read_per_token: float
-    bytes_prefetched_per_token: float
-    stall_share: float
-    mean_width: float
-    mass_at_width: dict[int, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Simulation:
-    """The run as asked for, and beside it:
-
-    belady: the same widths with evictions that know the future, and no prediction. perfect_prefetch: the same reads,
-    all of them known so early that nothing waits but for the disk as a whole. lru: whole experts at the widest width,
-    least recently used, nothing computes while something is read.
-    """
-
-    settings: Settings
-    run: Result
-    belady: Result
-    perfect_prefetch: Result
-    lru: Result
 
 
 @dataclass(slots=True)
@@ -179,6 +127,7 @@ class Replay:
     def _decode(self, step: TraceStep) -> None:
         totals, disk = self.totals, self.disk
         nbytes, reading = disk.nbytes, disk.busy_until(self.now)
+        self._compute(self.costs.token_s)
         for layer, seconds in enumerate(self.costs.dense_s):
             self._compute(seconds)
             if layer in step.layers:
@@ -193,6 +142,8 @@ class Replay:
         for load in [load for load, read in self._ahead.items() if (read.done or self.now) < self.now]:
             self._arrive(load)
         waves, slices = self._plan(layer, [step])
+        if any(wave.loads or wave.awaited for wave in waves):
+            self._compute(self.costs.miss_s)
         for number, wave in enumerate(waves):
             self._release(wave.evictions)
             reads = self._hurry(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]

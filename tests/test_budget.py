@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moert import budget
-from moert.budget import Needs, available_bytes, library_bytes, split_budget
+from moert.budget import Needs, available_bytes, library_bytes, split_budget, total_bytes
 from moert.config import EngineConfig, format_bytes, parse_bytes
 from moert.errors import BudgetError, UsageError
 
@@ -112,3 +112,4 @@ def test_measured_figures_are_sensible(monkeypatch):
 
     monkeypatch.setattr(budget, "open", fake_open, raising=False)
     assert available_bytes() <= 2 * GIB
+    assert total_bytes() <= 3 * GIB

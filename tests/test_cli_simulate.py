@@ -81,7 +81,7 @@ def test_a_faster_disk_is_faster_and_too_much_memory_is_said(trace, capsys):
         (["--sweep", "disk=1GB:2GB"], "is not known; write --sweep"),
         (["--sweep", "expert-budget=8GiB:1GiB"], "ends below its beginning"),
         (["--expert-budget", "8MiB", "--policy", "best"], "policy 'best' is not known; there are score, lru, lfu"),
-        (["--expert-budget", "8MiB", "--device", "toaster"], "'toaster' is neither a file nor one of jetson-orin"),
+        (["--expert-budget", "8MiB", "--device", "toaster"], "'toaster' is neither a file nor one of jetson-agx-orin"),
         (["--expert-budget", "8MiB", "--precision", "fixed:5"], "does not hold"),
         (["--expert-budget", "8MiB", "--precision", "routed:7"], "routed:7 asks for a mean width"),
         (["--expert-budget", "8MiB", "--widths", "4,2"], "widths 4,2 should be ascending"),
@@ -99,8 +99,8 @@ def test_wrong_options_are_one_sentence(trace, arguments, reason):
 
 def test_wrong_files_are_one_sentence(tmp_path, trace):
     bad = tmp_path / "bad.json"
-    bad.write_text('{"schema_version": 1}')
-    with pytest.raises(MoertError, match=r"bad\.json is not a device profile: the whole lacks description\."):
+    bad.write_text('{"schema_version": 2}')
+    with pytest.raises(MoertError, match=r"bad\.json is not a device profile: the whole lacks name\."):
         main(["simulate", "--trace", trace, "--expert-budget", "8MiB", "--device", str(bad)])
     bad.write_text("{")
     with pytest.raises(MoertError, match="it is not JSON"):

@@ -26,6 +26,7 @@ ALLOWED = {
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
     "shape": {"errors", "budget", "models", "quant", "store", "source"},
+    "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
     "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models", "slots"},
     "slots": {"models", "quant"},
     "meter": {"engine", "runtime"},

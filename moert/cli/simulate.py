@@ -7,27 +7,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_bytes
+from moert.devices import devices, load_device
 from moert.errors import MoertError, UsageError
 
 if TYPE_CHECKING:
     from moert.scheduler.profile import Profile
-    from moert.scheduler.simulator import Result, Settings, Simulation
+    from moert.scheduler.simulation import Result, Settings, Simulation
     from moert.scheduler.trace import Trace
 
 DEFAULT_DEVICE = "server-2-core-amx"
 BOUNDS = ("belady", "perfect_prefetch", "lru")
 COLUMNS = ("budget", "run", "tokens/s", "hits", "read/token", "stalled", "mean width", "router mass at each width")
-
-
-class ProfileError(MoertError):
-    """A device profile is malformed."""
 
 
 class TraceError(MoertError):
@@ -46,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default=DEFAULT_DEVICE,
         metavar="NAME|FILE",
-        help=f"device that is simulated: {', '.join(sorted(devices()))}, or a profile (default {DEFAULT_DEVICE})",
+        help=f"device that is simulated: {', '.join(devices())}, or a profile (default {DEFAULT_DEVICE})",
     )
     parser.add_argument("--disk", metavar="SIZE", help="bytes that its disk reads per second, such as 1200MB")
     parser.add_argument(
@@ -70,16 +66,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_quiet_option(parser)
 
 
-def devices() -> dict[str, Path]:
-    """Profiles that come along, by name."""
-    folder = Path(str(files("moert.device_profiles")))
-    return {path.stem: path for path in folder.glob("*.json")}
-
-
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     every = [_settings(args, budget) for budget in _budgets(args)]
-    trace, profile = _trace(args.trace), _profile(args.device)
+    trace, profile = _trace(args.trace), load_device(args.device)
     if args.disk is not None:
         profile = dataclasses.replace(profile, disk_bytes_per_s=float(parse_bytes(args.disk, "disk")))
     status.say(
@@ -144,7 +134,7 @@ def _budgets(args: argparse.Namespace) -> list[int]:
 
 def _settings(args: argparse.Namespace, budget: int) -> Settings:
     from moert.scheduler.eviction import POLICIES
-    from moert.scheduler.simulator import Settings
+    from moert.scheduler.simulation import Settings
 
     if args.policy not in POLICIES:
         raise UsageError(f"policy {args.policy!r} is not known; there are {', '.join(POLICIES)}.")
@@ -174,19 +164,6 @@ def _trace(path: Path) -> Trace:
         return read_trace(path)
     except ValueError as error:
         raise TraceError(f"{error}.") from None
-
-
-def _profile(name: str) -> Profile:
-    from moert.scheduler.profile import read_profile
-
-    known = devices()
-    path = known.get(name, Path(name))
-    if not path.exists():
-        raise UsageError(f"device {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
-    try:
-        return read_profile(path)
-    except ValueError as error:
-        raise ProfileError(f"{error}.") from None
 
 
 def as_dict(simulation: Simulation) -> dict[str, Any]:
