@@ -95,9 +95,9 @@ def _run(
 
 
 def sample(trace: Trace, most_layers: int, most_tokens: int) -> tuple[list[int], Trace]:
-    """Layers with experts, evenly spaced over the depth, and a trace of these alone; its first chunk of a prompt comes
-    again at its end."""
-    moe = [layer for layer, n in enumerate(trace.expert_bytes) if n]
+    """Some of the layers of which the trace says something, evenly spaced over the depth, and a trace of these alone;
+    its first prompt comes again at its end."""
+    moe = sorted({layer for step in trace.steps for layer in step.layers})
     count = min(most_layers, len(moe))
     layers = [moe[int((i + 0.5) * len(moe) / count)] for i in range(count)]  # the first and last are unlike the others
     steps: list[TraceStep] = []

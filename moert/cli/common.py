@@ -14,12 +14,13 @@ from rich.console import Console
 
 from moert import source
 from moert.cli.progress import conversion_progress
-from moert.config import format_bytes
-from moert.errors import UsageError
+from moert.config import format_bytes, parse_bytes
+from moert.errors import MoertError, UsageError
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
     from moert.sampling import SamplingParams
+    from moert.scheduler.trace import Trace
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 # option, name of the field of SamplingParams, type, help
@@ -31,6 +32,10 @@ SAMPLING = (
     ("--repeat-penalty", "repeat_penalty", float, "make tokens seen before less likely (1: off)"),
     ("--seed", "seed", int, "same seed, same text"),
 )
+
+
+class TraceError(MoertError):
+    """A routing trace is malformed, or has nothing to decode."""
 
 
 class Status:
@@ -62,6 +67,25 @@ def parse_widths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 2,3,4") from None
+
+
+def parse_sweep(text: str, name: str) -> list[int]:
+    """Sizes: "NAME=1GiB:8GiB" is 1, 2, 4 and 8 GiB, the last one in any case; "NAME=1GiB,3GiB" is those.
+
+    Raises UsageError for anything else.
+    """
+    found, _, values = text.partition("=")
+    if found != name or not values:
+        raise UsageError(f"sweep {text!r} is not known; write --sweep {name}=1GiB:8GiB.")
+    if ":" not in values:
+        return [parse_bytes(part, name) for part in values.split(",")]
+    low, high = (parse_bytes(part, name) for part in values.split(":", 1))
+    if low > high:
+        raise UsageError(f"sweep {text!r} ends below its beginning.")
+    sizes = [low]
+    while sizes[-1] * 2 <= high:
+        sizes.append(sizes[-1] * 2)
+    return sizes if sizes[-1] == high else [*sizes, high]
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +229,16 @@ def read_text(path: Path, what: str) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{what} in {path} is not UTF-8 text.") from None
+
+
+def load_trace(path: Path) -> Trace:
+    """Raises TraceError where it is malformed, OSError."""
+    from moert.scheduler.trace import read_trace
+
+    try:
+        return read_trace(path)
+    except ValueError as error:
+        raise TraceError(f"{error}.") from None
 
 
 def print_cells(cells: Sequence[str]) -> None:

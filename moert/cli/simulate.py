@@ -14,7 +14,7 @@ from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_bytes
 from moert.devices import devices, load_device
-from moert.errors import MoertError, UsageError
+from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.scheduler.profile import Profile
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 DEFAULT_DEVICE = "server-2-core-amx"
 BOUNDS = ("belady", "perfect_prefetch", "lru")
 COLUMNS = ("budget", "run", "tokens/s", "hits", "read/token", "stalled", "mean width", "router mass at each width")
-
-
-class TraceError(MoertError):
-    """A routing trace is malformed, or has nothing to decode."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     every = [_settings(args, budget) for budget in _budgets(args)]
-    trace, profile = _trace(args.trace), load_device(args.device)
+    trace, profile = common.load_trace(args.trace), load_device(args.device)
     if args.disk is not None:
         profile = dataclasses.replace(profile, disk_bytes_per_s=float(parse_bytes(args.disk, "disk")))
     status.say(
@@ -105,7 +101,7 @@ def _simulate(trace: Trace, profile: Profile, settings: Settings, status: common
     try:
         simulator = Simulator(trace, profile)
     except ValueError as error:
-        raise TraceError(f"{error}: record one of a run that answers.") from None
+        raise common.TraceError(f"{error}: record one of a run that answers.") from None
     try:
         with line_progress(status) as progress:
             return simulator.run(settings, lambda text: progress(f"{format_bytes(settings.budget)}, {text}"))
@@ -118,18 +114,7 @@ def _budgets(args: argparse.Namespace) -> list[int]:
         raise UsageError("Give either --expert-budget or --sweep expert-budget=LOW:HIGH.")
     if args.sweep is None:
         return [parse_bytes(args.expert_budget, "expert-budget")]
-    name, _, values = args.sweep.partition("=")
-    if name != "expert-budget" or not values:
-        raise UsageError(f"sweep {args.sweep!r} is not known; write --sweep expert-budget=1GiB:8GiB.")
-    if ":" not in values:
-        return [parse_bytes(text, "expert-budget") for text in values.split(",")]
-    low, high = (parse_bytes(text, "expert-budget") for text in values.split(":", 1))
-    if low > high:
-        raise UsageError(f"sweep {args.sweep!r} ends below its beginning.")
-    budgets = [low]
-    while budgets[-1] * 2 <= high:
-        budgets.append(budgets[-1] * 2)
-    return budgets if budgets[-1] == high else [*budgets, high]
+    return common.parse_sweep(args.sweep, "expert-budget")
 
 
 def _settings(args: argparse.Namespace, budget: int) -> Settings:
@@ -155,15 +140,6 @@ def _settings(args: argparse.Namespace, budget: int) -> Settings:
         recalls if args.prefetch == "on" else (),
         seed=args.seed,
     )
-
-
-def _trace(path: Path) -> Trace:
-    from moert.scheduler.trace import read_trace
-
-    try:
-        return read_trace(path)
-    except ValueError as error:
-        raise TraceError(f"{error}.") from None
 
 
 def as_dict(simulation: Simulation) -> dict[str, Any]:
