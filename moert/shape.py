@@ -68,6 +68,7 @@ class ModelShape:
     embedding_bytes: int
     store_bytes: int
     parameters: int
+    calibrated: bool = False
 
     @property
     def runnable(self) -> bool:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moert.scheduler.profile import Profile
 from moert.scheduler.simulation import Result, Settings
-from moert.scheduler.simulator import Simulator
+from moert.scheduler.simulator import Simulator, Totals
 from moert.scheduler.trace import DECODE, PREFILL, Trace, TraceStep
 
 MARGIN = 0.05  # prefetching is used where it is faster by this much, as the runtime's trials decide
@@ -49,7 +50,8 @@ def estimate(
 ) -> Estimate:
     """The faster of the run with prefetching as `settings` say and the run without, as the runtime finds out itself.
 
-    At most so many of the layers with experts are simulated, and so many decoded tokens. Raises ValueError as
+    At most so many of the layers with experts are simulated, and so many decoded tokens, of which the first third does
+    not count: until then the memory still holds what the prompt left. Raises ValueError as
     `Simulator.run`.
     """
     layers, some = sample(trace, most_layers, most_tokens)
@@ -87,11 +89,15 @@ def _run(
 ) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
     """Seconds per token, the result, bytes held at the end, and what chunks of prompts read."""
     replay = Simulator(trace, profile).prepare(settings)
-    totals = replay.run(trace)
+    decoding = [at for at, step in enumerate(trace.steps) if step.phase == DECODE]
+    begin = decoding[len(decoding) // 3]
+    warm = replay.run(replace(trace, steps=trace.steps[:begin]))
+    replay.totals = Totals()
+    totals = replay.run(replace(trace, steps=trace.steps[begin:]))
     seconds = totals.computed_s + totals.stalled_s
     cache = replay.scheduler.cache
     held = sum(cache.capacity) - sum(cache.free)
-    return seconds / totals.tokens, totals.result(settings.widths, seconds), held, totals.prompts
+    return seconds / totals.tokens, totals.result(settings.widths, seconds), held, warm.prompts + totals.prompts
 
 
 def sample(trace: Trace, most_layers: int, most_tokens: int) -> tuple[list[int], Trace]:
@@ -123,10 +129,10 @@ def _only(step: TraceStep, layers: Sequence[int], turn: int) -> TraceStep:
     return TraceStep(step.phase, found, step.token, turn)
 
 
-def touched(trace: Trace, tokens: int) -> float:
-    """How many experts of a layer so many tokens are expected to be routed to, in the mean of the layers.
+def usage(trace: Trace) -> NDArray[np.float64]:
+    """By layer of which the trace says something and expert, the share of the tokens that use it: [L, E].
 
-    From how often each is used in the trace; one that it never uses counts as used half a time.
+    One that the trace never uses counts as used half a time.
     """
     counts = np.zeros((trace.layers, trace.num_experts))
     seen = np.zeros(trace.layers)
@@ -135,5 +141,9 @@ def touched(trace: Trace, tokens: int) -> float:
             counts[layer, list(routing.experts)] += 1
             seen[layer] += 1
     used = seen > 0
-    shares = np.maximum(counts[used], 0.5) / np.maximum(seen[used], 1)[:, None]
-    return float((1 - (1 - np.minimum(shares, 1)) ** tokens).sum(1).mean())
+    return np.minimum(np.maximum(counts[used], 0.5) / seen[used, None], 1)
+
+
+def touched(shares: NDArray[np.float64], tokens: int) -> float:
+    """How many experts of a layer so many tokens are expected to use, in the mean of the layers."""
+    return float((1 - (1 - shares) ** tokens).sum(1).mean())

@@ -14,7 +14,7 @@ from moert.planning.quality import Quality, quality_of
 from moert.quant.format import KEY_BLOCK, align
 from moert.scheduler.precision import Precision
 from moert.scheduler.profile import Profile
-from moert.scheduler.quick import Estimate, estimate, touched
+from moert.scheduler.quick import Estimate, estimate, touched, usage
 from moert.scheduler.replay import read_precision
 from moert.scheduler.simulation import Settings
 from moert.scheduler.trace import Trace
@@ -22,7 +22,7 @@ from moert.shape import ModelShape
 
 PROMPT_TOKENS = 256  # of the first prompt, whose time to first token is predicted
 RECALLS = (0.8,)  # of a router applied one layer early, where nothing is known of the model: FATE, arXiv 2502.12224
-MOST_LAYERS, MOST_TOKENS = 16, 96  # simulated
+MOST_LAYERS, MOST_TOKENS = 12, 96  # simulated
 # Of what a budget counts for interpreter and libraries, rounding and what they may still grow by.
 LIBRARY_SLACK = 48 << 20
 
@@ -159,7 +159,7 @@ class Prompts:
     that are missing are read."""
 
     def __init__(self, shape: ModelShape, profile: Profile, trace: Trace, found: Estimate) -> None:
-        self._shape, self._profile, self._trace, self._found = shape, profile, trace, found
+        self._shape, self._profile, self._usage, self._found = shape, profile, usage(trace), found
         self._bits = 16 if shape.dense_bits == 16 else shape.dense_bits + 16 / shape.group_size
 
     def seconds(self, tokens: int, first: bool) -> float:
@@ -185,7 +185,7 @@ class Prompts:
         shape, width = self._shape, round(self._found.decoding.mean_width)
         layers = len(shape.moe_layers)
         macs = layers * tokens * shape.top_k * 3 * shape.hidden_size * shape.expert_inner
-        used = layers * min(touched(self._trace, tokens), tokens * shape.top_k)
+        used = layers * min(touched(self._usage, tokens), tokens * shape.top_k)
         nbytes = used * 3 * shape.hidden_size * shape.expert_inner * self._found.decoding.mean_width / 8
         return macs / self._profile.prefill_rate(width) + nbytes * self._profile.expert_cost(width)
 
@@ -193,8 +193,8 @@ class Prompts:
         """Reads and bytes, from those of the chunk that was simulated."""
         known = self._found.first if first else self._found.later
         if known is None:  # the trace has no prompt: as if every expert that is used were missing, or its share
-            whole = len(self._shape.moe_layers) * touched(self._trace, tokens)
+            whole = len(self._shape.moe_layers) * touched(self._usage, tokens)
             missing = 1.0 if first else 1 - min(1.0, self._found.held_bytes / self._shape.experts_bytes(99))
             return whole * missing, whole * missing * sum(mean_sizes(self._shape))
-        more = touched(self._trace, tokens) / touched(self._trace, known.tokens)
+        more = touched(self._usage, tokens) / touched(self._usage, known.tokens)
         return known.reads * more, known.nbytes * more

@@ -42,9 +42,9 @@ _CALIBRATED = {
 }
 # What a conversion without --calibrate gives.
 _ROUNDED = {
-    "fixed:4": Quality((1.002, 1.002), (0.01, 0.01)),
-    "fixed:3": Quality((1.016, 1.016), (0.03, 0.03)),
-    "fixed:2": Quality((1.120, 1.120), (0.2, 0.2)),
+    "fixed:4": Quality((1.0017, 1.0079), (0.0089, 0.0097)),
+    "fixed:3": Quality((1.0164, 1.0275), (0.0338, 0.0396)),
+    "fixed:2": Quality((1.1198, 1.2056), (0.1827, 0.2253)),
 }
 _LOSSLESS = Quality((1.0, 1.0), (0.0, 0.0), "weights of 16 bits are not rounded")
 

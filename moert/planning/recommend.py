@@ -21,7 +21,6 @@ CLOSE = 0.9  # of the fastest: not worth less quality
 LEAST_WIDTH = 2.5  # bits: small models hardly show what fewer cost, large ones do
 CONTEXTS = (4096, 2048, 1024)  # what is worth taking from the experts
 SMALL_CONTEXTS = (1024, 512, 256)  # where no more fits
-_LAYERS = 12  # simulated: fewer than for a table, since somebody waits for the program to start
 _KV_SHARE = 0.25  # of the memory that experts and context share
 
 
@@ -107,7 +106,6 @@ def recommend(
                 available=available,
                 recalls=recalls,
                 kv_bits=kv_bits,
-                most_layers=_LAYERS,
             )
         except BudgetError as error:
             least = error if least is None or error.least_bytes < least.least_bytes else least
