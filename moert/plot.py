@@ -68,8 +68,8 @@ def draw(path: Path, points: Sequence[Point], lossless: float | None, title: str
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One precision: a label; memory budgets in bytes and the tokens/s there; lowest and highest perplexity ratio to the
-    lossless model, None where that is not known."""
+    """One precision: a label; memory budgets in bytes and the tokens/s there; lowest and highest ratio of perplexity to
+    that of the lossless model, None where that is not known."""
 
     label: str
     speeds: Sequence[tuple[float, float]]

@@ -35,7 +35,7 @@ class PromptReads:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Of the whole model. seconds: of a decoded token. held_bytes: experts in memory at the end. first: the chunk of a
-    prompt that found memory empty. later: the same chunk again, after decoding. Both None where the trace has no prompt.
+    prompt that found memory empty; later: the same again, after decoding; both None where the trace has no prompt.
     """
 
     seconds: float
@@ -84,9 +84,7 @@ def estimate(
     return Estimate(seconds, result, held * scale, first, later)
 
 
-def _run(
-    trace: Trace, profile: Profile, settings: Settings
-) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
+def _run(trace: Trace, profile: Profile, settings: Settings) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
     """Seconds per token, the result, bytes held at the end, and what chunks of prompts read."""
     replay = Simulator(trace, profile).prepare(settings)
     decoding = [at for at, step in enumerate(trace.steps) if step.phase == DECODE]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,9 +203,7 @@ class _Plan:
         for budget in budgets:
             for name, slices in self._slices.items():
                 progress(f"{'all that is of use' if budget is None else format_bytes(budget)}, {name}")
-                ctx_size = self._args.ctx_size or context_for(
-                    shape, profile, slices, budget, self._available, kv_bits
-                )
+                ctx_size = self._args.ctx_size or context_for(shape, profile, slices, budget, self._available, kv_bits)
                 found: Prediction | BudgetError
                 try:
                     found = predict(
@@ -253,7 +250,8 @@ class _Plan:
         least = shape.needs(int(self.profile.library_bytes), ctx_size, slices, self._args.kv_bits).least
         much = least > self.profile.memory_bytes
         there = f", more than the {format_bytes(self.profile.memory_bytes)} of {self.profile.name}" if much else ""
-        return f"Nothing fits: the least budget is {least} bytes ({format_bytes(least)}), for {name} and a context of {ctx_size}{there}."
+        what = f"{least} bytes ({format_bytes(least)}), for {name} and a context of {ctx_size}"
+        return f"Nothing fits: the least budget is {what}{there}."
 
     def draw(self, path: Path) -> None:
         from moert import plot

@@ -23,8 +23,9 @@ from moert.shape import ModelShape
 PROMPT_TOKENS = 256  # of the first prompt, whose time to first token is predicted
 RECALLS = (0.8,)  # of a router applied one layer early, where nothing is known of the model: FATE, arXiv 2502.12224
 MOST_LAYERS, MOST_TOKENS = 12, 96  # simulated
-# Of what a budget counts for interpreter and libraries, rounding and what they may still grow by.
-LIBRARY_SLACK = 48 << 20
+# What is resident beside weights, keys, values and experts was measured on two models with prompts of 16 to 512 tokens:
+# the libraries less what a budget adds for growth and rounding, and this share of the upper estimate of the workspace.
+_LIBRARY_SLACK, _WORKSPACE_SHARE = 56 << 20, 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +97,9 @@ def predict(
     long = min(PREFILL_CHUNK, ctx_size)
     used = replace(
         needs,
-        libraries=needs.libraries - LIBRARY_SLACK,
+        libraries=max(needs.libraries - _LIBRARY_SLACK, 0),
         kv_cache=align(prompt_tokens + MOST_TOKENS, KEY_BLOCK) * shape.kv_bytes_per_position(kv_bits),
-        workspace=shape.workspace_bytes(min(prompt_tokens + MOST_TOKENS, ctx_size)),
+        workspace=int(_WORKSPACE_SHARE * shape.workspace_bytes(prompt_tokens)),
     )
     return Prediction(
         precision=str(policy),
@@ -136,8 +137,8 @@ def fit(trace: Trace, shape: ModelShape, kv_bits: int | None, prompt_tokens: int
     routed = {layer for step in trace.steps for layer in step.layers}
     if (trace.layers, trace.num_experts) != (shape.num_layers, shape.num_experts) or routed - set(shape.moe_layers):
         raise UsageError(
-            f"The trace of {trace.model} has {trace.layers} layers of {trace.num_experts} experts, but {shape.name} has "
-            f"{shape.num_layers} of {shape.num_experts}: record one with this model."
+            f"The trace of {trace.model} has {trace.layers} layers of {trace.num_experts} experts, but {shape.name} "
+            f"has {shape.num_layers} of {shape.num_experts}: record one with this model."
         )
     moe, whole = set(shape.moe_layers), sum(mean_sizes(shape))
     keys = (prompt_tokens + MOST_TOKENS // 2) * shape.kv_bytes_per_position(kv_bits) // shape.num_layers

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moert.errors import UsageError
 from moert.planning.predict import MOST_LAYERS, MOST_TOKENS, RECALLS, fit
 from moert.scheduler.trace import DECODE, Trace, TraceStep, draw_trace
 from moert.shape import ModelShape
@@ -26,7 +27,9 @@ def drawn(shape: ModelShape, prompt_tokens: int) -> Routes:
     moe = shape.moe_layers
     count = min(MOST_LAYERS, len(moe))
     layers = [moe[int((i + 0.5) * len(moe) / count)] for i in range(count)]
-    trace = draw_trace(layers=count, num_experts=shape.num_experts, top_k=shape.top_k, prompt=prompt_tokens, tokens=MOST_TOKENS)
+    trace = draw_trace(
+        layers=count, num_experts=shape.num_experts, top_k=shape.top_k, prompt=prompt_tokens, tokens=MOST_TOKENS
+    )
     steps = [
         TraceStep(step.phase, {layers[row]: routing for row, routing in step.layers.items()}) for step in trace.steps
     ]
@@ -40,5 +43,7 @@ def recorded(trace: Trace, shape: ModelShape) -> Routes:
     fit(trace, shape, None, 1)
     tokens = sum(step.phase == DECODE for step in trace.steps)
     if not tokens:
-        raise UsageError
-    return Routes(trace, RECALLS, f"as recorded with {trace.model}: {tokens} tokens decoded; the first {MOST_TOKENS} count")
+        raise UsageError(f"The trace of {trace.model} decodes nothing: record one of a run that answers.")
+    return Routes(
+        trace, RECALLS, f"as recorded with {trace.model}: {tokens} tokens decoded; the first {MOST_TOKENS} count"
+    )
