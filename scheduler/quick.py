@@ -60,17 +60,17 @@ def estimate(
         layers, some = sample(trace, trace.layers, most_tokens)
         share = 1.0
     own = replace(settings, budget=int(settings.budget * share))
-    plain = _run(some, profile, replace(own, recalls=()))
+    scale = sum(n > 0 for n in trace.expert_bytes) / len(layers)
+    parts = round(scale)
+    plain = _run(some, profile, replace(own, recalls=()), parts)
     best = plain
     if settings.recalls:
-        ahead = _run(some, profile, own)
+        ahead = _run(some, profile, own, parts)
         best = ahead if ahead[0] < plain[0] * (1 - MARGIN) else plain
     seconds, result, held, prompts = best
     # What is not simulated: layers without experts, whose time is known, and the others like those that were.
-    moe = [layer for layer, n in enumerate(trace.expert_bytes) if n]
-    scale = len(moe) / len(layers)
     dense = sum(trace.dense_bytes) - scale * sum(trace.dense_bytes[layer] for layer in layers)
-    idle = trace.layers - len(moe)
+    idle = sum(n == 0 for n in trace.expert_bytes)
     seconds = profile.token_overhead_s + (seconds - profile.token_overhead_s) * scale
     seconds += dense * profile.dense_s_per_byte + idle * profile.layer_overhead_s
     result = replace(
@@ -84,9 +84,10 @@ def estimate(
     return Estimate(seconds, result, held * scale, first, later)
 
 
-def _run(trace: Trace, profile: Profile, settings: Settings) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
+def _run(trace: Trace, profile: Profile, settings: Settings, parts: int) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
     """Seconds per token, the result, bytes held at the end, and what chunks of prompts read."""
     replay = Simulator(trace, profile).prepare(settings)
+    replay.parts = parts
     decoding = [at for at, step in enumerate(trace.steps) if step.phase == DECODE]
     begin = decoding[len(decoding) // 3]
     warm = replay.run(replace(trace, steps=trace.steps[:begin]))

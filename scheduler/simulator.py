@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities, slice_sizes
@@ -64,7 +65,8 @@ class Totals:
 class Replay:
     """One run through a trace. asks: for each visit of a layer, what is asked of it; then its layer and step.
 
-    overlap: whether anything computes while something is read.
+    overlap: whether anything computes while something is read. parts: so many steps of the trace stand for a token, each
+    for some of its layers: what comes first in the next one is then predicted at the end of the one before.
     """
 
     def __init__(
@@ -75,19 +77,24 @@ class Replay:
         asks: Callable[[int, Sequence[TraceStep]], Asked],
         predict: Callable[[TraceStep, int], list[Prediction]] | None = None,
         overlap: bool = True,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.costs, self.disk, self.scheduler = costs, disk, scheduler
         self._asks, self._predict, self._overlap = asks, predict, overlap
         self.visits: list[tuple[int, list[RoutedExpert]]] = []  # what was computed in the end
         self.totals = Totals()
         self.now = 0.0
         self._ahead: dict[Load, Read] = {}
+        self._following: TraceStep | None = None
 
     def run(self, trace: Trace, progress: Progress = lambda text: None) -> Totals:
         decoding = sum(step.phase == DECODE for step in trace.steps)
-        for steps in chunks(trace):
+        every = [*chunks(trace), ()]
+        for steps, behind in pairwise(every):
             if steps[0].phase == DECODE:
-                self._decode(steps[0])
+                same = (self.totals.tokens + 1) % self.parts and behind and behind[0].phase == DECODE
+                self._decode(steps[0], behind[0] if same else None)
                 progress(f"{self.totals.tokens} of {decoding} tokens")
                 continue
             self._settle()
@@ -124,10 +131,13 @@ class Replay:
                 totals.counts[n] = totals.counts.get(n, 0) + 1
         return plan.waves, plan.slices
 
-    def _decode(self, step: TraceStep) -> None:
+    def _decode(self, step: TraceStep, following: TraceStep | None) -> None:
         totals, disk = self.totals, self.disk
         nbytes, reading = disk.nbytes, disk.busy_until(self.now)
         self._compute(self.costs.token_s)
+        if self._following is not step:
+            self._prefetch(-1, step, ())  # what the token alone says of the first layers
+        self._following = following
         for layer, seconds in enumerate(self.costs.dense_s):
             self._compute(seconds)
             if layer in step.layers:
@@ -158,9 +168,14 @@ class Replay:
             if self.disk.cancel(self.now, self._ahead[load]):
                 del self._ahead[load]
                 self.scheduler.cancel(load)
+        self._prefetch(layer, step, [ExpertKey(layer, expert) for expert in wanted])
+
+    def _prefetch(self, layer: int, step: TraceStep, busy: Sequence[ExpertKey]) -> None:
         if self._predict is not None:
-            busy = [ExpertKey(layer, expert) for expert in wanted]
-            prefetch = self.scheduler.prefetch(self._predict(step, layer), busy)
+            predictions = self._predict(step, layer)
+            if self._following is not None and layer == max(step.layers):
+                predictions += self._predict(self._following, -1)
+            prefetch = self.scheduler.prefetch(predictions, busy)
             self._release(prefetch.evictions)
             for load in prefetch.loads:
                 self._ahead[load] = self._submit(load, ahead=True)
@@ -300,7 +315,8 @@ class Simulator:
             return gather(layer, [step.layers[layer] for step in steps], chooser)
 
         def predict(step: TraceStep, layer: int) -> list[Prediction]:
-            odds.learn(layer, step.layers[layer].experts)
+            if layer >= 0:
+                odds.learn(layer, step.layers[layer].experts)
             found: list[Prediction] = []
             for ahead, guess in enumerate(teller.guesses(step, layer)):
                 counts = chooser.one(guess.layer, guess.experts, guess.weights)
