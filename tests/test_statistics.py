@@ -104,8 +104,8 @@ def test_few_layers_and_experts_will_do() -> None:
 @pytest.mark.parametrize(
     ("file", "family", "budgets"),
     [
-        ("qwen3-30b-a3b.csv.gz", "qwen3_moe", (1000, 2000, 4000, 8000)),
-        ("gpt-oss-120b.csv.gz", "gpt_oss", (1000, 2000, 4000, 16000)),
+        ("qwen3-30b-a3b.csv.gz", "qwen3_moe", (1000, 4000)),
+        ("gpt-oss-120b.csv.gz", "gpt_oss", (2000, 16000)),
     ],
 )
 def test_caches_find_in_a_drawn_trace_what_they_find_in_the_recorded_one(
