@@ -27,7 +27,7 @@ from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
 from moert.runtime.experts import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
-from moert.runtime.timeline import Timeline
+from moert.runtime.timeline import Spans
 from moert.runtime.transfer import direct_io_works
 from moert.runtime.warm import read_memory, write_memory
 from moert.scheduler.batching import POLICIES as TOKEN_SCHEDULERS
@@ -231,7 +231,7 @@ class Engine:
         """Around a pass of `count` tokens, from position `first` on or of several sequences: what it is counted as."""
         return self._runner.begin(decoding, count, first)
 
-    def draw(self, timeline: Timeline | None) -> None:
+    def draw(self, timeline: Spans | None) -> None:
         """Draw from now on what happens; whoever gives the timeline closes it."""
         self._runner.telemetry.timeline = timeline
 

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from moert.runtime.timeline import Timeline
+from moert.runtime.timeline import Spans
 from moert.runtime.transfer import Read
 from moert.scheduler.types import Load, SliceKey
 
@@ -97,7 +97,7 @@ class Telemetry:
     """
 
     def __init__(self, widths: tuple[int, ...], layers: Iterable[int]) -> None:
-        self.timeline: Timeline | None = None
+        self.timeline: Spans | None = None
         self._bits = (0, *widths)  # by number of slices
         self._unused: dict[SliceKey, int] = {}  # prefetched slices that nobody wanted yet, with their bytes
         self._moe_layers = tuple(layers)

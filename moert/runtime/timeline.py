@@ -7,14 +7,26 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moert.errors import UsageError
 
 MOST_EVENTS = 2_000_000  # some 250 MB: longer runs keep their beginning
 _COMPUTE, _DEMAND, _AHEAD = 0, 1, 1000  # first number of the lanes of each kind
+
+
+class Spans(Protocol):
+    """Is told of spans of time as they end; `Timeline` says what they are."""
+
+    def step(self, count: int, first: int | None) -> AbstractContextManager[None]: ...
+
+    def dense(self, name: str, end: float) -> None: ...
+
+    def compute(self, name: str, begin: float, end: float) -> None: ...
+
+    def read(self, name: str, begin: float, end: float, nbytes: int, ahead: bool) -> None: ...
 
 
 class Timeline:

@@ -1,0 +1,1 @@
+"""Measuring a device: disk, memory, kernels, what decoding takes beside them, GPU. Prints nothing."""

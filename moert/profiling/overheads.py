@@ -1,0 +1,203 @@
+"""What a decoded token takes beside kernels and waiting for the disk: Python, and threads that are woken.
+
+Measured on a store of large experts if one is given, else on the model that ships. That one is small, so everything it
+needs stays in the processor's caches, where nothing of Python stays beside the weights of a large one: before and after
+the experts of every layer the caches are filled with something else, and the time that this takes is left out.
+"""
+
+# L layers, K experts per token
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moert.budget import available_bytes
+from moert.config import EngineConfig, format_bytes
+from moert.engine import Engine
+from moert.errors import ProfileError
+from moert.profiling.figure import Measured, Progress, measured
+from moert.quant.dispatch import kernel_seconds
+from moert.runtime.timeline import Spans
+from moert.store.reader import Store
+
+TOKENS = 120  # decoded with a small model, for each share of the experts that is in memory
+SHARES = (0.85, 0.6, 0.35)
+LARGE_TOKENS = 40  # with a large one, all in memory
+LARGE_READS = 2_000_000_000  # bytes that it may read besides, about
+LARGE_EXPERT = 1 << 20  # bytes from which on an expert is large
+SWEEP_BYTES = 8 << 20  # more than a core has for itself
+_PARTS = 3  # of what was measured, for which everything is worked out apart: gives the spread
+_KEPT = 0.85  # share of it that counts: the rest was interrupted by something else
+
+Array: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """Seconds: of a token, of each layer, of a layer in which something is missing, of each read. model: measured on."""
+
+    token_s: Measured
+    layer_s: Measured
+    miss_s: Measured
+    load_s: Measured
+    model: str
+
+
+class _Sweeper(Spans):
+    """Notes when the experts of each layer are asked for, and fills the caches there and wherever something was computed.
+
+    nbytes: 0 to leave the caches alone. swept_s: what that took. marks: for each layer the time beside sweeps and kernels.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._other = np.ones(nbytes // 8)
+        self.begin()
+
+    def begin(self) -> None:
+        self.swept_s = 0.0
+        self.marks: list[float] = []
+
+    def _sweep(self) -> None:
+        if len(self._other):
+            before = time.perf_counter()
+            self._other.sum()
+            self.swept_s += time.perf_counter() - before
+
+    @contextmanager
+    def step(self, count: int, first: int | None) -> Iterator[None]:
+        yield
+
+    def dense(self, name: str, end: float) -> None:
+        self.marks.append(end - self.swept_s - kernel_seconds())
+        self._sweep()
+
+    def compute(self, name: str, begin: float, end: float) -> None:
+        self._sweep()
+
+    def read(self, name: str, begin: float, end: float, nbytes: int, ahead: bool) -> None:
+        pass
+
+
+def measure_overheads(store: Store, shipped: Store, threads: int, progress: Progress) -> Overheads:
+    """Decode with `store` where its experts are large and fit into memory for a token or three, else with `shipped`."""
+    touched = len(store.moe_layers) * store.architecture.top_k * sum(store.layout.slice_sizes)
+    arena = min(3 * touched, store.experts_bytes(store.layout.num_slices))
+    large = sum(store.layout.slice_sizes) >= LARGE_EXPERT and store.dense_bytes + arena < available_bytes() // 2
+    if not large:
+        store = shipped
+    if len(store.moe_layers) < 2:
+        raise ProfileError(f"{store.path} has too few layers with experts to measure what a layer takes.")
+    draw = random.Random(0)
+    vocab_size = store.architecture.vocab_size
+    if large:
+        with _decoding(store, threads, arena, sweep=0) as run:
+            same = [draw.randrange(vocab_size)] * LARGE_TOKENS  # which has all of its experts in memory from then on
+            resident = run.decode(same, progress, "all in memory")
+            others = draw.choices(range(vocab_size), k=max(LARGE_READS // touched, 8))
+            missing = [run.decode(others, progress, "some experts in memory")]
+    else:
+        every, ids = store.experts_bytes(store.layout.num_slices), draw.choices(range(vocab_size), k=TOKENS)
+        with _decoding(store, threads, every, SWEEP_BYTES) as run:
+            resident = run.decode(ids, progress, "all in memory")
+        missing = []
+        for share in SHARES:
+            least = sum(store.layout.slice_sizes)
+            with _decoding(store, threads, max(int(share * every), least), SWEEP_BYTES) as run:
+                missing.append(run.decode(ids, progress, f"{share:.0%} of the experts in memory"))
+    return _overheads(resident, missing, store)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """tokens: of each token without reads, its seconds. layers [n, 2]: of layers, seconds and reads."""
+
+    tokens: Array
+    layers: Array
+
+
+def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) -> Overheads:
+    hits = resident.layers[resident.layers[:, 1] == 0]
+    misses = np.concatenate([run.layers[run.layers[:, 1] > 0] for run in missing])
+    if len(resident.tokens) < _PARTS or len(hits) < _PARTS or len(misses) < _PARTS:
+        raise ProfileError(f"Decoding with {store.path} did not give what it takes to tell costs apart: try again.")
+    parts = [slice(number, None, _PARTS) for number in range(_PARTS)]
+    layer = [float(np.median(hits[part, 0])) for part in parts]
+    L = store.architecture.num_layers
+    token = [max(float(np.median(resident.tokens[p])) - L * of, 0.0) for p, of in zip(parts, layer, strict=True)]
+    beside = float(np.median(hits[:, 0]))
+    fits = [fit(misses[part, 1], misses[part, 0] - beside) for part in parts]
+    miss, load = ([found[i] for found in fits] for i in (0, 1))
+    model = f"{store.path.name} ({store.architecture.num_layers} layers, experts of "
+    model += f"{format_bytes(sum(store.layout.slice_sizes))})"
+    return Overheads(measured(token), measured(layer), measured(miss), measured(load), model)
+
+
+def fit(reads: Array, seconds: Array) -> tuple[float, float]:
+    """Of layers with at least one read: seconds once and seconds for each read, neither below zero.
+
+    Least squares; what is far from the line is left out, one round after the other.
+    """
+    for _ in range(3):
+        once, each = 0.0, 0.0
+        if np.ptp(reads) > 0:
+            each, once = (float(value) for value in np.polyfit(reads, seconds, 1))
+        if np.ptp(reads) == 0 or each < 0:
+            once, each = float(np.mean(seconds)), 0.0
+        elif once < 0:
+            once, each = 0.0, float(reads @ seconds) / float(reads @ reads)
+        away = np.abs(seconds - once - each * reads)
+        near = away <= np.quantile(away, _KEPT)
+        reads, seconds = reads[near], seconds[near]
+    return max(once, 0.0), max(each, 0.0)
+
+
+class _Run:
+    """An engine that decodes one token after the other."""
+
+    def __init__(self, engine: Engine, sweeper: _Sweeper) -> None:
+        self._engine, self._sweeper = engine, sweeper
+
+    def decode(self, ids: Sequence[int], progress: Progress, what: str) -> _Decoded:
+        engine, sweeper = self._engine, self._sweeper
+        tokens: list[float] = []
+        layers: list[tuple[float, int]] = []
+        for number, token in enumerate(ids):
+            progress(f"decoding: {what}, {number} of {len(ids)} tokens")
+            before = {layer: counters.copy() for layer, counters in engine.layer_counters(True).items()}
+            sweeper.begin()
+            start, busy = time.perf_counter(), kernel_seconds()
+            engine.forward([token])
+            seconds = time.perf_counter() - start - (kernel_seconds() - busy) - sweeper.swept_s
+            counts = [c.since(before[layer]) for layer, c in engine.layer_counters(True).items()]
+            reads = [c.reads for c in counts]
+            if not any(reads):
+                tokens.append(seconds)
+            # From a layer's experts to those of the next: the last one has none behind it.
+            between = np.diff(sweeper.marks) - [c.waited_s for c in counts[:-1]]
+            layers += zip(between.tolist(), reads, strict=False)
+        return _Decoded(np.array(tokens), np.array(layers, dtype=np.float64).reshape(-1, 2))
+
+
+@contextmanager
+def _decoding(store: Store, threads: int, arena: int, sweep: int) -> Iterator[_Run]:
+    """Runs with so many bytes of experts in memory; the first tokens are decoded already."""
+    context = 64 + 2 * max(TOKENS, LARGE_TOKENS)
+    config = EngineConfig(expert_budget=arena, ctx_size=context, threads=threads, prefetch="off")
+    engine = Engine(store, config, lambda text: None)
+    try:
+        engine.preload()
+        for token in random.Random(1).choices(range(store.architecture.vocab_size), k=4):
+            engine.forward([token])
+        sweeper = _Sweeper(sweep)
+        engine.draw(sweeper)
+        yield _Run(engine, sweeper)
+    finally:
+        engine.close()
