@@ -25,7 +25,7 @@ class Trial:
     """
 
     choices: Sequence[int]
-    margin: float = 0.05
+    margin: float = 0.02
     choice: int = field(init=False)
     seconds: dict[int, float] = field(default_factory=dict)  # medians of the last trial
     _rounds: list[dict[int, list[float]]] = field(default_factory=list)

@@ -283,7 +283,9 @@ def feed(trial, seconds, steps):
     return choices
 
 
-@pytest.mark.parametrize(("costs", "best"), [((1.0, 0.8), 1), ((1.0, 1.05), 0), ((1.0, 0.97), 0), ((1.0, 1.0), 0)])
+@pytest.mark.parametrize(
+    ("costs", "best"), [((1.0, 0.8), 1), ((1.0, 1.05), 0), ((1.0, 0.97), 1), ((1.0, 0.99), 0), ((1.0, 1.0), 0)]
+)
 def test_a_trial_keeps_what_is_faster(costs, best):
     choices = feed(Trial((0, 1)), lambda choice, step: costs[choice], WARM + 4 * PROBE + HOLD)
     assert set(choices[:WARM]) == {0}
