@@ -47,17 +47,17 @@ class SliceCache:
         """All experts with a slice in memory, and how many slices."""
         return dict(self._resident)
 
-    def room(self, keep: Collection[ExpertKey]) -> list[int]:
+    def room(self, keep: Collection[tuple[int, int]]) -> list[int]:
         """Room per slice index that is free or can be freed without touching the experts in `keep`."""
         room = list(self.capacity)
         for key in keep:
             sizes = self.sizes(key[0])
-            for index in range(self._resident.get(key, 0)):
+            for index in range(self.resident(*key)):
                 room[index] -= sizes[index]
         return room
 
     def insert(
-        self, key: ExpertKey, last: int, keep: Collection[ExpertKey], worth: float | None = None
+        self, key: ExpertKey, last: int, keep: Collection[tuple[int, int]], worth: float | None = None
     ) -> list[SliceKey] | None:
         """Give room to the slices of `key` below `last` that have none; returns what had to be evicted.
 
@@ -66,14 +66,19 @@ class SliceCache:
         """
         first, sizes = self._resident.get(key, 0), self.sizes(key[0])
         victims: dict[ExpertKey, int] = {}
+        index = first
+
+        def evictable(k: ExpertKey) -> bool:
+            return self._resident.get(k, 0) > index and k not in keep and k not in victims and k != key
+
         for index in range(first, last):
             free = self.free[index]
             if free >= sizes[index]:
                 continue
-            free += sum(self.sizes(k[0])[index] for k, to in victims.items() if to <= index < self._resident[k])
-            order = iter(self.policy.eviction_order(index) if free < sizes[index] else ())
+            if victims:
+                free += sum(self.sizes(k[0])[index] for k, to in victims.items() if to <= index < self._resident[k])
             while free < sizes[index]:
-                victim = next((k for k in order if self._evictable(k, index, key, keep, victims)), None)
+                victim = self.policy.victim(index, evictable)
                 if victim is None and worth is None:
                     raise ValueError(f"no room for slice {index} of expert {key[1]} in layer {key[0]}")
                 if victim is None or (worth is not None and self.policy.worth(victim, index) >= worth):
@@ -88,17 +93,6 @@ class SliceCache:
             self.policy.loaded(key, index)
         self._resident[key] = max(first, last)
         return evicted
-
-    def _evictable(
-        self,
-        victim: ExpertKey,
-        index: int,
-        key: ExpertKey,
-        keep: Collection[ExpertKey],
-        victims: Mapping[ExpertKey, int],
-    ) -> bool:
-        held = min(self._resident.get(victim, 0), victims.get(victim, len(self.capacity)))
-        return held > index and victim not in keep and victim != key
 
     def shrink(self, key: ExpertKey, to: int) -> list[SliceKey]:
         """Take away the slices of `key` from index `to` on (0: all); returns them, highest first."""

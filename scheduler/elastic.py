@@ -67,7 +67,7 @@ class Ladder:
     left: list[tuple[float, int, int]] = field(default_factory=list)
     _saved: float = 0.0
     _settled: int = 0  # tokens, once for each layer
-    _experts: dict[tuple[int, int], _Expert] = field(default_factory=dict)
+    _experts: dict[int, list[_Expert]] = field(default_factory=dict)
 
     def settle(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
@@ -80,13 +80,18 @@ class Ladder:
         most one step more than the cheapest choice that the bound allows; what this step does too well is saved up.
         """
         grant, total, counts, steps = 0.0, 0.0, list[int](), list[tuple[float, int, int]]()
-        experts = [self._expert(layer, r.expert) for r in routed]
+        known = self._experts[layer] if layer in self._experts else self._meet(layer)
+        experts = [known[r.expert] for r in routed]
+        skip = self.skip
         for k, (r, expert, square, held) in enumerate(zip(routed, experts, squares, have, strict=True)):
             grant += square * expert.allowed
-            n = 0 if held == 0 and r.weight < self.skip * r.tokens else expert.best(min(max(held, 1), r.slices))
+            if skip and held == 0 and r.weight < skip * r.tokens:
+                n, harm, step = 0, expert.harm[0], expert.step(0, held, r.slices)
+            else:
+                n, harm, step = expert.begin(held, r.slices)
             counts.append(n)
-            total += square * expert.harm[n]
-            if n < r.slices and (step := expert.step(n, held, r.slices)):
+            total += square * harm
+            if step:
                 steps.append((-square * step[0], k, step[1]))
         limit = self._saved + grant
         if total > limit:
@@ -96,18 +101,18 @@ class Ladder:
             expert, square, most = experts[k], squares[k], routed[k].slices
             total += square * (expert.harm[n] - expert.harm[counts[k]])
             counts[k] = n
-            if n < most and (step := expert.step(n, have[k], most)):
+            if step := expert.step(n, have[k], most):
                 heappush(steps, (-square * step[0], k, step[1]))
         self.spent, self.granted, self._settled = self.spent + total, self.granted + grant, self._settled + tokens
         self._saved = min(limit - total, _SAVED * self.granted / self._settled)
         self.left = [(-rate, routed[k].expert, counts[k]) for rate, k, _ in steps if counts[k]]
         return counts
 
-    def _expert(self, layer: int, expert: int) -> _Expert:
-        found = self._experts.get((layer, expert))
-        if found is None:
-            harm = (self.absent[layer][expert], *self.damage[layer][expert])
-            found = self._experts[layer, expert] = _Expert(harm, self.allowed[layer][expert], self.sizes)
+    def _meet(self, layer: int) -> list[_Expert]:
+        found = self._experts[layer] = [
+            _Expert((absent, *curve), allowed, self.sizes)
+            for absent, curve, allowed in zip(self.absent[layer], self.damage[layer], self.allowed[layer], strict=True)
+        ]
         return found
 
 
@@ -117,14 +122,25 @@ class _Expert:
     def __init__(self, harm: Sequence[float], allowed: float, sizes: Sequence[int]) -> None:
         self.harm, self.allowed, self._sizes = harm, allowed, sizes
         self._best = [min(range(1, max(n, 1) + 1), key=harm.__getitem__) for n in range(len(harm))]
+        self._begins: dict[tuple[int, int], tuple[int, float, tuple[float, int] | None]] = {}
         self._steps: dict[tuple[int, int, int], tuple[float, int] | None] = {}
 
-    def best(self, most: int) -> int:
-        """The number of slices up to `most` that does least harm, the lowest of equals."""
-        return self._best[most]
+    def begin(self, held: int, most: int) -> tuple[int, float, tuple[float, int] | None]:
+        """With how many slices to begin, their harm, and the step up from there.
+
+        Of those held it is the number up to `most` that does least harm, the lowest of equals; the base where none is.
+        """
+        found = self._begins.get((held, most))
+        if found is None:
+            n = self._best[min(max(held, 1), most)]
+            found = self._begins[held, most] = n, self.harm[n], self.step(n, held, most)
+        return found
 
     def step(self, n: int, held: int, most: int) -> tuple[float, int] | None:
-        """The step up from n slices that saves most error per byte beyond those held: how much, and to how many."""
+        """The step up from n slices that saves most error per byte beyond those held: how much, and to how many.
+
+        None where more slices than these, up to `most`, do no less harm.
+        """
         key = n, held, most
         if key not in self._steps:
             self._steps[key] = self._find(*key)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
+from math import inf
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moert.scheduler.types import ExpertKey, RoutedExpert
-
-_POOL = 256  # experts that are looked at when one is to be evicted
 
 
 class CachePolicy(Protocol):
@@ -38,7 +37,10 @@ class CachePolicy(Protocol):
         """Slice `index` of an expert lost its room."""
 
     def eviction_order(self, index: int) -> Iterable[ExpertKey]:
-        """Experts of which slice `index` is resident, the one to evict first at the front. Others may be among them."""
+        """Experts of which slice `index` is resident, the one to evict first at the front."""
+
+    def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        """The first of these that is evictable, None where there is none."""
 
     def worth(self, key: ExpertKey, index: int) -> float:
         """How often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
@@ -49,6 +51,12 @@ class CachePolicy(Protocol):
 
 class _Baseline:
     """What baselines do not care about: they know nothing of the future, and let no prefetch evict anything."""
+
+    def eviction_order(self, index: int) -> Iterable[ExpertKey]:
+        raise NotImplementedError
+
+    def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        return next(filter(evictable, self.eviction_order(index)), None)
 
     def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None: ...
 
@@ -148,7 +156,7 @@ class Belady(_Baseline):
         yield from map(ExpertKey, layers[last].tolist(), experts[last].tolist())
 
 
-class RecentScore(_Baseline):
+class RecentScore:
     """Evicts what is least likely to be used soon, after HybriMoE's minus-recent-score (arXiv 2504.05897, 4.4).
 
     Each slice of each expert has a running mean of its use, S = (1 - rate) * S + rate * (share of the tokens that used
@@ -157,6 +165,10 @@ class RecentScore(_Baseline):
     a use is what has to be read.) What a predictor names has at least its probability. A layer whose turn comes
     later in the cycle of layers counts for up to `patience` less: where everything looks alike, what goes is what has
     just been passed, not what comes next.
+
+    Within a layer only what is used changes its place, so there is a heap for each layer and slice, and a victim is the
+    least of their tops. No numpy: between kernels that stream weights through the caches of the processor, its many
+    small calls took twice as long as this.
     """
 
     name = "score"
@@ -168,95 +180,120 @@ class RecentScore(_Baseline):
         self._layers, self._row = list(layers), {layer: row for row, layer in enumerate(layers)}
         self._num_experts, self._rate = E, rate
         # Means times `scale` of their layer, which grows with every use: so a use changes only what is used.
-        self._use = np.zeros((S, L, E))
-        self._scale = np.ones((L, 1))
-        self._foreseen = np.zeros((L, E))
-        self._held = np.zeros((S, L, E), bool)
-        self._visit = 0
-        ahead = (np.arange(L)[None] - np.arange(L)[:, None] - 1) % L  # [now, of what]: layers until its turn
-        self._discount = (patience ** (ahead / L))[..., None]
+        self._use = [[[0.0] * E for _ in layers] for _ in range(S)]
+        self._scale = [1.0] * L
+        self._held = [[[False] * E for _ in layers] for _ in range(S)]
+        # [S][L]: of all that is held (use, expert), where the use may have grown since; of others too.
+        self._heaps: list[list[list[tuple[float, int]]]] = [[[] for _ in layers] for _ in range(S)]
+        self._foreseen: list[dict[int, float]] = [{} for _ in layers]
+        # [now][of what]: by how many layers there are until its turn
+        self._discount = [[patience ** ((row - now - 1) % L / L) for row in range(L)] for now in range(L)]
         self._now = 0
-        self._all = np.arange(L * E)
-        self._pools: dict[int, tuple[int, NDArray[np.int64]]] = {}  # by slice: since when, places of low scores
-        self._queues: dict[int, list[int]] = {}  # by slice, while scores stay: places, the next to evict at the end
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
         row = self._now = self._row[layer]
-        self._visit += 1
         kept = (1 - self._rate) ** tokens
-        scale = self._scale[row, 0] / kept
+        scale = self._scale[row] / kept
         if scale > 1e100:
-            self._use[:, row] /= scale
+            for index, rows in enumerate(self._use):
+                rows[row] = [value / scale for value in rows[row]]
+                self._rebuild(index, row)
             scale = 1.0
-        self._scale[row, 0] = scale
+        self._scale[row] = scale
         share = (1 - kept) / tokens * scale
-        if tokens == 1:
-            begin, size = row * self._num_experts, self._foreseen.size
-            self._use.reshape(-1)[[begin + r.expert + i * size for r in routed for i in range(r.slices)]] += share
-        else:
-            for r in routed:
-                self._use[: r.slices, row, r.expert] += share * np.array(r.waiting or (r.tokens,) * r.slices)
-        self._foreseen[row] = 0
-        self._queues.clear()
+        uses = [use[row] for use in self._use]
+        for r in routed:
+            if r.waiting:
+                for use, count in zip(uses, r.waiting, strict=False):
+                    use[r.expert] += share * count
+            else:
+                for use in uses[: r.slices]:
+                    use[r.expert] += share * r.tokens
+        self._foreseen[row] = {}
 
     def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
-        row = self._foreseen[self._row[layer]]
-        row[:] = 0
-        row[list(probabilities)] = list(probabilities.values())
-        self._queues.clear()
+        self._foreseen[self._row[layer]] = dict(probabilities)
 
     def loaded(self, key: ExpertKey, index: int) -> None:
-        self._held[index, self._row[key[0]], key[1]] = True
+        row, expert = self._row[key[0]], key[1]
+        self._held[index][row][expert] = True
+        heap = self._heaps[index][row]
+        heappush(heap, (self._use[index][row][expert], expert))
+        if len(heap) > 2 * self._num_experts:  # entries of what is not held any more
+            self._rebuild(index, row)
 
     def removed(self, key: ExpertKey, index: int) -> None:
-        self._held[index, self._row[key[0]], key[1]] = False
+        self._held[index][self._row[key[0]]][key[1]] = False
 
-    def eviction_order(self, index: int) -> Iterator[ExpertKey]:
-        """Sorted anew after every use, but only those that scored lowest when all were looked at last.
+    def eviction_order(self, index: int) -> list[ExpertKey]:
+        discount = self._discount[self._now]
+        scores = [
+            (self._score(index, row, e) * discount[row], row, e)
+            for row, held in enumerate(self._held[index])
+            for e in range(self._num_experts)
+            if held[e]
+        ]
+        return [ExpertKey(self._layers[row], e) for _, row, e in sorted(scores)]
 
-        That is once per cycle of layers, or when none of them is left. What is evicted is then as good as if all were
-        sorted every time; sorting once per cycle and passing over what was used since reads 4% more.
-        """
-        queue = self._queues.get(index)
-        if not queue:
-            since, pool = self._pools.get(index, (0, self._all[:0]))
-            if queue is None and self._visit - since <= len(self._layers):
-                queue = self._sorted(index, pool)
-            if not queue:
-                pool = self._all
-                if len(pool) > _POOL:
-                    pool = np.argpartition(self._scores(index, pool), _POOL)[:_POOL]
-                self._pools[index] = self._visit, pool
-                queue = self._sorted(index, pool)
-            self._queues[index] = queue
-        while queue:
-            yield self._key(queue.pop())
-        yield from map(self._key, reversed(self._sorted(index, self._all)))
+    def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
+        heaps, foreseen, layers = self._heaps[index], self._foreseen, self._layers
+        factors = [d / scale for d, scale in zip(self._discount[self._now], self._scale, strict=True)]
+        least = [self._least(index, row) * factor for row, factor in enumerate(factors)]
+        passed: list[tuple[int, tuple[float, int]]] = []
+        raised: list[tuple[float, int, int]] = []  # score, row and expert of those that somebody foresees
+        while True:
+            score = min(least)
+            row = least.index(score)
+            if raised and raised[0] < (score, row, heaps[row][0][1] if heaps[row] else -1):
+                _, row, expert = heappop(raised)
+            elif score == inf:
+                found = None
+                break
+            else:
+                entry = heappop(heaps[row])
+                passed.append((row, entry))
+                least[row] = self._least(index, row) * factors[row]
+                expert = entry[1]
+                expected = foreseen[row].get(expert, 0.0) * self._discount[self._now][row]
+                if expected > score:
+                    heappush(raised, (expected, row, expert))
+                    continue
+            found = ExpertKey(layers[row], expert)
+            if evictable(found):
+                break
+        for row, entry in passed:
+            heappush(heaps[row], entry)
+        return found
 
-    def _scores(self, index: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of experts by their place in the flattened [L, E]; infinite where the slice is not there."""
-        row = places // self._num_experts
-        use = self._use[index].reshape(-1)[places] / self._scale[row, 0]
-        scores = np.maximum(use, self._foreseen.reshape(-1)[places]) * self._discount[self._now][row, 0]
-        return np.where(self._held[index].reshape(-1)[places], scores, np.inf)
+    def _least(self, index: int, row: int) -> float:
+        """The least use of what is held in a row, then at the top of its heap; infinite where nothing is held."""
+        heap, use, held = self._heaps[index][row], self._use[index][row], self._held[index][row]
+        while heap:
+            value, expert = heap[0]
+            if not held[expert]:
+                heappop(heap)
+            elif use[expert] != value:
+                heapreplace(heap, (use[expert], expert))
+            else:
+                return value
+        return inf
 
-    def _sorted(self, index: int, places: NDArray[np.int64]) -> list[int]:
-        """Those of `places` that are there, the lowest score at the end."""
-        scores = self._scores(index, places)
-        order = np.argsort(scores, kind="stable")
-        return places[order[: int(np.isfinite(scores).sum())]].tolist()[::-1]
+    def _rebuild(self, index: int, row: int) -> None:
+        use, held = self._use[index][row], self._held[index][row]
+        self._heaps[index][row] = [(use[e], e) for e in range(self._num_experts) if held[e]]
+        heapify(self._heaps[index][row])
 
-    def _key(self, place: int) -> ExpertKey:
-        row, expert = divmod(place, self._num_experts)
-        return ExpertKey(self._layers[row], expert)
+    def _score(self, index: int, row: int, expert: int) -> float:
+        return max(self._use[index][row][expert] / self._scale[row], self._foreseen[row].get(expert, 0.0))
 
     def worth(self, key: ExpertKey, index: int) -> float:
-        row, expert = self._row[key[0]], key[1]
-        return float(max(self._use[index, row, expert] / self._scale[row, 0], self._foreseen[row, expert]))
+        return self._score(index, self._row[key[0]], key[1])
 
     def restore(self, key: ExpertKey, worth: Sequence[float]) -> None:
-        row = self._row[key[0]]
-        self._use[: len(worth), row, key[1]] = np.array(worth) * self._scale[row, 0]
+        row, expert = self._row[key[0]], key[1]
+        for index, value in enumerate(worth):
+            self._use[index][row][expert] = value * self._scale[row]
+            self._rebuild(index, row)
 
 
 # For a model with these layers, experts per layer and slices per expert.

@@ -50,20 +50,24 @@ def _plan(
     order: Order,
     underway: Mapping[ExpertKey, Load],
 ) -> Plan:
-    resident: list[RoutedExpert] = []
+    ready: list[int] = []
     missing: list[RoutedExpert] = []
     awaited: list[int] = []
     for r in hottest_first(routed):
+        there = cache.resident(layer, r.expert) >= r.slices
         if underway and _there(underway, layer, r.expert) < r.slices:
             awaited.append(r.expert)
-            if cache.resident(layer, r.expert) >= r.slices:
+            if there:
                 continue
-        (resident if cache.resident(layer, r.expert) >= r.slices else missing).append(r)
-    slices, ready = {r.expert: r.slices for r in routed}, tuple(r.expert for r in resident)
+        if there:
+            ready.append(r.expert)
+        else:
+            missing.append(r)
+    slices = {r.expert: r.slices for r in routed}
     if not missing:  # most steps, so they do not pay for what follows
-        return Plan(layer, slices, (Wave((), (), ready, tuple(awaited)),))
+        return Plan(layer, slices, (Wave((), (), tuple(ready), tuple(awaited)),))
     sizes, waves = cache.sizes(layer), []
-    keep = {ExpertKey(layer, e) for e in [*ready, *awaited]}
+    keep = {(layer, e) for e in [*ready, *awaited]}  # equal to ExpertKeys, and made much faster
     # Where all experts of the layer fit whatever else is there, which is usual for a single token, nobody need count.
     roomy = all(len(routed) * size <= most for size, most in zip(sizes, cache.capacity, strict=True))
     while missing or ready or awaited:
@@ -81,15 +85,15 @@ def _plan(
         if not chosen and not ready and not awaited:
             raise ValueError(f"layer {layer}: the arena holds no expert of {missing[0].slices} slices")
         missing = missing[len(chosen) :]
-        keep |= {ExpertKey(layer, r.expert) for r in chosen}
+        keep |= {(layer, r.expert) for r in chosen}
         lacking = [(r, cache.resident(layer, r.expert)) for r in chosen]
         evictions: list[SliceKey] = []
         for r in chosen:
             evictions += cache.insert(ExpertKey(layer, r.expert), r.slices, keep) or ()
         # What was awaited but found no room for the rest of its slices is waited for again, in a later wave.
-        here = tuple(e for e in awaited if all(e != r.expert for r in missing))
-        waves.append(Wave(tuple(evictions), tuple(order(layer, lacking, sizes)), ready, here))
-        keep, ready, awaited = set(), (), [e for e in awaited if e not in here] if chosen else []
+        here = tuple([e for e in awaited if all(e != r.expert for r in missing)])
+        waves.append(Wave(tuple(evictions), tuple(order(layer, lacking, sizes)), tuple(ready), here))
+        keep, ready, awaited = set(), [], [e for e in awaited if e not in here] if chosen else []
     return Plan(layer, slices, tuple(waves))
 
 
@@ -144,11 +148,13 @@ class Scheduler:
         """Plan a layer whose use and numbers of slices are settled."""
         if self.ladder is not None:
             routed = [
-                RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
+                r if n == r.slices else RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
                 for r, n in zip(routed, counts, strict=True)
             ]
-        plan = _plan(layer, [r for r in routed if r.slices], self.cache, self.order, self._underway)
-        plan.slices.update((r.expert, 0) for r in routed if not r.slices)
+        used = [r for r in routed if r.slices]
+        plan = _plan(layer, used, self.cache, self.order, self._underway)
+        if len(used) < len(routed):
+            plan.slices.update((r.expert, 0) for r in routed if not r.slices)
         if self._underway:
             for wave in plan.waves:
                 self._forget(wave.evictions)

@@ -87,6 +87,20 @@ def test_that_holds_for_every_precision_and_at_the_least_budget(calibrated, opti
     assert texts[0] == texts[1]
 
 
+def test_elastic_answers_of_a_batch_do_no_more_harm_than_was_granted(calibrated):
+    """Their text depends on what is in memory, so only the bound can hold; what is all there is computed as alone."""
+    with LLM(calibrated) as llm:
+        one = sum(llm.store.layout.slice_sizes)
+    params = [params_for(i) for i in range(len(PROMPTS))]
+    with LLM(calibrated, batch_size=3, expert_budget=3 * one, ctx_size=128, precision="elastic:3,skip=0.1") as llm:
+        done = llm.generate(PROMPTS, params)
+        ladder = llm.engine._runner._scheduler.ladder
+        assert [len(d.token_ids) for d in done] == [own.max_tokens for own in params]
+        assert 0 < ladder.spent <= ladder.granted
+    with LLM(calibrated, batch_size=3, ctx_size=128, precision="elastic:4") as llm:
+        check_that_each_is_as_alone(llm, PROMPTS, params)
+
+
 def test_that_holds_for_the_reference_kernel(store):
     try:
         matmul.set_kernel("reference")

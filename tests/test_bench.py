@@ -293,6 +293,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
         ),
         (("--kernels", "--group-size", "48"), "group size 48 is not one of"),
         (("--kernels", "--size", "1"), "holds no expert"),
+        (("--kernels", "--stats"), "do not go with --kernels"),
         (("--kernels", "--size", "big"), "size 'big' is not a size"),
         (("--prompt-file", os.devnull), "holds 0 tokens, but 512 are needed"),
     ],

@@ -356,9 +356,13 @@ def test_loads_are_counted_in_bytes():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
-def test_score_evicts_what_has_the_lowest_running_mean(uses):
-    """Against means that are worked out anew for every expert, without scales, pools or queues."""
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40),
+    st.integers(0, 3),
+    st.dictionaries(st.integers(0, 5), st.floats(0.01, 1.0)),
+)
+def test_score_evicts_what_has_the_lowest_running_mean(uses, skipped, foreseen):
+    """Against means that are worked out anew for every expert, without scales or heaps. Layer 1 is foreseen."""
     rate, patience = 0.1, 0.5
     policy, held = RecentScore([0, 1], 6, 1, rate, patience), set()
     mean = {(layer, e): 0.0 for layer in range(2) for e in range(6)}
@@ -369,8 +373,20 @@ def test_score_evicts_what_has_the_lowest_running_mean(uses):
         for e in {used, other} - {e for at, e in held if at == layer}:
             policy.loaded(ExpertKey(layer, e), 0)
             held.add((layer, e))
-        score = {key: mean[key] * (1.0 if key[0] != layer else patience**0.5) for key in held}
-        order = list(itertools.islice(policy.eviction_order(0), len(held)))
+        if layer == 0:
+            policy.foreseen(1, foreseen)
+        score = {
+            (at, e): max(mean[at, e], foreseen.get(e, 0.0) if at > layer else 0.0)
+            * (1.0 if at != layer else patience**0.5)
+            for at, e in held
+        }
+        order = policy.eviction_order(0)
         assert (set(order), [score[key] for key in order]) == (held, pytest.approx(sorted(score.values())))
-        held.discard(order[0])
-        policy.removed(order[0], 0)
+        spared = set(order[:skipped])
+        victim = policy.victim(0, lambda key, spared=spared: key not in spared)
+        if len(order) <= skipped:
+            assert victim is None
+            continue
+        assert score[victim] == pytest.approx(min(score[key] for key in held - spared))
+        held.discard(victim)
+        policy.removed(victim, 0)

@@ -149,6 +149,7 @@ def test_the_command_stores_what_it_learnt(moert, model, tmp_path):
     found = read_predictor(model)
     assert found.about == "56 steps on 512 tokens of t.csv.gz, seed 7"
     assert f"({found.nbytes / 1024:.1f} KiB)" in result.err
+    assert found.about in moert("info", "-m", str(model.path)).out
     predictor = make_predictor("mixed", (0, 1), 8, 3, PathWeights(**found.tensors))
     predictor.begin([5])
     assert predictor.probabilities(1).shape == (8,)

@@ -83,6 +83,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.repetitions} repetitions measure nothing: give -r at least 1.")
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"threads {args.threads} must be at least 1.")
+    if args.kernels and (args.stats or args.timeline):
+        raise UsageError("--stats and --timeline are of a model that runs: they do not go with --kernels.")
     status = common.Status(args.quiet)
     return _kernels(args, status) if args.kernels else _model(args, status)
 

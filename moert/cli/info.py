@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moert import source
 from moert.cli import common
+from moert.cli.progress import line_progress
 from moert.config import format_bytes
 from moert.errors import UsageError
 
@@ -36,8 +37,8 @@ def main(args: argparse.Namespace) -> int:
         store = Store.open(store_path)
     facts = describe(store)
     if args.verify:
-        with status.spinner("Checking every byte"):
-            store.verify(None)
+        with line_progress(status) as progress:
+            store.verify(lambda done, total: progress(f"checked {format_bytes(done)} of {format_bytes(total)}"))
         facts["files"] = "every checksum is right"
     if args.json:
         print(json.dumps(facts))
@@ -68,6 +69,14 @@ def _elastic(store: Store) -> str:
     if store.meta.sensitivity is None or store.meta.router_weights is None:
         return "by the error of each width on Gaussian weights: converted without --calibrate"
     return "by the error that was measured for each expert"
+
+
+def _foreseen(store: Store) -> str:
+    """What says which experts come next."""
+    from moert.store.predictor import read_predictor
+
+    found = read_predictor(store)
+    return "the routers of the next layers" + ("" if found is None else f", and a trained predictor: {found.about}")
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -108,6 +117,7 @@ def describe(store: Store) -> dict[str, Any]:
         "kept": "every width of every expert" if store.meta.kept is None else store.kept_widths(),
         "routed_precision": _routed(store),
         "elastic_precision": _elastic(store),
+        "prefetching": _foreseen(store),
         "experts_bytes": store.experts_bytes(layout.num_slices),
         "dense_bytes": store.dense_bytes,
         "disk_bytes": sum(f.stat().st_size for f in store.path.iterdir()),

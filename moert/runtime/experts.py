@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -198,7 +199,7 @@ class ExpertRunner:
     def bonus(self, layer: int, choices: int) -> Tensor | None:
         """For those in memory, unless so many are chosen that nearly all experts are needed anyway."""
         route, present = self._precision.route, self._loader.present[layer]
-        return present * route if route and choices <= len(present) else None
+        return torch.from_numpy(present * np.float32(route)) if route and choices <= len(present) else None
 
     def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """The same for a single token, added to `out`: x and out float32 contiguous [1, D].

@@ -51,3 +51,8 @@ class Arena:
     def offset(self, key: SliceKey) -> int:
         """Where the slot of `key` begins in `memory`, valid until it is released."""
         return self._starts[key[2]] + self._slot_of[key] * self.sizes[key[2]]
+
+    def offsets(self, layer: int, expert: int, count: int) -> list[int]:
+        """The same of the first `count` slices of an expert."""
+        slot_of, places = self._slot_of, zip(range(count), self._starts, self.sizes, strict=False)
+        return [start + slot_of[layer, expert, index] * size for index, start, size in places]  # type: ignore[index]
