@@ -16,11 +16,12 @@ from moert.answer import Answer, join
 from moert.answer import Completion as Completion
 from moert.answer import Piece as Piece
 from moert.chat import render
-from moert.config import EngineConfig, parse_bytes
+from moert.config import AUTO, EngineConfig, parse_budget, parse_bytes
 from moert.engine import Engine
 from moert.errors import UsageError
 from moert.meter import GenerationStats as GenerationStats
 from moert.meter import Meter
+from moert.planning.automatic import Automatic, choose
 from moert.recording import Recorder
 from moert.sampling import SamplingParams
 from moert.source import resolve, warm_file
@@ -36,7 +37,8 @@ class LLM:
     """A model ready to answer.
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
-    ships with the package. memory_budget: for everything, `"2GiB"` or bytes. expert_budget: for the expert arena
+    ships with the package. memory_budget: for everything, `"2GiB"` or bytes; `"auto"` plans for this machine what else
+    is left open, precision and context, and keeps it as `plan` (`moert.planning`). expert_budget: for the expert arena
     alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored. Behind
     a bound `",skip=0.1"` leaves out, within it, missing experts of router weights below 0.1; `",route=0.1"` favours
     experts in memory, beyond it.
@@ -68,7 +70,7 @@ class LLM:
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         config = EngineConfig(
-            memory_budget=None if memory_budget is None else parse_bytes(memory_budget, "memory-budget"),
+            memory_budget=parse_budget(memory_budget),
             expert_budget=None if expert_budget is None else parse_bytes(expert_budget, "expert-budget"),
             precision=precision,
             ctx_size=ctx_size,
@@ -93,6 +95,10 @@ class LLM:
         self.store = Store.open(path)
         self.tokenizer = Tokenizer(path)
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
+        self.plan: Automatic | None = None
+        if memory_budget == AUTO and config.expert_budget is None:
+            config, self.plan = choose(path, config)
+            status(self.plan.line)
         self._engine = Engine(self.store, config, status)
         self._warm_file: Path | None = None
         if warm:

@@ -11,6 +11,7 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 DEFAULT_CTX_SIZE = 4096
 AUTO_BATCH = 16
+AUTO = "auto"  # as a memory budget: what the plan for this machine says, of precision and context too
 PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the workspace
 
 
@@ -27,6 +28,11 @@ def parse_bytes(value: int | str, what: str = "size") -> int:
     if size <= 0:
         raise UsageError(f"{what} {value!r} must be above zero.")
     return size
+
+
+def parse_budget(value: int | str | None) -> int | None:
+    """The memory budget; None where it is left to moert: `auto`, or not given."""
+    return None if value in (None, AUTO) else parse_bytes(value, "memory-budget")  # type: ignore[arg-type]
 
 
 def format_bytes(size: float) -> str:

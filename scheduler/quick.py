@@ -84,7 +84,9 @@ def estimate(
     return Estimate(seconds, result, held * scale, first, later)
 
 
-def _run(trace: Trace, profile: Profile, settings: Settings, parts: int) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
+def _run(
+    trace: Trace, profile: Profile, settings: Settings, parts: int
+) -> tuple[float, Result, int, list[tuple[int, int, int]]]:
     """Seconds per token, the result, bytes held at the end, and what chunks of prompts read."""
     replay = Simulator(trace, profile).prepare(settings)
     replay.parts = parts

@@ -51,6 +51,7 @@ class FakeLLM:
     """Gives one of `answers` after the other. Part of an answer: text, an exception to raise, something to call."""
 
     ctx_size = 100
+    plan = None
 
     def __init__(self, *answers: Sequence[Part], template: str | None = "t", finish: str = "stop") -> None:
         self.answers, self.finish = list(answers), finish

@@ -14,6 +14,7 @@ from moert.cli import common
 from moert.cli.figures import add_options as add_figures_options
 from moert.cli.figures import figures
 from moert.cli.session import ChatSession
+from moert.config import AUTO
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -29,6 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     person = sys.stdin.isatty()
+    if args.memory_budget is None and args.expert_budget is None:
+        args.memory_budget = AUTO
     with figures(args, status) as taken, common.open_llm(args, status) as llm:
         taken.of(llm)
         params = common.sampling_params(args, llm, status)

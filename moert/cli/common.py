@@ -141,7 +141,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
     """What `open_llm` wants to know besides the model and its conversion."""
     group = parser.add_argument_group("memory and speed")
-    group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB")
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="all the memory to use, such as 2GiB; auto: as a plan for this machine says, as of precision and context",
+    )
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for experts alone (for experiments)")
     group.add_argument(
         "--precision",
@@ -273,6 +277,15 @@ def write_text(text: str) -> None:
     if sys.stdout.isatty():
         text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
     print(text, end="", flush=True)
+
+
+def conclude(llm: LLM, stats: GenerationStats, status: Status, more: str = "") -> None:
+    """What an answer took, and that the plan was wrong, if it was."""
+    status.say(speeds(stats) + more)
+    if llm.plan is not None:
+        llm.plan.add(stats)
+        if warning := llm.plan.warning():
+            status.say(warning)
 
 
 def speeds(stats: GenerationStats) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moert import source
 from moert.cli import common
 from moert.cli.progress import conversion_progress, line_progress
-from moert.config import EngineConfig, format_bytes, parse_bytes
+from moert.config import EngineConfig, format_bytes, parse_budget, parse_bytes
 from moert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw perplexity against bytes per token")
     common.add_quiet_option(parser)
     group = parser.add_argument_group("memory and speed")
-    group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB")
+    group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB, or auto (default)")
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for the store's experts (for experiments)")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
-    budget = None if args.memory_budget is None else parse_bytes(args.memory_budget, "memory-budget")
+    budget = parse_budget(args.memory_budget)
     experts = None if args.expert_budget is None else parse_bytes(args.expert_budget, "expert-budget")
     config = EngineConfig(memory_budget=budget, expert_budget=experts, threads=args.threads, kv_bits=args.kv_bits)
     if args.plot is not None:

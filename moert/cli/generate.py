@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
         finally:
             print(flush=True)
         if stats:
-            status.say(f"{common.speeds(stats)} · seed {stats.seed}")
+            common.conclude(llm, stats, status, f" · seed {stats.seed}")
     return 0
 
 

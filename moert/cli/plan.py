@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moert import source
 from moert.cli import common
 from moert.cli.progress import line_progress
-from moert.config import format_bytes, parse_bytes
+from moert.config import format_bytes, parse_budget
 from moert.devices import devices, load_device, this_machine
 from moert.errors import BudgetError, UsageError
 
@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _budgets(args: argparse.Namespace) -> list[int | None]:
     if args.sweep is None:
-        return [None if args.memory_budget is None else parse_bytes(args.memory_budget, "memory-budget")]
+        return [parse_budget(args.memory_budget)]
     if args.memory_budget is not None:
         raise UsageError("Give either --memory-budget or --sweep memory-budget=LOW:HIGH.")
     return [*common.parse_sweep(args.sweep, "memory-budget")]

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from moert.chat import Conversation
-from moert.cli.common import SAMPLING, Status, speeds, write_text
+from moert.cli.common import SAMPLING, Status, conclude, write_text
 from moert.config import format_bytes
 from moert.errors import MoertError, UsageError
 
@@ -137,7 +137,7 @@ class ChatSession:
             self.status.show("(the model ended the text at once; nothing was added to the conversation)")
         if not text or self.last is None:
             return
-        self.status.say(speeds(self.last))
+        conclude(self.llm, self.last, self.status)
         if finish == "length" and self.last.completion_tokens < self.params.max_tokens:
             self.status.show(
                 f"The context of {self.llm.ctx_size} tokens is full: /clear starts afresh; --ctx-size makes it larger."
@@ -201,6 +201,8 @@ class ChatSession:
                     format_bytes(value) if "bytes" in name else f"{value:.3g}" if isinstance(value, float) else value
                 )
             self.status.show(f"{name:36}{shown}")
+        for line in self.llm.plan.compare() if self.llm.plan is not None else ():
+            self.status.show(f"plan, {line}")
 
 
 def _parse(name: str, kind: Callable[[str], Any], value: str) -> Any:

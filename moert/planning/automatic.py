@@ -1,0 +1,98 @@
+"""The plan of a run whose settings are left to it, and how it turns out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moert.budget import available_bytes, library_bytes
+from moert.config import EngineConfig, format_bytes
+from moert.devices import this_machine
+from moert.meter import GenerationStats
+from moert.planning.predict import PROMPT_TOKENS, Prediction
+from moert.planning.recommend import recommend
+from moert.planning.routing import drawn
+from moert.shape import store_shape
+
+OFF = 0.25  # a speed that is so far from the predicted one is worth a word
+_ENOUGH = 32  # tokens, before that is judged
+
+
+@dataclass
+class Automatic:
+    """What was chosen for this machine, what it is predicted to do, and what it did so far.
+
+    device: where the machine's figures are from.
+    """
+
+    prediction: Prediction
+    device: str
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    _said: bool = False
+
+    @property
+    def line(self) -> str:
+        """What was chosen, and what for."""
+        p = self.prediction
+        return (
+            f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(p.budget_bytes)}; predicted are "
+            f"{p.decode_tokens_per_s:.1f} tokens/s and {p.hit_ratio:.0%} hits, by {self.device}"
+        )
+
+    def add(self, stats: GenerationStats) -> None:
+        """An answer has ended."""
+        self.peak_rss_bytes = stats.peak_rss_bytes
+        steps = stats.completion_tokens - 1
+        if stats.decode_tokens_per_s and steps > 0:
+            self.tokens += steps
+            self.seconds += steps / stats.decode_tokens_per_s
+
+    @property
+    def achieved(self) -> float | None:
+        """Tokens/s of all answers; None before there is one."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def compare(self) -> list[str]:
+        """Predicted and achieved, a line each."""
+        p, speed = self.prediction, self.achieved
+        lines = [f"memory: {format_bytes(p.peak_rss_bytes)} predicted, {format_bytes(self.peak_rss_bytes)} at the peak"]
+        if speed is not None:
+            off = f" ({speed / p.decode_tokens_per_s - 1:+.0%}, {self.tokens} tokens)"
+            lines.insert(0, f"speed: {p.decode_tokens_per_s:.1f} tokens/s predicted, {speed:.1f} achieved{off}")
+        return lines
+
+    def warning(self) -> str | None:
+        """That the plan is off, once, when there were enough tokens to tell."""
+        p, speed = self.prediction, self.achieved
+        if self._said or speed is None or self.tokens < _ENOUGH or abs(speed / p.decode_tokens_per_s - 1) <= OFF:
+            return None
+        self._said = True
+        return (
+            f"The plan is {speed / p.decode_tokens_per_s - 1:+.0%} off: {p.decode_tokens_per_s:.1f} tokens/s were "
+            f"predicted, {speed:.1f} achieved. It went by {self.device}"
+        )
+
+
+def choose(store: Path, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
+    """Precision and context for a store on this machine, so far as `config` leaves them open.
+
+    The budget stays open: the engine takes what the plan goes by, all that the model can use within 80% of what is
+    available. Raises BudgetError, with the least that would do, where nothing fits.
+    """
+    shape = store_shape(store)
+    profile, device = this_machine()
+    routes = drawn(shape, PROMPT_TOKENS)
+    choice = recommend(
+        shape,
+        replace(profile, library_bytes=float(library_bytes())),
+        routes.trace,
+        available_bytes(),
+        config.ctx_size,
+        recalls=routes.recalls,
+        kv_bits=config.kv_bits,
+        precisions=[config.precision] if config.precision else (),
+    )
+    plan = Automatic(choice.prediction, device)
+    return replace(config, precision=choice.precision, ctx_size=choice.ctx_size), plan
