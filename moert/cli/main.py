@@ -24,6 +24,7 @@ COMMANDS = {
     "train-router": "learn where a calibrated store needs bits",
     "train-predictor": "learn from traces which experts to read ahead",
     "simulate": "predict the speed on another device from a routing trace",
+    "profile": "measure this machine",
     "doctor": "check this machine and installation",
 }
 
