@@ -229,7 +229,8 @@ def measure(trace: Trace, source: str) -> RoutingStatistics:
     rates = seen.sum(0) / np.maximum(seen.sum((0, 2)), 1)[:, None]
     found["prompt"] = (answer.mean(0) * rates).sum(-1)
     curves = {kind: tuple(round(float(x), 3) for x in _at_depths(curve)) for kind, curve in found.items()}
-    return RoutingStatistics(trace.num_experts, trace.top_k, source=source, **curves)
+    next_, near, soon, late, prompt = (curves[kind] for kind in KINDS)
+    return RoutingStatistics(trace.num_experts, trace.top_k, next_, near, soon, late, prompt, source)
 
 
 def _uses(step: TraceStep, layers: Sequence[int], E: int) -> NDArray[np.bool_]:
