@@ -25,7 +25,9 @@ ALLOWED = {
     "store": {"errors", "memory", "quant", "models"},
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
-    "shape": {"errors", "budget", "models", "quant", "store", "source"},
+    "shape": {"errors", "budget", "foreign", "headers", "models", "quant", "store", "source"},
+    "foreign": {"errors", "models", "quant", "store"},
+    "headers": {"errors", "store", "source"},
     "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
     "profiling": {
         "api",
