@@ -29,6 +29,7 @@ ALLOWED = {
     "foreign": {"errors", "models", "quant", "store"},
     "headers": {"errors", "store", "source"},
     "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
+    "planning": {"errors", "config", "budget", "devices", "meter", "quant", "scheduler", "shape"},
     "profiling": {
         "api",
         "errors",
