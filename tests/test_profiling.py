@@ -3,7 +3,6 @@
 import json
 import os
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -398,9 +397,3 @@ def test_what_cannot_be_is_not_written(moert, monkeypatch):
     assert result.code == 1
     assert "What was measured cannot be (memory_bytes_per_s.value 1e+20 is more than any device has" in result.err
     assert not own_file().exists()
-
-
-def test_the_package_has_the_profiles_and_their_readme():
-    folder = Path(measure.__file__).parents[2]
-    names = {path.name for found in ("device_profiles", "moert/device_profiles") for path in (folder / found).glob("*")}
-    assert {"README.md", "server-2-core-amx.json"} <= names
