@@ -39,8 +39,9 @@ def from_hub(repo: str) -> Checkpoint:
     tensors = {}
     for file, metadata in found.files_metadata.items():
         for name, info in metadata.tensors.items():
-            begin, end = info.data_offsets
-            tensors[name] = TensorInfo(name, Path(repo, file), info.dtype, tuple(info.shape), begin, end - begin)
+            if found.weight_map.get(name) == file:  # the index decides: files may hold leftovers that it does not name
+                begin, end = info.data_offsets
+                tensors[name] = TensorInfo(name, Path(repo, file), info.dtype, tuple(info.shape), begin, end - begin)
     if config.get("tie_word_embeddings") is True:  # whether a head beside it is the same cannot be seen from here
         tensors.pop(HEAD, None)
     return Checkpoint(Path(repo), config, (), tensors)

@@ -38,6 +38,7 @@ class ModelShape:
     dense_bytes: by layer, all that is resident of it, which every token reads. head_bytes: final norm and head, read by
     every token too. embedding_bytes: resident, but a token reads one row; 0 where it is the head. store_bytes: of the
     files with weights; tokenizer and moert.json come on top. parameters: of the whole model.
+    calibrated: the store knows how sensitive its experts are, which `routed` precision wants.
     """
 
     name: str
@@ -157,6 +158,7 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=store.meta.dense_bits,
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
+        calibrated=store.meta.sensitivity is not None and store.meta.router_weights is not None,
     )
 
 
@@ -206,6 +208,7 @@ def _shape(
     dense_bits: int,
     store_bytes: int,
     counts: Sequence[int],
+    calibrated: bool = False,
 ) -> ModelShape:
     """counts: of every expert of every layer, how many slices it has."""
     by_layer, ends, embedding = [0] * arch.num_layers, 0, 0
@@ -246,4 +249,5 @@ def _shape(
         embedding_bytes=embedding,
         store_bytes=store_bytes,
         parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
+        calibrated=calibrated,
     )

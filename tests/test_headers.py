@@ -172,7 +172,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             tensors = files.setdefault(info.file.name, SimpleNamespace(tensors={})).tensors
             offsets = (info.offset, info.offset + info.nbytes)
             tensors[info.name] = SimpleNamespace(dtype=info.dtype, shape=list(info.shape), data_offsets=offsets)
-        return SimpleNamespace(files_metadata=files)
+        weight_map = {name: file for file, metadata in files.items() for name in metadata.tensors}
+        leftover = SimpleNamespace(dtype="BF16", shape=[1], data_offsets=(0, 2))
+        next(iter(files.values())).tensors["leftover"] = leftover
+        return SimpleNamespace(files_metadata=files, weight_map=weight_map)
 
     def snapshot(repo: str, **options: object) -> str:
         assert options["local_files_only"]
