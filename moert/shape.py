@@ -38,6 +38,7 @@ class ModelShape:
     dense_bytes: by layer, all that is resident of it, which every token reads. head_bytes: final norm and head, read by
     every token too. embedding_bytes: resident, but a token reads one row; 0 where it is the head. store_bytes: of the
     files with weights; tokenizer and moert.json come on top. parameters: of the whole model.
+    calibrated: the store knows how sensitive its experts are, which `routed` precision wants.
     """
 
     name: str
@@ -147,6 +148,7 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=meta.dense_bits,
         store_bytes=sum(file.size for file in meta.weights.values()),
         counts=counts,
+        calibrated=meta.sensitivity is not None and meta.router_weights is not None,
     )
 
 
@@ -175,6 +177,7 @@ def _known_family(
     dense_bits: int,
     store_bytes: int,
     counts: Sequence[int],
+    calibrated: bool = False,
 ) -> ModelShape:
     """counts: of every expert of every layer, how many slices it has."""
     by_layer = [0] * arch.num_layers
@@ -212,4 +215,5 @@ def _known_family(
         embedding_bytes=0 if tied else sizes[EMBEDDING],
         store_bytes=store_bytes,
         parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
+        calibrated=calibrated,
     )

@@ -25,6 +25,7 @@ ALLOWED = {
     "store": {"errors", "memory", "quant", "models"},
     "runtime": {"errors", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
+    "planning": {"errors", "config", "budget", "quant", "scheduler", "shape"},
     "shape": {"errors", "budget", "models", "quant", "store", "source"},
     "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
     "engine": {"errors", "config", "budget", "memory", "quant", "scheduler", "store", "runtime", "models", "slots"},
