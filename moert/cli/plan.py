@@ -244,11 +244,12 @@ class _Plan:
         return [found for *_, found in self.rows if not isinstance(found, BudgetError)]
 
     def choice(self) -> Choice | None:
-        """The recommendation, of what the device has the memory for; None where that is nothing."""
+        """The recommendation, of what the device has the memory for if any; None where nothing fits its budget."""
         from moert.planning.recommend import choose
 
         fitting = [p for p in self.predictions if p.budget_bytes <= self.profile.memory_bytes]
-        return choose(fitting, self.shape.calibrated) if fitting else None
+        every = fitting or self.predictions
+        return choose(every, self.shape.calibrated) if every else None
 
     def least(self) -> str:
         """Where nothing fits: what would."""
