@@ -8,23 +8,23 @@ conversion with the settings given would write, worked out from config.json and 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moert.budget import Needs, workspace_bytes
-from moert.models import registry
+from moert.errors import UnsupportedModelError
+from moert.foreign import ForeignModel
+from moert.headers import find_known, from_hub, known_model
 from moert.models.architecture import Architecture, kv_bytes
 from moert.quant.format import KEY_BLOCK, RAW_WIDTH, ExpertLayout, align
-from moert.source import Conversion, Status, checkpoint, find
-from moert.store.layout import CONFIG_FILE, EMBEDDING, HEAD, META_FILE, DenseTensor
-from moert.store.meta import read_meta
-from moert.store.plan import Plan
+from moert.source import Conversion, Status, checkpoint, downloaded, find, is_hub_id
+from moert.store.checkpoint import Checkpoint
+from moert.store.layout import EMBEDDING, DenseTensor, ExpertFile, build_header, stored_dense
+from moert.store.plan import Plan, check_settings
+from moert.store.reader import Store
 from moert.store.source import SourceModel
-
-_FINAL_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,72 +125,106 @@ def read_shape(
 ) -> ModelShape:
     """The sizes of what `-m` may name, None for the model that ships; no weights are read or downloaded.
 
-    conversion: settings for what is not converted yet; a store keeps its own. Raises StoreError, CheckpointError,
-    UnsupportedModelError.
+    Of a few public models, by hub id, NAME or `known:NAME`, the sizes come with moert; of others on the hub config.json
+    and headers are read. conversion: settings for what is not converted yet; a store keeps its own. Raises StoreError,
+    CheckpointError, UnsupportedModelError (no experts), UsageError (settings).
     """
     if store := find(model, conversion):
         return store_shape(store)
     assert model is not None
-    return _checkpoint_shape(SourceModel.open(checkpoint(model, offline=offline)), conversion, str(model))
+    name = str(model)
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if known := find_known(name):
+            return checkpoint_shape(known_model(known), conversion, known, "known sizes")
+        if is_hub_id(name) and not offline:
+            on_status(f"Reading the headers of {name} on the Hugging Face hub (no weights are downloaded).")
+            return checkpoint_shape(from_hub(name), conversion, name, "headers on the hub")
+        folder = downloaded(name) if is_hub_id(name) else folder
+    return checkpoint_shape(Checkpoint.open(checkpoint(folder)), conversion, name, "checkpoint folder")
 
 
 def store_shape(path: Path) -> ModelShape:
     """Of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
-    meta = read_meta(path / META_FILE)
-    arch = registry.architecture(json.loads((path / CONFIG_FILE).read_bytes()))
-    counts = [count for layer in meta.moe_layers for count in meta.expert_file(layer).counts]
-    return _known_family(
-        arch,
-        meta.layout,
-        meta.dense,
-        name=meta.source_name,
+    store = Store.open(path)
+    return _shape(
+        store.architecture,
+        store.meta.dense,
+        name=store.meta.source_name,
         origin="store",
-        dense_bits=meta.dense_bits,
-        store_bytes=sum(file.size for file in meta.weights.values()),
-        counts=counts,
-        calibrated=meta.sensitivity is not None and meta.router_weights is not None,
+        widths=store.meta.widths,
+        group_size=store.meta.group_size,
+        slice_bytes=store.layout.slice_sizes,
+        dense_bits=store.meta.dense_bits,
+        store_bytes=sum(file.size for file in store.meta.weights.values()),
+        counts=[count for counts in store.kept.values() for count in counts],
+        calibrated=store.meta.sensitivity is not None and store.meta.router_weights is not None,
     )
 
 
-def _checkpoint_shape(source: SourceModel, settings: Conversion, name: str) -> ModelShape:
-    plan = Plan(source, settings.widths, settings.group_size, settings.dense_bits, "", name)
-    arch = source.architecture
-    return _known_family(
+def checkpoint_shape(source: Checkpoint, settings: Conversion, name: str, origin: str) -> ModelShape:
+    """Of a checkpoint as it would be converted. Of its tensors only names, types and shapes are used."""
+    widths = check_settings(settings.widths, settings.group_size, settings.dense_bits)
+    arch: Architecture | ForeignModel
+    try:
+        model = SourceModel(source)
+    except UnsupportedModelError as error:
+        arch, why_not = ForeignModel(name, source.config, source.tensors.values()), str(error)
+        layout = ExpertLayout(arch.hidden_size, arch.expert_inner, settings.group_size, widths)
+        slice_bytes = arch.slice_sizes(layout)
+        dense = stored_dense(arch.dense_tensors(), arch.dense_dtype, settings.group_size, settings.dense_bits)
+        biases = arch.num_experts * (sum(slice_bytes) - sum(layout.slice_sizes))
+        files = (ExpertFile(layer, arch.num_experts, layout).size + biases for layer in arch.moe_layers)
+        store_bytes = len(build_header(t.entry for t in dense)) + sum(t.nbytes for t in dense) + sum(files)
+    else:
+        plan = Plan(model, widths, settings.group_size, settings.dense_bits, "", name)
+        arch, why_not, dense = model.architecture, "", plan.dense
+        slice_bytes, store_bytes = plan.layout.slice_sizes, plan.total_bytes
+    return _shape(
         arch,
-        plan.layout,
-        plan.dense,
+        dense,
         name=name,
-        origin="checkpoint folder",
+        origin=origin,
+        why_not=why_not,
+        widths=widths,
+        group_size=settings.group_size,
+        slice_bytes=slice_bytes,
         dense_bits=settings.dense_bits,
-        store_bytes=plan.total_bytes,
-        counts=[plan.layout.num_slices] * len(arch.moe_layers) * arch.num_experts,
+        store_bytes=store_bytes,
+        counts=[len(widths)] * len(arch.moe_layers) * arch.num_experts,
     )
 
 
-def _known_family(
-    arch: Architecture,
-    layout: ExpertLayout,
+def _shape(
+    arch: Architecture | ForeignModel,
     dense: Sequence[DenseTensor],
     *,
     name: str,
     origin: str,
+    why_not: str = "",
+    widths: tuple[int, ...],
+    group_size: int,
+    slice_bytes: tuple[int, ...],
     dense_bits: int,
     store_bytes: int,
     counts: Sequence[int],
     calibrated: bool = False,
 ) -> ModelShape:
     """counts: of every expert of every layer, how many slices it has."""
-    by_layer = [0] * arch.num_layers
-    sizes = {tensor.name: tensor.nbytes for tensor in dense}
-    for tensor, size in sizes.items():
-        if tensor.startswith("model.layers."):
-            by_layer[int(tensor.split(".")[2])] += size
-    tied = arch.tie_word_embeddings
-    weights = 3 * arch.hidden_size * arch.expert_inner
+    by_layer, ends, embedding = [0] * arch.num_layers, 0, 0
+    for tensor in dense:
+        if tensor.name.startswith("model.layers."):
+            by_layer[int(tensor.name.split(".")[2])] += tensor.nbytes
+        elif tensor.name == EMBEDDING and not arch.tie_word_embeddings:
+            embedding = tensor.nbytes
+        else:
+            ends += tensor.nbytes
+    weights = 3 * arch.hidden_size * arch.expert_inner + (arch.bias_elements if isinstance(arch, ForeignModel) else 0)
     return ModelShape(
         name=name,
         model_type=arch.model_type,
         origin=origin,
+        why_not=why_not,
         num_layers=arch.num_layers,
         moe_layers=arch.moe_layers,
         num_experts=arch.num_experts,
@@ -204,15 +238,15 @@ def _known_family(
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         kv_vectors=arch.kv_vectors,
-        kv_vector_size=arch.head_dim,
-        widths=layout.widths,
-        group_size=layout.group_size,
-        slice_bytes=layout.slice_sizes,
-        slice_counts=tuple(sum(n > i for n in counts) for i in range(layout.num_slices)),
+        kv_vector_size=arch.kv_vector_size,
+        widths=widths,
+        group_size=group_size,
+        slice_bytes=slice_bytes,
+        slice_counts=tuple(sum(n > i for n in counts) for i in range(len(widths))),
         dense_bits=dense_bits,
         dense_bytes=tuple(by_layer),
-        head_bytes=sizes[_FINAL_NORM] + sizes[EMBEDDING if tied else HEAD],
-        embedding_bytes=0 if tied else sizes[EMBEDDING],
+        head_bytes=ends,
+        embedding_bytes=embedding,
         store_bytes=store_bytes,
         parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
         calibrated=calibrated,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moert.errors import CheckpointError, MoertError, StoreError, UsageError
 
@@ -150,6 +150,11 @@ def warm_file(store: Path, precision: str) -> Path:
     return cache_folder() / "warm" / f"{store.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
 
+def is_hub_id(model: str | Path) -> TypeGuard[str]:
+    """Whether it has the form owner/name."""
+    return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None
+
+
 def checkpoint(model: str | Path, *, offline: bool = False, on_status: Status | None = None) -> Path:
     """The checkpoint folder that `model` names, downloaded from the hub if it is an id and not here yet."""
     folder = Path(model).expanduser()
@@ -161,14 +166,13 @@ def checkpoint(model: str | Path, *, offline: bool = False, on_status: Status | 
         raise CheckpointError(f"{folder} is neither a store (no {_META_FILE}) nor a checkpoint (no {_CONFIG_FILE}).")
     if folder.exists():
         raise CheckpointError(f"{folder} is a file, but a model is a folder: a store or a Hugging Face checkpoint.")
-    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise CheckpointError(f"There is no folder {folder}, and it is not a hub id (owner/name) either.")
     return _download(model, offline, on_status or (lambda text: None))
 
 
 def _download(repo: str, offline: bool, say: Status) -> Path:
     import huggingface_hub as hub
-    from huggingface_hub import errors
 
     from moert.models import registry
 
@@ -181,20 +185,47 @@ def _download(repo: str, offline: bool, say: Status) -> Path:
         return Path(hub.snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=offline))
     except MoertError:
         raise
-    except errors.GatedRepoError:
-        reason = f"it is gated: accept its terms at https://huggingface.co/{repo} and set HF_TOKEN"
-    except errors.RepositoryNotFoundError:
-        reason = "the hub has no such model, or it is private and HF_TOKEN is not set to a token that may read it"
-    except errors.LocalEntryNotFoundError:
-        reason = "it is not in the local cache, and "
-        reason += "--offline forbids to download it" if offline else "the hub cannot be reached (is there a network?)"
-    except errors.EntryNotFoundError:
-        reason = f"it has no {_CONFIG_FILE}, so it is not a Hugging Face checkpoint"
-    except ValueError as error:
-        reason = f"its name or its {_CONFIG_FILE} is not valid ({_first_line(error)})"
     except Exception as error:  # the HTTP library's errors differ between versions of the hub client
-        reason = _first_line(error)
-    raise CheckpointError(f"Cannot get {repo} from the Hugging Face hub: {reason}.")
+        raise hub_error(repo, offline, error) from error
+
+
+def downloaded(repo: str) -> Path:
+    """The checkpoint folder of a hub id, if it was downloaded before; no network is used. Raises CheckpointError."""
+    import huggingface_hub as hub
+
+    try:
+        return Path(hub.snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
+    except Exception as error:
+        raise hub_error(repo, True, error) from error
+
+
+def hub_error(repo: str, offline: bool, error: Exception) -> CheckpointError:
+    """What a user is told where the hub client raised `error` for `repo`."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            reason = f"it is gated: accept its terms at https://huggingface.co/{repo} and set HF_TOKEN"
+        case errors.RepositoryNotFoundError():
+            reason = "the hub has no such model, or it is private and HF_TOKEN is not set to a token that may read it"
+        case errors.LocalEntryNotFoundError():
+            reason = "it is not in the local cache, and "
+            reason += (
+                "--offline forbids to download it" if offline else "the hub cannot be reached (is there a network?)"
+            )
+        case errors.EntryNotFoundError():
+            reason = f"it has no {_CONFIG_FILE}, so it is not a Hugging Face checkpoint"
+        case errors.NotASafetensorsRepoError():
+            reason = "it has no weights in safetensors files (model.safetensors, or several with an index)"
+        case errors.SafetensorsParsingError():
+            reason = f"the header of one of its safetensors files is malformed ({_first_line(error)})"
+        case _ if re.search("Connect|Network|Timeout", type(error).__name__):  # of whichever HTTP library it uses
+            reason = f"the hub cannot be reached ({_first_line(error)})"
+        case ValueError():
+            reason = f"its name or its {_CONFIG_FILE} is not valid ({_first_line(error)})"
+        case _:
+            reason = _first_line(error)
+    return CheckpointError(f"Cannot get {repo} from the Hugging Face hub: {reason}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -192,6 +192,10 @@ class BitRouter:
         return float(2**high)
 
 
+# Of slices that a weight could ask for but none of the calibration text did: another text may, and wants a place for it.
+_RARE = 1e-9
+
+
 class RoutedPrecision(_Reproducible):
     """Widths from the router's output alone, of the given mean over the calibration text."""
 
@@ -214,7 +218,7 @@ class RoutedPrecision(_Reproducible):
         return self  # the router knows what is kept
 
     def shares(self, widths: Sequence[int]) -> list[float]:
-        return (self._shares + [0.0] * len(widths))[: self.slices(widths)]
+        return (self._shares + [_RARE] * len(widths))[: self.slices(widths)]
 
     def one(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[int]:
         rows = self._rows[layer]

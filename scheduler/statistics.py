@@ -37,7 +37,7 @@ from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep
 
 DEPTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the layers with experts: 0 first, 1 last
 KINDS = ("next", "near", "soon", "late", "prompt")
-_LAGS = {"next": range(1, 2), "near": range(2, 4), "soon": range(4, 13), "late": range(32, 1 << 30)}
+_LAGS = {"next": (1, 1), "near": (2, 3), "soon": (4, 12), "late": (32, 1 << 30)}  # from, to
 _DRIFT, _SOON, _NEAR = 16.0, 8.0, 2.5  # tokens: the slow part's time, and the middle of `soon` and `near`
 _GRID = np.linspace(0.0, 0.98, 50)  # correlations
 _PAIRS = 2000
@@ -221,15 +221,17 @@ def measure(trace: Trace, source: str) -> RoutingStatistics:
     answer = used[DECODE]
     if len(answer) < 40:
         raise ValueError(f"the trace of {trace.model} has only {len(answer)} tokens of decoding; statistics need 40")
+    far = max(32, len(answer) // 2)
     found = {
-        kind: np.mean([_shared(answer[lag:], answer[:-lag]) for lag in lags if lag <= max(32, len(answer) // 2)], 0)
-        for kind, lags in ((kind, range(lags.start, min(lags.stop, len(answer)))) for kind, lags in _LAGS.items())
+        kind: np.mean([_shared(answer[lag:], answer[:-lag]) for lag in range(first, min(last, far) + 1)], 0)
+        for kind, (first, last) in _LAGS.items()
     }
     seen = used[PREFILL] if len(used[PREFILL]) else answer
     rates = seen.sum(0) / np.maximum(seen.sum((0, 2)), 1)[:, None]
     found["prompt"] = (answer.mean(0) * rates).sum(-1)
     curves = {kind: tuple(round(float(x), 3) for x in _at_depths(curve)) for kind, curve in found.items()}
-    return RoutingStatistics(trace.num_experts, trace.top_k, source=source, **curves)
+    next_, near, soon, late, prompt = (curves[kind] for kind in KINDS)
+    return RoutingStatistics(trace.num_experts, trace.top_k, next_, near, soon, late, prompt, source)
 
 
 def _uses(step: TraceStep, layers: Sequence[int], E: int) -> NDArray[np.bool_]:

@@ -113,8 +113,12 @@ class Architecture:
 
     @property
     def kv_vectors(self) -> int:
-        """How many vectors of `head_dim` numbers a position takes in the KV cache, over all layers."""
+        """How many vectors of `kv_vector_size` numbers a position takes in the KV cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads
+
+    @property
+    def kv_vector_size(self) -> int:
+        return self.head_dim
 
     def dense_tensors(self) -> dict[str, TensorSpec]:
         """Canonical name -> spec of every tensor that is not an expert's; no lm_head where embeddings are tied."""

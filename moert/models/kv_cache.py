@@ -67,7 +67,7 @@ class KVCache:
     @staticmethod
     def bytes_per_position(arch: Architecture, dtype: torch.dtype = torch.float16) -> int:
         """Bytes of the keys and values of a position, over all layers."""
-        return kv_bytes(arch.kv_vectors, arch.head_dim, 8 * dtype.itemsize)
+        return kv_bytes(arch.kv_vectors, arch.kv_vector_size, 8 * dtype.itemsize)
 
     @staticmethod
     def bytes_for(arch: Architecture, ctx_size: int, dtype: torch.dtype = torch.float16) -> int:

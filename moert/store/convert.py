@@ -20,15 +20,15 @@ from torch import Tensor
 
 from moert.errors import CheckpointError, StoreError, UsageError
 from moert.quant import nested
-from moert.quant.format import GROUP_SIZES, RAW_WIDTH, check_widths
+from moert.quant.format import RAW_WIDTH
 from moert.store import cut
 from moert.store.calibration import Calibrated, CalibrationText
 from moert.store.fileio import atomic_file, readable
-from moert.store.layout import CONFIG_FILE, DENSE_FILE, DENSE_WIDTHS, TOKENIZER_FILE, DenseTensor, ExpertFile
+from moert.store.layout import CONFIG_FILE, DENSE_FILE, TOKENIZER_FILE, DenseTensor, ExpertFile
 from moert.store.meta import CopiedFile
 from moert.store.parallel import Workers, workers
 from moert.store.partial import Finished, Partial
-from moert.store.plan import Plan
+from moert.store.plan import Plan, check_settings
 from moert.store.quantiser import Quantiser, RoundToNearest
 from moert.store.reader import Store
 from moert.store.source import SourceModel, row_chunks
@@ -74,15 +74,7 @@ def convert(
     the output: a full disk, an OUT that exists, settings or a source other than those of the run to be resumed.
     """
     source, out = Path(source), Path(out)
-    try:
-        checked = check_widths(widths)
-    except ValueError as error:
-        raise UsageError(f"Cannot convert: {error}.") from error
-    if group_size not in GROUP_SIZES:
-        raise UsageError(f"Group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}.")
-    if dense_bits not in (*DENSE_WIDTHS, 16):
-        choices = ", ".join(map(str, DENSE_WIDTHS))
-        raise UsageError(f"Dense weights can be stored at {choices} or 16 bits, not {dense_bits}.")
+    checked = check_settings(widths, group_size, dense_bits)
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already: delete it or choose another name.")
     if out.resolve().is_relative_to(source.resolve()):

@@ -13,11 +13,12 @@ from typing import Any
 from moert import __version__
 from moert.errors import CheckpointError, UsageError
 from moert.quant.allocate import Allocation, allocate
-from moert.quant.format import ExpertLayout
+from moert.quant.format import GROUP_SIZES, ExpertLayout, check_widths
 from moert.store.fileio import json_bytes, readable
 from moert.store.layout import (
     CONFIG_FILE,
     DENSE_FILE,
+    DENSE_WIDTHS,
     TOKENIZER_FILE,
     ExpertFile,
     build_header,
@@ -51,6 +52,20 @@ LEAST_USAGE = 1e-3  # of the layer's mean: a text that is not the user's may not
 _LONGEST = 1.2345678901234567e-100  # no figure takes more characters
 _LONGEST_WEIGHT = 0.123456  # nor any router weight
 _LARGEST = (1 << 32) - 1  # checksum
+
+
+def check_settings(widths: Sequence[int], group_size: int, dense_bits: int) -> tuple[int, ...]:
+    """The widths, if a conversion can have these settings; UsageError where it cannot."""
+    try:
+        checked = check_widths(widths)
+    except ValueError as error:
+        raise UsageError(f"Cannot convert: {error}.") from error
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"Group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}.")
+    if dense_bits not in (*DENSE_WIDTHS, 16):
+        choices = ", ".join(map(str, DENSE_WIDTHS))
+        raise UsageError(f"Dense weights can be stored at {choices} or 16 bits, not {dense_bits}.")
+    return checked
 
 
 class Plan:
