@@ -64,11 +64,9 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_bandwidth(threads: int, size: int) -> float:
-    """Bytes per second at which `threads` threads read a buffer of `size` bytes: the fastest of a few loops.
-
-    The median of its tries, as the speeds that it is compared with are what the machine usually does, not its best.
-    """
+def read_bandwidths(threads: int, size: int) -> list[float]:
+    """Bytes per second at which `threads` threads read a buffer of `size` bytes, several tries of the fastest of a few
+    loops: the one with the best median, as the speeds that it is compared with are what the machine usually does."""
     torch.set_num_threads(threads)
     columns = 4096
     data = torch.ones(max(size // (4 * columns), 2) & ~1, columns)
@@ -80,7 +78,7 @@ def read_bandwidth(threads: int, size: int) -> float:
         lambda: torch.dot(half[0], half[1]),
     )
     seconds = [[_seconds(loop) for loop in loops] for _ in range(_READS)]
-    return data.nbytes / min(statistics.median(tries) for tries in zip(*seconds, strict=True))
+    return [data.nbytes / tried for tried in min(zip(*seconds, strict=True), key=statistics.median)]
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -89,13 +87,13 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def memory_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
-    """`read_bandwidth` in a process of its own: the buffer does not count as memory of the one that is measured.
+def memory_bandwidths(threads: int, size: int = BUFFER_BYTES) -> list[float]:
+    """`read_bandwidths` in a process of its own: the buffer does not count as memory of the one that is measured.
 
     The buffer is smaller where less than twice its size is available. Raises MoertError if the process fails.
     """
     size = min(size, available_bytes() // 2)
-    code = f"from moert.bench_kernels import read_bandwidth; print(read_bandwidth({threads}, {size}))"
+    code = f"from moert.bench_kernels import read_bandwidths; print(*read_bandwidths({threads}, {size}))"
     env = {**os.environ, "PYTHONPATH": str(Path(moert.__file__).parents[1])}
     # In a session of its own, so that Ctrl-C ends it through this process alone, without a traceback of its own.
     done = subprocess.run(
@@ -104,7 +102,12 @@ def memory_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise MoertError(f"The memory bandwidth could not be measured: {reason.rstrip('.')}.")
-    return float(done.stdout)
+    return [float(text) for text in done.stdout.split()]
+
+
+def memory_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
+    """The median of `memory_bandwidths`."""
+    return statistics.median(memory_bandwidths(threads, size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Costs:
     ) -> None:
         self.token_s, self.miss_s = profile.token_overhead_s, profile.miss_overhead_s
         self.load_s = profile.load_overhead_s
+        self._memory_bytes_per_s = profile.memory_bytes_per_s
         self.sizes = sizes
         self.dense_s = [profile.layer_overhead_s + n * profile.dense_s_per_byte for n in dense_bytes]
         rates = [profile.expert_cost(width) for width in widths]
@@ -33,6 +34,10 @@ class Costs:
     def expert_s(self, layer: int, slices: int) -> float:
         """Time to compute an expert with so many slices, at least one, once they are in memory."""
         return self._expert_s[layer][slices - 1]
+
+    def traffic_s(self, load: Load) -> float:
+        """What computing loses because the bytes of a read go into the same memory that it reads weights from."""
+        return self.nbytes(load) / self._memory_bytes_per_s
 
     def nbytes(self, load: Load) -> int:
         return sum(self.sizes[load.layer][load.first : load.last])

@@ -220,7 +220,9 @@ class Replay:
 
     def _submit(self, load: Load, ahead: bool = False) -> Read:
         self._compute(self.costs.load_s)
-        return self.disk.submit(self.now, self.costs.nbytes(load), ahead)
+        read = self.disk.submit(self.now, self.costs.nbytes(load), ahead)
+        self._compute(self.costs.traffic_s(load))
+        return read
 
     def _wait(self, read: Read) -> None:
         done = self.disk.wait(read)

@@ -29,7 +29,7 @@ DEVICE = Profile(
     disk_chunk_bytes=10.0,
     disk_direct=True,
     memory_bytes=1e9,
-    memory_bytes_per_s=100.0,
+    memory_bytes_per_s=1e15,
     library_bytes=1.0,
     expert_s_per_byte={2: 0.01, 3: 0.01, 4: 0.01},
     dense_s_per_byte=0.1,
@@ -119,6 +119,14 @@ def test_missing_layers_and_overheads():
     first = 4 + 2 * (1.25 + 0.0625 + 0.125 + 0.5 + 10 + 1)
     second = 4 + 2 * 1.25 + 1
     assert simulate(trace, 200, device=device).run.decode_tokens_per_s == pytest.approx(2 / (first + second))
+
+
+def test_reads_slow_down_what_computes_meanwhile():
+    """100 bytes take 2 s of the memory's time. One expert is read, 10.5 s, while the other computes, 15 s."""
+    device = dataclasses.replace(DEVICE, memory_bytes_per_s=50.0, expert_s_per_byte={4: 0.15})
+    trace = trace_of(step([(0, 0.5), (1, 0.5)], phase=PREFILL), step([(0, 0.6), (2, 0.4)]))
+    seconds = 1 + 2 + 15 + 15
+    assert simulate(trace, 200, device=device).run.decode_tokens_per_s == pytest.approx(1 / seconds)
 
 
 def test_a_right_prediction_hides_reading_and_a_wrong_one_costs_one_chunk():

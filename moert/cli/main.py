@@ -25,6 +25,7 @@ COMMANDS = {
     "train-predictor": "learn from traces which experts to read ahead",
     "plan": "what a memory budget buys, before anything is downloaded",
     "simulate": "predict the speed on another device from a routing trace",
+    "profile": "measure this machine",
     "doctor": "check this machine and installation",
 }
 

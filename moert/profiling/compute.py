@@ -1,4 +1,4 @@
-"""Kernels and attention, out of memory: what a byte of weights takes when decoding, and a multiply-accumulate in a prompt.
+"""Kernels and attention: what a byte of weights out of memory takes when decoding, and how fast prompts are computed.
 
 Decoding takes the kernels' own time: what Python adds is measured apart, see overheads.py.
 """

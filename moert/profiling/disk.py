@@ -39,11 +39,13 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Target:
-    """Files to read at random, and the sizes of reads, ascending multiples of 4096 bytes. name: for people."""
+    """Files to read at random, and the sizes of reads, ascending multiples of 4096 bytes. name, what: for people, with
+    their folder and without."""
 
     files: tuple[Path, ...]
     sizes: tuple[int, ...]
     name: str
+    what: str
 
     def place(self, size: int, draw: random.Random) -> tuple[Path, int]:
         """A file, and a position in it behind which so many bytes stand."""
@@ -71,7 +73,7 @@ def read_sizes(layout: ExpertLayout) -> tuple[int, ...]:
 def store_target(store: Store) -> Target:
     """The experts of a store."""
     files = sorted({store.location(layer, 0).file for layer in store.moe_layers})
-    return Target(tuple(files), read_sizes(store.layout), f"the experts of {store.path}")
+    return Target(tuple(files), read_sizes(store.layout), f"The store {store.path}", "the experts of a store")
 
 
 @contextlib.contextmanager
@@ -86,7 +88,8 @@ def written_target(folder: Path, layout: ExpertLayout, progress: Progress) -> It
                 f"{format_bytes(FILE_BYTES)} to read from cannot be written to {folder}: {error.strerror or error}; "
                 "name another folder with --disk, or a store with -m."
             ) from None
-        yield Target((path,), read_sizes(layout), f"a file in {folder}")
+        what = f"a file of {format_bytes(FILE_BYTES)}"
+        yield Target((path,), read_sizes(layout), f"The file {path}", what)
     finally:
         path.unlink(missing_ok=True)
 

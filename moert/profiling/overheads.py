@@ -42,7 +42,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds: of a token, of each layer, of a layer in which something is missing, of each read. model: measured on."""
+    """Seconds: of a token, of each layer, of a layer in which something is missing, of each read. model: for people."""
 
     token_s: Measured
     layer_s: Measured
@@ -52,9 +52,10 @@ class Overheads:
 
 
 class _Sweeper(Spans):
-    """Notes when the experts of each layer are asked for, and fills the caches there and wherever something was computed.
+    """Notes when the experts of each layer are asked for, and fills the caches there and where something was computed.
 
-    nbytes: 0 to leave the caches alone. swept_s: what that took. marks: for each layer the time beside sweeps and kernels.
+    nbytes: 0 to leave the caches alone. swept_s: what that took. marks: of each layer, the time beside sweeps and
+    kernels.
     """
 
     def __init__(self, nbytes: int) -> None:

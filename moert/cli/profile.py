@@ -1,0 +1,119 @@
+"""Measure this machine in under two minutes: disk, memory, kernels, what decoding takes beside them, a GPU. The figures
+are kept in a device profile, which moert uses from then on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moert.cli import common
+from moert.cli.progress import line_progress
+from moert.config import format_bytes
+from moert.devices import own_file
+from moert.errors import ProfileError, UsageError
+from moert.source import Conversion, find
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+STDOUT = "-"
+COLUMNS = ("figure", "value", "kind", "spread")
+_BUSY = 0.5  # load from which on figures suffer
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", metavar="STORE", help="measure the disk and the layout of this store")
+    parser.add_argument(
+        "--disk", type=Path, metavar="FOLDER", help="measure the disk of this folder, with a file that is deleted again"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the profile there (default: where moert finds it); -: print it"
+    )
+    parser.add_argument("--name", default="this-machine", help="name of the device in the profile")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
+    parser.add_argument("--json", action="store_true", help="print the profile instead of a table of it")
+    common.add_quiet_option(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    status = common.Status(args.quiet)
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"threads {args.threads} must be at least 1.")
+    if not args.name.strip():
+        raise UsageError("The device needs a --name.")
+    if args.model is not None and args.disk is not None:
+        raise UsageError("Give either -m or --disk: they name the disk to measure.")
+    store = None if args.model is None else find(args.model, Conversion())
+    if args.model is not None and store is None:
+        raise UsageError(f"{args.model} is no store, and none was made from it: moert convert makes one.")
+    with status.spinner("Loading moert"):
+        from moert.engine import default_threads
+        from moert.profiling import measure
+        from moert.quant.dispatch import wrong_request
+    if wrong_request is not None:
+        raise UsageError(f"{wrong_request}.")
+    path = None if args.out == STDOUT else own_file() if args.out is None else Path(args.out).expanduser()
+    if path is not None:
+        measure.check_writable(path)
+    _say_if_busy(status)
+    with line_progress(status) as progress:
+        threads = args.threads or default_threads()
+        content = measure.measure_device(args.name, store, args.disk, threads, progress, status.say)
+    if path is None or args.json:
+        print(measure.as_text(content), end="")
+    else:
+        _print_table(content)
+    if path is not None:
+        try:
+            measure.write_profile(path, content)
+        except ProfileError:
+            if not args.json:  # two minutes' work is not thrown away
+                print(measure.as_text(content), end="")
+            raise
+        use = "moert uses it from now on" if path == own_file() else f"use it with --device {path}"
+        status.say(f"written to {path}: {use}")
+    return 0
+
+
+def _say_if_busy(status: common.Status) -> None:
+    from moert.bench_kernels import load_average
+
+    load = load_average()
+    if load is not None and load > _BUSY:
+        status.say(f"other programs were busy in the last minute (load {load:.1f}): figures may come out too low")
+
+
+def _print_table(content: Mapping[str, Any]) -> None:
+    common.print_cells(COLUMNS)
+    common.print_cells(["---", "---:", "---", "---:"])
+    for name, figure in content["figures"].items():
+        spread = f"{figure['spread']:.1%}" if "spread" in figure else ""
+        for row, value in _values(name, figure["value"]):
+            common.print_cells([row, value, figure["kind"], spread])
+
+
+def _values(name: str, value: Any) -> list[tuple[str, str]]:
+    """Rows of a figure: of one with several values, one for each."""
+    if isinstance(value, dict):
+        return [(f"{name} {width} bits", _text(name, number)) for width, number in value.items()]
+    if isinstance(value, list):
+        rows = []
+        for item in value:
+            what = f"{name} {item['readers']} x {format_bytes(item['size_bytes'])}"
+            rows.append((what, f"{item['bytes_per_s'] / 1e9:.2f} GB/s, {item['latency_s'] * 1e3:.2f} ms"))
+        return rows
+    return [(name, _text(name, value))]
+
+
+def _text(name: str, value: Any) -> str:
+    """With a unit that suits people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes_per_s"):
+        return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_s_per_byte"):
+        return f"{1e-9 / value:.2f} GB/s"
+    if name.endswith("_macs_per_s"):
+        return f"{value / 1e9:.0f} G/s"
+    return format_bytes(value) if name.endswith("_bytes") else f"{value * 1e6:.0f} us"
