@@ -162,10 +162,10 @@ class BitRouter:
     def shares(self, thresholds: Floats) -> list[float]:
         """Of all uses of experts by the calibration text, the share with more than i slices; the first is 1."""
         counts, quantiles = self._usage[:, 0], self._usage[:, 1:]
-        below, bounded = np.zeros(thresholds.shape), np.minimum(thresholds, 2.0)  # above any router weight
-        for low, high in zip(quantiles.T[:-1, :, None], quantiles.T[1:, :, None], strict=True):
-            step = np.maximum(high - low, 1e-30)  # where both are the same, all at once
-            below += np.clip((bounded - low) / step, 0, 1)
+        low, high = quantiles[:, None, :-1], quantiles[:, None, 1:]
+        bounded = np.minimum(thresholds, 2.0)[..., None]  # above any router weight
+        step = np.maximum(high - low, 1e-30)  # where both are the same, all at once
+        below = np.clip((bounded - low) / step, 0, 1).sum(-1)
         above = 1 - below / (quantiles.shape[1] - 1)
         return [1.0, *(counts @ above / counts.sum()).tolist()]
 
