@@ -162,10 +162,10 @@ class BitRouter:
     def shares(self, thresholds: Floats) -> list[float]:
         """Of all uses of experts by the calibration text, the share with more than i slices; the first is 1."""
         counts, quantiles = self._usage[:, 0], self._usage[:, 1:]
-        below, bounded = np.zeros(thresholds.shape), np.minimum(thresholds, 2.0)  # above any router weight
-        for low, high in zip(quantiles.T[:-1, :, None], quantiles.T[1:, :, None], strict=True):
-            step = np.maximum(high - low, 1e-30)  # where both are the same, all at once
-            below += np.clip((bounded - low) / step, 0, 1)
+        low, high = quantiles[:, None, :-1], quantiles[:, None, 1:]
+        bounded = np.minimum(thresholds, 2.0)[..., None]  # above any router weight
+        step = np.maximum(high - low, 1e-30)  # where both are the same, all at once
+        below = np.clip((bounded - low) / step, 0, 1).sum(-1)
         above = 1 - below / (quantiles.shape[1] - 1)
         return [1.0, *(counts @ above / counts.sum()).tolist()]
 
@@ -192,6 +192,10 @@ class BitRouter:
         return float(2**high)
 
 
+# Of slices that a weight could ask for but none of the calibration text did: another text may, and wants a place for it.
+_RARE = 1e-9
+
+
 class RoutedPrecision(_Reproducible):
     """Widths from the router's output alone, of the given mean over the calibration text."""
 
@@ -214,7 +218,7 @@ class RoutedPrecision(_Reproducible):
         return self  # the router knows what is kept
 
     def shares(self, widths: Sequence[int]) -> list[float]:
-        return (self._shares + [0.0] * len(widths))[: self.slices(widths)]
+        return (self._shares + [_RARE] * len(widths))[: self.slices(widths)]
 
     def one(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[int]:
         rows = self._rows[layer]

@@ -65,8 +65,8 @@ class Totals:
 class Replay:
     """One run through a trace. asks: for each visit of a layer, what is asked of it; then its layer and step.
 
-    overlap: whether anything computes while something is read. parts: so many steps of the trace stand for a token, each
-    for some of its layers: what comes first in the next one is then predicted at the end of the one before.
+    overlap: whether anything computes while something is read. parts: so many steps of the trace stand for a token,
+    each for some of its layers: what comes first in the next one is then predicted at the end of the one before.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moert.scheduler.capacity import slots_for
 from moert.scheduler.precision import BitRouter, FixedPrecision, RoutedPrecision, parse_precision
 
 LAYERS, EXPERTS, TOKENS, TOP_K = 2, 8, 4000, 3
@@ -105,6 +106,16 @@ def test_a_chunk_gets_the_widths_of_its_tokens_one_by_one(exponent):
     experts = np.zeros((len(around), 1), dtype=np.int64)
     many = precision.many(0, experts, around[:, None])[:, 0].tolist()
     assert many == [precision.one(0, [0], [w])[0] for w in around.tolist()]
+
+
+def test_slices_that_the_text_never_asked_for_have_a_place():
+    """The calibration text had weights of a half alone; another text may have more, so every slice gets a slot."""
+    usage = {0: [[1.0, *[0.5] * 17]]}
+    precision = RoutedPrecision(3, BitRouter((2, 3, 4), {0: [[0.1, 0.03, 0.01]]}, {0: 2.0}, usage))
+    assert precision.one(0, [0], [1.0]) == [3]
+    shares = precision.shares((2, 3, 4))
+    assert len(shares) == 3
+    assert min(slots_for(500, (50, 50, 50), (20, 20, 20), shares)) >= 1
 
 
 def test_shares_are_those_of_the_text():

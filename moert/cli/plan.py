@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from moert.shape import ModelShape
 
 SCHEMA_VERSION = 1
-COLUMNS = ("budget", "precision", "context", "decode", "prefill", "first token", "hits", "read/token", "mean width")
-COLUMNS += ("perplexity", "peak memory")
+COLUMNS = (
+    *("budget", "precision", "context", "decode", "prefill", "first token", "hits", "read/token", "mean width"),
+    *("perplexity", "peak memory"),
+)
 _POINTS = 8  # budgets of a plot, where no sweep says which
 
 
@@ -148,7 +150,7 @@ def _assumed(
 ) -> Iterator[str]:
     per_token = format_bytes(shape.top_k * len(shape.moe_layers) * shape.expert_bytes(99))
     yield (
-        f"{shape.name} ({shape.model_type}, {shape.origin}): {shape.parameters / 1e9:.3g} G parameters,"
+        f"{_title(shape)} ({shape.model_type}, {shape.origin}): {shape.parameters / 1e9:.3g} G parameters,"
         f" {shape.active_parameters / 1e9:.3g} G of them for a token; {len(shape.moe_layers)} layers of"
         f" {shape.num_experts} experts, {shape.top_k} per token"
     )
@@ -169,6 +171,11 @@ def _assumed(
     if not shape.calibrated and shape.widths[-1] < 16:
         yield "note: converted with rounding; --calibrate makes narrow widths better and routed:B possible."
     yield f"prompt: {args.prompt_tokens} tokens, no expert in memory before; prefill: 512 tokens later on"
+
+
+def _title(shape: ModelShape) -> str:
+    """Its name; of a path the last part."""
+    return Path(shape.name).name if Path(shape.name).is_absolute() else shape.name
 
 
 def _quality_note(shape: ModelShape) -> str:
@@ -237,11 +244,12 @@ class _Plan:
         return [found for *_, found in self.rows if not isinstance(found, BudgetError)]
 
     def choice(self) -> Choice | None:
-        """The recommendation, of what the device has the memory for; None where that is nothing."""
+        """The recommendation, of what the device has the memory for if any; None where nothing fits its budget."""
         from moert.planning.recommend import choose
 
         fitting = [p for p in self.predictions if p.budget_bytes <= self.profile.memory_bytes]
-        return choose(fitting, self.shape.calibrated) if fitting else None
+        every = fitting or self.predictions
+        return choose(every, self.shape.calibrated) if every else None
 
     def least(self) -> str:
         """Where nothing fits: what would."""
@@ -265,7 +273,7 @@ class _Plan:
             for name in self._slices
             if (mine := [found for _, n, _, found in self.rows if n == name and not isinstance(found, BudgetError)])
         ]
-        plot.draw_plan(path, curves, self.profile.memory_bytes, self.profile.name, self.shape.name)
+        plot.draw_plan(path, curves, self.profile.memory_bytes, self.profile.name, _title(self.shape))
 
 
 def _as_dict(plan: _Plan, about: str, choice: Choice | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moert.shape import ModelShape
 
 PROMPT_TOKENS = 256  # of the first prompt, whose time to first token is predicted
 RECALLS = (0.8,)  # of a router applied one layer early, where nothing is known of the model: FATE, arXiv 2502.12224
-MOST_LAYERS, MOST_TOKENS = 12, 96  # simulated
+MOST_LAYERS, MOST_TOKENS = 16, 96  # simulated
 # What is resident beside weights, keys, values and experts was measured on two models with prompts of 16 to 512 tokens:
 # the libraries less what a budget adds for growth and rounding, and this share of the upper estimate of the workspace.
 _LIBRARY_SLACK, _WORKSPACE_SHARE = 56 << 20, 0.6
@@ -72,12 +72,13 @@ def predict(
     recalls: tuple[float, ...] = RECALLS,
     kv_bits: int | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
-    most_layers: int = MOST_LAYERS,
+    most_tokens: int = MOST_TOKENS,
 ) -> Prediction:
     """Simulate decoding of `trace` at one setting, and work out the rest from the profile.
 
     memory_budget: bytes for everything; None: all that is of use, within 80% of what is `available` beyond libraries.
     trace: of this model, or drawn for it. recalls: what the next layers' routers know, one for each layer ahead.
+    most_tokens: so many of the trace's answer are simulated.
     Raises BudgetError with the least that would do, UsageError for a precision that the model cannot have or a trace
     of another model.
     """
@@ -89,7 +90,7 @@ def predict(
     budget = split_budget(needs, memory_budget, None, available)
     settings = Settings(budget.arena, precision, shape.widths, recalls=recalls[:1], sizes=mean_sizes(shape))
     try:
-        found = estimate(trace, profile, settings, most_layers=most_layers, most_tokens=MOST_TOKENS)
+        found = estimate(trace, profile, settings, most_layers=MOST_LAYERS, most_tokens=most_tokens)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
     decoding = found.decoding

@@ -21,6 +21,7 @@ CLOSE = 0.9  # of the fastest: not worth less quality
 LEAST_WIDTH = 2.5  # bits: small models hardly show what fewer cost, large ones do
 CONTEXTS = (4096, 2048, 1024)  # what is worth taking from the experts
 SMALL_CONTEXTS = (1024, 512, 256)  # where no more fits
+_TOKENS = 48  # simulated: half of what a table gets, since a program waits for it before it starts
 _KV_SHARE = 0.25  # of the memory that experts and context share
 
 
@@ -106,6 +107,7 @@ def recommend(
                 available=available,
                 recalls=recalls,
                 kv_bits=kv_bits,
+                most_tokens=_TOKENS,
             )
         except BudgetError as error:
             least = error if least is None or error.least_bytes < least.least_bytes else least
