@@ -136,7 +136,8 @@ def parse_profile(data: Any) -> Profile:
     for name, found in figures.items():
         figure = _object(found, name, ("value", "kind", "source", "date"), (*_FIGURE, "spread"))
         _origin(figure, name)
-        values[name] = _READ.get(name, _number)(figure["value"], f"{name}.value", name)
+        read: Callable[[Any, str, str], Any] = _READ.get(name, _number)
+        values[name] = read(figure["value"], f"{name}.value", name)
     date = max(figure["date"] for figure in figures.values())
     profile = Profile(name=content["name"], description=content["description"], date=date, **values)
     _together(profile)

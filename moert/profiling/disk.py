@@ -91,7 +91,8 @@ def written_target(folder: Path, layout: ExpertLayout, progress: Progress) -> It
         what = f"a file of {format_bytes(FILE_BYTES)}"
         yield Target((path,), read_sizes(layout), f"The file {path}", what)
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or there is no such folder
+            path.unlink()
 
 
 def _write(path: Path, progress: Progress) -> None:

@@ -88,31 +88,40 @@ class _Sweeper(Spans):
 
 
 def measure_overheads(store: Store, shipped: Store, threads: int, progress: Progress) -> Overheads:
-    """Decode with `store` where its experts are large and fit into memory for a token or three, else with `shipped`."""
+    """Decode with `store` where its experts are large and those of three tokens fit into memory, else with `shipped`.
+
+    Raises ProfileError where that does not tell what costs how much.
+    """
+    found = _of_large(store, threads, progress) or _of_small(shipped, threads, progress)
+    if found is None:
+        raise ProfileError(f"Decoding with {shipped.path} did not give what it takes to tell costs apart: try again.")
+    return found
+
+
+def _of_large(store: Store, threads: int, progress: Progress) -> Overheads | None:
     touched = len(store.moe_layers) * store.architecture.top_k * sum(store.layout.slice_sizes)
     arena = min(3 * touched, store.experts_bytes(store.layout.num_slices))
-    large = sum(store.layout.slice_sizes) >= LARGE_EXPERT and store.dense_bytes + arena < available_bytes() // 2
-    if not large:
-        store = shipped
-    if len(store.moe_layers) < 2:
-        raise ProfileError(f"{store.path} has too few layers with experts to measure what a layer takes.")
+    if sum(store.layout.slice_sizes) < LARGE_EXPERT or store.dense_bytes + arena > available_bytes() // 2:
+        return None
+    vocabulary = range(store.architecture.vocab_size)
     draw = random.Random(0)
-    vocab_size = store.architecture.vocab_size
-    if large:
-        with _decoding(store, threads, arena, sweep=0) as run:
-            same = [draw.randrange(vocab_size)] * LARGE_TOKENS  # which has all of its experts in memory from then on
-            resident = run.decode(same, progress, "all in memory")
-            others = draw.choices(range(vocab_size), k=max(LARGE_READS // touched, 8))
-            missing = [run.decode(others, progress, "some experts in memory")]
-    else:
-        every, ids = store.experts_bytes(store.layout.num_slices), draw.choices(range(vocab_size), k=TOKENS)
-        with _decoding(store, threads, every, SWEEP_BYTES) as run:
-            resident = run.decode(ids, progress, "all in memory")
-        missing = []
-        for share in SHARES:
-            least = sum(store.layout.slice_sizes)
-            with _decoding(store, threads, max(int(share * every), least), SWEEP_BYTES) as run:
-                missing.append(run.decode(ids, progress, f"{share:.0%} of the experts in memory"))
+    with _decoding(store, threads, arena, sweep=0) as run:
+        same = [draw.choice(vocabulary)] * LARGE_TOKENS  # which has nearly all of its experts in memory from then on
+        resident = run.decode(same, progress, "all in memory")
+        others = draw.choices(vocabulary, k=max(LARGE_READS // touched, 8))
+        missing = run.decode(others, progress, "some experts in memory")
+    return _overheads(resident, [missing], store)
+
+
+def _of_small(store: Store, threads: int, progress: Progress) -> Overheads | None:
+    every, one = store.experts_bytes(store.layout.num_slices), sum(store.layout.slice_sizes)
+    ids = random.Random(0).choices(range(store.architecture.vocab_size), k=TOKENS)
+    with _decoding(store, threads, every, SWEEP_BYTES) as run:
+        resident = run.decode(ids, progress, "all in memory")
+    missing = []
+    for share in SHARES:
+        with _decoding(store, threads, max(int(share * every), one), SWEEP_BYTES) as run:
+            missing.append(run.decode(ids, progress, f"{share:.0%} of the experts in memory"))
     return _overheads(resident, missing, store)
 
 
@@ -124,11 +133,12 @@ class _Decoded:
     layers: Array
 
 
-def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) -> Overheads:
+def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) -> Overheads | None:
+    """None where there is too little to go by."""
     hits = resident.layers[resident.layers[:, 1] == 0]
     misses = np.concatenate([run.layers[run.layers[:, 1] > 0] for run in missing])
     if len(resident.tokens) < _PARTS or len(hits) < _PARTS or len(misses) < _PARTS:
-        raise ProfileError(f"Decoding with {store.path} did not give what it takes to tell costs apart: try again.")
+        return None
     parts = [slice(number, None, _PARTS) for number in range(_PARTS)]
     layer = [float(np.median(hits[part, 0])) for part in parts]
     L = store.architecture.num_layers
