@@ -44,6 +44,7 @@ def test_a_checkpoint_has_the_sizes_of_the_store_that_is_made_of_it(
     assert (found.origin, expected.origin) == ("store", "checkpoint folder")
     for shape in (found, expected):
         assert shape.runnable
+        assert not shape.calibrated
         assert shape.slice_bytes == store.layout.slice_sizes
         assert shape.resident_bytes == store.dense_bytes
         files = [path.stat().st_size for path in store.path.glob("*.safetensors")]
@@ -72,6 +73,7 @@ def test_a_store_that_was_cut_to_a_size(calibrated: Path, tmp_path: Path, tiny_c
     shape = read_shape(store.path, Conversion())
     assert shape.slice_counts == tuple(store.experts_with(i) for i in range(3))
     assert shape.slice_counts[2] < shape.slice_counts[0]
+    assert shape.calibrated
     for slices in (1, 2, 3):
         assert shape.needs(1, 64, slices) == needs_of(store, None, 64, slices, 1)
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moert.scheduler.profile import Profile
+from moert.scheduler.profile import read_profile
 from moert.scheduler.simulator import Settings, Simulator
 from moert.scheduler.statistics import DEFAULT, DEPTHS, KINDS, PUBLISHED, draw, measure, statistics_for
 from moert.scheduler.trace import DECODE, PREFILL, Trace, read_trace
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-DEVICE = Profile("d", "d", 2e9, 1e-4, 1e6, 8e9, 1e10, {4: 1e-10}, 1e-10, 0.0, 0.0)
+DEVICE = Path(__file__).parents[1] / "device_profiles" / "jetson-orin-nano-8gb.json"
 
 
 def sizes(layers: int = 12, num_experts: int = 128, top_k: int = 8) -> SimpleNamespace:
@@ -122,7 +122,7 @@ def test_caches_find_in_a_drawn_trace_what_they_find_in_the_recorded_one(
     drawn = replace(drawn, expert_bytes=real.expert_bytes)
 
     def hits(trace: Trace, mib: int) -> tuple[float, float]:
-        found = Simulator(trace, DEVICE).run(Settings(mib << 20, "fixed:4", recalls=()))
+        found = Simulator(trace, read_profile(DEVICE)).run(Settings(mib << 20, "fixed:4", recalls=()))
         return found.run.hit_ratio, found.lru.hit_ratio
 
     for mib in budgets:
