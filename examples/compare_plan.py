@@ -87,9 +87,13 @@ def _tokens(llm, args: argparse.Namespace, count: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     if args.text is None:
         return [draw.randrange(llm.store.architecture.vocab_size) for _ in range(count)]
-    ids = llm.tokenizer.encode(args.text.read_text(encoding="utf-8"))
-    begin = draw.randrange(max(len(ids) - count, 1))
-    return ids[begin : begin + count]
+    text = args.text.read_text(encoding="utf-8")
+    long = 8 * count  # characters, more than enough; encoding all of a long text would take memory of its own
+    begin = draw.randrange(max(len(text) - long, 1))
+    ids = llm.tokenizer.encode(text[begin : begin + long])
+    if len(ids) < count:
+        raise SystemExit(f"{args.text} is too short: {len(ids)} tokens, but {count} are needed")
+    return ids[:count]
 
 
 def child(args: argparse.Namespace, budget: int | None, precision: str, seed: int, *more: str) -> dict[str, float]:
