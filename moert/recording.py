@@ -15,18 +15,23 @@ from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.quant.format import ExpertLayout
 from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep, writer
+from moert.store.layout import EMBEDDING, HEAD
 from moert.store.reader import Store
 
 
 def trace_shape(store: Store) -> Trace:
-    """A trace of this model without steps. An expert's bytes at 4 bits are those of widths 2, 3 and 4."""
+    """A trace of this model without steps. An expert's bytes at 4 bits are those of widths 2, 3 and 4.
+
+    The head, which every token reads, counts to the last layer; of an embedding beside it a token reads but a row.
+    """
     arch, layout = store.architecture, store.layout
     expert = ExpertLayout(layout.hidden, layout.inner, 64, (2, 3, 4)).bytes_at(4)
     dense = [0] * arch.num_layers
+    tied = all(tensor.name != HEAD for tensor in store.meta.dense)
     for tensor in store.meta.dense:
         place = tensor.name.split(".")
-        if place[1] == "layers":
-            dense[int(place[2])] += tensor.nbytes
+        if tied or tensor.name != EMBEDDING:
+            dense[int(place[2]) if place[1] == "layers" else -1] += tensor.nbytes
     experts = tuple(expert if moe else 0 for moe in arch.is_moe_layer)
     name = Path(store.meta.source_name).name
     return Trace(name, arch.num_layers, store.num_experts, arch.top_k, experts, tuple(dense), ())

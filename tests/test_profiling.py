@@ -195,7 +195,7 @@ def test_overheads_of_the_model_that_ships(small, monkeypatch, large):
     found = overheads.measure_overheads(store, store, 1, said.append)
     assert min(found.token_s.value, found.miss_s.value, found.load_s.value) >= 0
     assert found.layer_s.value > 0
-    assert found.model == "demo_model (6 layers, experts of 60.0 KiB)"
+    assert found.model == "a model of 6 layers with experts of 60.0 KiB"
     assert any("some experts in memory" in text for text in said) == large
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moert import LLM, SamplingParams
+from moert.recording import trace_shape
 from moert.scheduler.trace import DECODE, PREFILL, read_trace
+from moert.store.reader import Store
 
 from .program import Program
 
@@ -14,6 +16,16 @@ PROMPT = [5, 77, 140, 9, 301, 18, 44, 230, 61, 12]
 @pytest.fixture
 def moert(capsys, monkeypatch, tmp_path):
     return Program(capsys, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_reads_all_layers_and_the_head(store, tied):
+    found = Store.open(store(tie_word_embeddings=tied))
+    sizes = {tensor.name: tensor.nbytes for tensor in found.meta.dense}
+    assert ("lm_head.weight" in sizes) != tied
+    layers = trace_shape(found).dense_bytes
+    assert sum(layers) == sum(sizes.values()) - (0 if tied else sizes["model.embed_tokens.weight"])
+    assert layers[0] == sum(size for name, size in sizes.items() if ".layers.0." in name)
 
 
 @pytest.mark.parametrize("name", ["trace.csv", "trace.csv.gz"])

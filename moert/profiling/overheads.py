@@ -146,8 +146,7 @@ def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) ->
     beside = float(np.median(hits[:, 0]))
     fits = [fit(misses[part, 1], misses[part, 0] - beside) for part in parts]
     miss, load = ([found[i] for found in fits] for i in (0, 1))
-    model = f"{store.path.name} ({store.architecture.num_layers} layers, experts of "
-    model += f"{format_bytes(sum(store.layout.slice_sizes))})"
+    model = f"a model of {L} layers with experts of {format_bytes(sum(store.layout.slice_sizes))}"
     return Overheads(measured(token), measured(layer), measured(miss), measured(load), model)
 
 
