@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from moert.config import format_bytes, parse_bytes
@@ -45,7 +46,10 @@ def measure(args: argparse.Namespace, budget: int | None, precision: str, seed: 
     from moert import LLM
     from moert.runtime.telemetry import peak_rss_bytes
 
-    llm = LLM(args.store, memory_budget=budget, precision=precision, ctx_size=args.ctx_size, threads=args.threads)
+    store = None if args.store == "-" else args.store
+    llm = LLM(store, memory_budget=budget, precision=precision, ctx_size=args.ctx_size, threads=args.threads)
+    if args.probe:
+        return {"library_bytes": llm.engine.budget.libraries}
     long = 512  # the prompt whose speed counts, at the end
     ids = _tokens(llm, args, args.prompt_tokens + args.warm_up + args.tokens + long, seed)
     engine, at = llm.engine, args.prompt_tokens
@@ -83,9 +87,13 @@ def _tokens(llm, args: argparse.Namespace, count: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     if args.text is None:
         return [draw.randrange(llm.store.architecture.vocab_size) for _ in range(count)]
-    ids = llm.tokenizer.encode(args.text.read_text(encoding="utf-8"))
-    begin = draw.randrange(max(len(ids) - count, 1))
-    return ids[begin : begin + count]
+    text = args.text.read_text(encoding="utf-8")
+    long = 8 * count  # characters, more than enough; encoding all of a long text would take memory of its own
+    begin = draw.randrange(max(len(text) - long, 1))
+    ids = llm.tokenizer.encode(text[begin : begin + long])
+    if len(ids) < count:
+        raise SystemExit(f"{args.text} is too short: {len(ids)} tokens, but {count} are needed")
+    return ids[:count]
 
 
 def child(args: argparse.Namespace, budget: int | None, precision: str, seed: int, *more: str) -> dict[str, float]:
@@ -149,7 +157,7 @@ def report(rows: list[tuple[Prediction, list[dict[str, float]]]], shape) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
+    parser.add_argument("store", help="-: the model that ships")
     parser.add_argument("--budgets", nargs="+", default=[], metavar="SIZE")
     parser.add_argument("--precision", nargs="+", default=["fixed:4", "fixed:3", "elastic:3"])
     parser.add_argument("--device", help="profile; default: this machine's")
@@ -162,16 +170,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="decoded tokens that count")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=int, metavar="SEED", help=argparse.SUPPRESS)
     args = parser.parse_args()
     budgets = [parse_bytes(text, "--budgets") for text in args.budgets] or [None]
     if args.child is not None:
         print(json.dumps(measure(args, budgets[0], args.precision[0], args.child)))
         return
-    shape = read_shape(args.store, Conversion())
+    shape = read_shape(None if args.store == "-" else args.store, Conversion())
     profile, about = this_machine() if args.device is None else (load_device(args.device), args.device)
     routes = routes_of(args, shape)
     args.record = None
+    # What a budget counts for libraries is rounded up to 32 MiB, which can be more than all experts of a small model.
+    profile = replace(profile, **child(args, None, args.precision[0], 0, "--probe"))
     print(f"{profile.name}, {about}; routing: {routes.about}", file=sys.stderr)
     rows: list[tuple[Prediction, list[dict[str, float]]]] = []
     for budget in budgets:

@@ -192,7 +192,7 @@ class BitRouter:
         return float(2**high)
 
 
-# Of slices that a weight could ask for but none of the calibration text did: another text may, and wants a place for it.
+# Of slices that a weight could ask for but none of the calibration text did: another text may, and wants a place.
 _RARE = 1e-9
 
 

@@ -38,9 +38,7 @@ def trace(tmp_path):
     """Recorded with the toy model, whose first layer has no experts."""
     path = tmp_path / "toy.csv.gz"
     found = draw_trace(layers=3, num_experts=8, top_k=2, prompt=4, tokens=12)
-    steps = tuple(
-        dataclasses.replace(s, layers={n: r for n, r in s.layers.items() if n}) for s in found.steps
-    )
+    steps = tuple(dataclasses.replace(s, layers={n: r for n, r in s.layers.items() if n}) for s in found.steps)
     write_trace(path, fit(dataclasses.replace(found, steps=steps), shape_of(), None, 1))
     return str(path)
 

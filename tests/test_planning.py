@@ -140,7 +140,7 @@ def test_a_prompt_is_computed_while_its_experts_are_read():
     macs = 2 * 64 * 2 * 3 * 1024 * 1024
     seen = 3 * 8 * 64 * 64 * 65
     dense = 64 * 3 * 4 * MIB * 8 / 8.25
-    unpacked = 2 * 2 * 3 * 1024 * 1024 / 2 * 2.0**-33
+    unpacked = 2 * 2 * 4.75 * MIB * 2.0**-33
     computing = macs / 2.0**37 + unpacked
     rest = dense / 2.0**38 + seen / 2.0**39 + 2.0**-11 + 3 * MIB * 2.0**-34 + 3 * 2.0**-12 + 4 * 2.0**-14
     for disk, first in ((2.0**26, 2.0**-10 + 4 * 4.75 * MIB / 2.0**26), (2.0**33, None)):
@@ -308,7 +308,7 @@ def test_the_reason_is_one_sentence_that_says_what_was_chosen():
     )
     slow = choose([prediction("fixed:4", 3.5, 4.0), prediction("fixed:3", 3.6, 3.0)], True)
     assert slow.precision == "fixed:4"
-    assert "none reaches the 10" in slow.reason
+    assert "nothing of 2.5 bits or more reaches the 10" in slow.reason
     narrow = choose([prediction("fixed:4", 0.5, 4.0), prediction("fixed:2", 4, 2.0)], True)
     assert narrow.precision == "fixed:2"
     assert "below 2.5 bits large models lose much" in narrow.reason

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from moert.budget import Budget, split_budget
 from moert.config import PREFILL_CHUNK
 from moert.errors import UsageError
@@ -184,12 +186,12 @@ class Prompts:
 
     def _experts(self, tokens: int) -> float:
         """Computing them: products, and every expert that is used unpacked once."""
-        shape, width = self._shape, round(self._found.decoding.mean_width)
+        shape, width = self._shape, self._found.decoding.mean_width
         layers = len(shape.moe_layers)
         macs = layers * tokens * shape.top_k * 3 * shape.hidden_size * shape.expert_inner
         used = layers * min(touched(self._usage, tokens), tokens * shape.top_k)
-        nbytes = used * 3 * shape.hidden_size * shape.expert_inner * self._found.decoding.mean_width / 8
-        return macs / self._profile.prefill_rate(width) + nbytes * self._profile.expert_cost(width)
+        nbytes = used * float(np.interp(width, shape.widths, np.cumsum(mean_sizes(shape))))
+        return macs / self._profile.prefill_rate(round(width)) + nbytes * self._profile.expert_cost(round(width))
 
     def _reads(self, tokens: int, first: bool) -> tuple[float, float]:
         """Reads and bytes, from those of the chunk that was simulated."""

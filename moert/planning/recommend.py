@@ -168,7 +168,8 @@ def _reason(best: Prediction, fastest: float, narrow: bool) -> str:
     if fastest >= READING:
         why = f"the best quality that answers faster than people read ({speed}, {READING:g} are wanted)"
     else:
-        why = f"the best quality among the fastest here ({speed}; none reaches the {READING:g} at which people read)"
+        what = "none" if narrow else f"nothing of {LEAST_WIDTH:g} bits or more"
+        why = f"the best quality among the fastest here ({speed}; {what} reaches the {READING:g} at which people read)"
     if narrow and best.mean_width < LEAST_WIDTH:
         why += (
             f", although below {LEAST_WIDTH:g} bits large models lose much: nothing wider reaches {USABLE:g} tokens/s"

@@ -23,7 +23,7 @@ class Routes:
 
 def drawn(shape: ModelShape, prompt_tokens: int) -> Routes:
     """From what is published of the model's family."""
-    statistics = statistics_for(shape.model_type)
+    statistics = statistics_for(shape.model_type, shape.name)
     trace = draw(shape, statistics, prompt=prompt_tokens, tokens=MOST_TOKENS)
     about = f"drawn from statistics ({statistics.source}; routers one layer early: {statistics.recall_source})"
     return Routes(trace, statistics.recalls, about)
@@ -35,6 +35,6 @@ def recorded(trace: Trace, shape: ModelShape) -> Routes:
     tokens = sum(step.phase == DECODE for step in trace.steps)
     if not tokens:
         raise UsageError(f"The trace of {trace.model} decodes nothing: record one of a run that answers.")
-    statistics = statistics_for(shape.model_type)
+    statistics = statistics_for(shape.model_type, shape.name)
     about = f"as recorded with {trace.model}, the first {min(tokens, MOST_TOKENS)} of {tokens} tokens decoded"
     return Routes(trace, statistics.recalls, f"{about} (routers one layer early: {statistics.recall_source})")
