@@ -12,7 +12,6 @@ from itertools import accumulate
 from moert.scheduler.profile import Profile
 from moert.scheduler.types import Load
 
-
 # Python's work too, as shares of what planning a layer takes in which something is missing, from tokens of a 12-layer
 # model timed with and without.
 _LOOK, _LADDER = 0.27, 0.1
