@@ -87,12 +87,12 @@ def draw_plan(path: Path, curves: Sequence[Curve], memory_bytes: float, device: 
     check(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     speed, loss = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    gib = 1 << 30
+    gib, plain = 1 << 30, FormatStrFormatter("%g")
     for number, curve in enumerate(curves):
         line, marker = _STYLES[number % len(_STYLES)]
         style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": line, "marker": marker}
@@ -108,10 +108,10 @@ def draw_plan(path: Path, curves: Sequence[Curve], memory_bytes: float, device: 
         axes.axvline(memory_bytes / gib, color="0.3", linewidth=2, alpha=0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(plain)
         axes.xaxis.set_minor_formatter("")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     where = (memory_bytes / gib, 0.02)
@@ -127,7 +127,7 @@ def draw_plan(path: Path, curves: Sequence[Curve], memory_bytes: float, device: 
         fontsize=8,
     )
     speed.set_ylabel("decoding, tokens/s")
-    loss.set_ylabel("perplexity lost, %\n(small models)")
+    loss.set_ylabel("perplexity lost, %\n(two small models)")
     loss.set_xlabel("memory budget, GiB")
     speed.set_title(f"{model} on {device}")
     speed.legend(fontsize=8)

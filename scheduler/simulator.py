@@ -154,6 +154,8 @@ class Replay:
         waves, slices = self._plan(layer, [step])
         if any(wave.loads or wave.awaited for wave in waves):
             self._compute(self.costs.miss_s)
+        if self.scheduler.ladder is not None:
+            self._compute(self.costs.ladder_s)
         for number, wave in enumerate(waves):
             self._release(wave.evictions)
             reads = self._hurry(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]
@@ -172,6 +174,7 @@ class Replay:
 
     def _prefetch(self, layer: int, step: TraceStep, busy: Sequence[ExpertKey]) -> None:
         if self._predict is not None:
+            self._compute(self.costs.look_s)
             predictions = self._predict(step, layer)
             if self._following is not None and layer == max(step.layers):
                 predictions += self._predict(self._following, -1)
