@@ -59,13 +59,16 @@ def this_machine() -> tuple[Profile, str]:
     The profile that `moert profile` wrote; where there is none, or one of no use, the one that comes along for the
     device most like this, with this machine's memory.
     """
-    path, wrong = own_file(), ""
-    if path.exists():
-        try:
+    wrong = ""
+    try:
+        path = own_file()
+        if path.exists():
             profile = load_device(path)
             return profile, f"device profile {path}, measured on {profile.date}"
-        except ProfileError as error:
-            wrong = f" {error}"
+    except ProfileError as error:
+        wrong = f" {error}"
+    except (OSError, RuntimeError):  # no home folder, or one that may not be looked into
+        pass
     name = closest()
     memory = total_bytes()
     profile = replace(load_device(name), memory_bytes=float(memory))

@@ -269,6 +269,10 @@ def test_files_are_named_with_their_error(tmp_path):
         load_device("toaster")
 
 
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_this_machine_is_what_was_measured_else_the_most_similar_device(tmp_path, monkeypatch):
     monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
     profile, line = this_machine()
@@ -280,6 +284,9 @@ def test_this_machine_is_what_was_measured_else_the_most_similar_device(tmp_path
     profile, line = this_machine()
     assert profile.name == "mine"
     assert line == f"device profile {own_file()}, measured on {profile.date}"
+    with monkeypatch.context() as patched:
+        patched.setattr(devices_module, "own_file", homeless)
+        assert this_machine()[1].startswith("default figures")
     own_file().write_text(json.dumps(data() | {"schema_version": 1}))
     profile, line = this_machine()
     assert profile.name == closest()

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from moert import __version__, source
 from moert.config import format_bytes
+from moert.devices import this_machine
 from moert.errors import MoertError
 
 OPTIONAL = ("bitsandbytes", "triton", "matplotlib", "transformers")
@@ -144,6 +145,12 @@ def _gpu() -> Finding:
     return Finding("GPU", "none")
 
 
+def _profile() -> Finding:
+    profile, line = this_machine()
+    speeds = f"disk {profile.disk_bytes_per_s / 1e9:.1f} GB/s, memory {profile.memory_bytes_per_s / 1e9:.1f} GB/s"
+    return Finding("device profile", f"{speeds}: {line.removesuffix('.')}")
+
+
 def _packages() -> Finding:
     def version(name: str) -> str:
         try:
@@ -179,6 +186,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _cache,
     _direct_reads,
     _gpu,
+    _profile,
     _packages,
     _hub,
     _model,

@@ -53,7 +53,10 @@ def main(args: argparse.Namespace) -> int:
         from moert.quant.dispatch import wrong_request
     if wrong_request is not None:
         raise UsageError(f"{wrong_request}.")
-    path = None if args.out == STDOUT else own_file() if args.out is None else Path(args.out).expanduser()
+    try:
+        path = None if args.out == STDOUT else own_file() if args.out is None else Path(args.out).expanduser()
+    except RuntimeError as error:
+        raise ProfileError(f"There is no folder to keep the profile in ({error}); name a file with --out.") from None
     if path is not None:
         measure.check_writable(path)
     _say_if_busy(status)

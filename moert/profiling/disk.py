@@ -179,9 +179,9 @@ class _Readers:
         files: dict[Path, File] = {}
         end = time.perf_counter() + SAMPLE_SECONDS
         try:
-            for path, offset in places:
+            for number, (path, offset) in enumerate(places):
                 before = time.perf_counter()
-                if self._stop.is_set() or before > end:
+                if self._stop.is_set() or (number and before > end):
                     return
                 if path not in files:
                     files[path] = File(path)
@@ -217,7 +217,7 @@ def _stream(target: Target, draw: random.Random) -> float:
                 oldest = underway.popleft()
                 oldest.wait()
                 done += oldest.nbytes
-            if time.perf_counter() - start > 2 * SAMPLE_SECONDS:
+            if done and time.perf_counter() - start > 2 * SAMPLE_SECONDS:
                 break
             size = target.sizes[number % len(target.sizes)]
             path, offset = target.place(size, draw)

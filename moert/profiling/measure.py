@@ -116,15 +116,14 @@ def _disk_target(store: Store | None, folder: Path | None, progress: Progress, o
         yield store_target(store)
         return
     if folder is None:
-        folder = cache_folder()
         try:
+            folder = cache_folder()
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-        except OSError as error:
-            temporary = Path(tempfile.gettempdir())
-            on_status(f"{folder} cannot be written ({error.strerror}): measuring the disk of {temporary}")
-            folder = temporary
+        except (OSError, RuntimeError) as error:  # or there is no home folder
+            folder = Path(tempfile.gettempdir())
+            on_status(f"the cache folder cannot be written ({error}): measuring the disk of {folder}")
     with written_target(folder, default_layouts()[0], progress) as target:
         yield target
 
