@@ -47,7 +47,8 @@ class Profile:
     weights by values, of what a token may see alone.
 
     Of a decoded token, beside reading weights: token_overhead_s once, layer_overhead_s for each layer,
-    miss_overhead_s more for a layer in which something is missing, load_overhead_s more for each read.
+    miss_overhead_s more for a layer in which something is missing, load_overhead_s more for each read. Of a token of an
+    answer, answer_overhead_s more: choosing it, its text, the figures of the answer.
 
     gpu_integrated: one memory with the host; then gpu_memory_bytes does not add to memory_bytes.
     """
@@ -71,6 +72,7 @@ class Profile:
     layer_overhead_s: float
     miss_overhead_s: float
     load_overhead_s: float
+    answer_overhead_s: float | None = None
     disk_reads: tuple[DiskReads, ...] | None = None
     gpu_memory_bytes: float | None = None
     gpu_memory_bytes_per_s: float | None = None
@@ -107,7 +109,8 @@ _LIMITS = {
     "_latency_s": (1e-7, 10.0),
     "_overhead_s": (1e-9, 1.0),
 }
-_MAY_BE_ZERO = ("disk_latency_s", "token_overhead_s", "layer_overhead_s", "miss_overhead_s", "load_overhead_s")
+_OVERHEADS = ("token_overhead_s", "layer_overhead_s", "miss_overhead_s", "load_overhead_s", "answer_overhead_s")
+_MAY_BE_ZERO = ("disk_latency_s", *_OVERHEADS)
 _FASTER_THAN_MEMORY = 2.0  # kernels may read faster than what the memory was measured with, but not by this
 
 

@@ -94,5 +94,6 @@ def choose(store: Path, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
         kv_bits=config.kv_bits,
         precisions=[config.precision] if config.precision else (),
     )
-    plan = Automatic(choice.prediction, device)
+    token = 1 / choice.prediction.decode_tokens_per_s + (profile.answer_overhead_s or 0.0)
+    plan = Automatic(replace(choice.prediction, decode_tokens_per_s=1 / token), device)
     return replace(config, precision=choice.precision, ctx_size=choice.ctx_size), plan

@@ -21,7 +21,7 @@ from moert.profiling.compute import DENSE_BITS, TOKENS, ComputeFigures, default_
 from moert.profiling.disk import READERS, DiskFigures, Target, measure_disk, store_target, written_target
 from moert.profiling.figure import Measured, Progress, measured
 from moert.profiling.gpu import GpuFigures, find_gpu, measure_gpu
-from moert.profiling.overheads import Overheads, measure_overheads
+from moert.profiling.overheads import Overheads, measure_answer, measure_overheads
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.runtime.transfer import CHUNK_BYTES
 from moert.runtime.transfer import READERS as RUNTIME_READERS
@@ -60,6 +60,7 @@ def measure_device(
         **_memory_figures(memory, libraries, threads),
         **_compute_figures(compute, threads),
         **_overhead_figures(overheads),
+        "answer_overhead_s": _of(measure_answer(threads, progress), "answers of the model that ships"),
         **({} if gpu is None else _gpu_figures(measure_gpu(gpu, total_bytes(), progress))),
     }
     description = f"{_processor()}, {threads} threads, {format_bytes(total_bytes())} of memory"

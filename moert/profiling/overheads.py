@@ -19,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from moert.api import LLM
 from moert.budget import available_bytes
 from moert.config import EngineConfig, format_bytes
 from moert.engine import Engine
@@ -33,6 +34,7 @@ SHARES = (0.85, 0.6, 0.35)
 LARGE_TOKENS = 40  # with a large one, all in memory
 LARGE_READS = 2_000_000_000  # bytes that it may read besides, about
 LARGE_EXPERT = 1 << 20  # bytes from which on an expert is large
+ANSWERS, ANSWER_TOKENS = 4, 100
 SWEEP_BYTES = 8 << 20  # more than a core has for itself
 _PARTS = 3  # of what was measured, for which everything is worked out apart: gives the spread
 _KEPT = 0.85  # share of it that counts: the rest was interrupted by something else
@@ -123,6 +125,23 @@ def _of_small(store: Store, threads: int, progress: Progress) -> Overheads | Non
         with _decoding(store, threads, max(int(share * every), one), SWEEP_BYTES) as run:
             missing.append(run.decode(ids, progress, f"{share:.0%} of the experts in memory"))
     return _overheads(resident, missing, store)
+
+
+def measure_answer(threads: int, progress: Progress) -> Measured:
+    """Seconds of a token of an answer beside decoding it: choosing it, its text, the figures of the answer."""
+    progress("answering")
+    times = []
+    with LLM(threads=threads) as llm:
+        params = llm.default_params.replace(max_tokens=ANSWER_TOKENS, ignore_eos=True, seed=0)
+        for _ in range(ANSWERS):
+            done = llm.generate("import", params)[0]
+            llm.engine.rewind(done.stats.prompt_tokens)
+            start = time.perf_counter()
+            for token in done.token_ids[:-1]:
+                llm.engine.forward([token])
+            decoding = (time.perf_counter() - start) / (ANSWER_TOKENS - 1)
+            times.append(max(1 / (done.stats.decode_tokens_per_s or 1.0) - decoding, 0.0))
+    return measured(times[1:])  # the first has experts to read
 
 
 @dataclass(frozen=True)
