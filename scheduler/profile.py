@@ -15,12 +15,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 2
 KINDS = ("measured", "datasheet", "derived")
+
+
+_DECODING = ("token_overhead_s", "layer_overhead_s", "miss_overhead_s", "load_overhead_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ class Profile:
     miss_overhead_s more for a layer in which something is missing, load_overhead_s more for each read. Of a token of an
     answer, answer_overhead_s more: choosing it, its text, the figures of the answer.
 
+    cached_*: the same overheads, and the time per byte of weights, for a model whose weights in memory are cached_bytes
+    at most, so that they stay in the processor's caches, and what Python needs beside them. All or none of these.
+
     gpu_integrated: one memory with the host; then gpu_memory_bytes does not add to memory_bytes.
     """
 
@@ -73,6 +79,12 @@ class Profile:
     miss_overhead_s: float
     load_overhead_s: float
     answer_overhead_s: float | None = None
+    cached_bytes: float | None = None
+    cached_s_per_byte: float | None = None
+    cached_token_overhead_s: float | None = None
+    cached_layer_overhead_s: float | None = None
+    cached_miss_overhead_s: float | None = None
+    cached_load_overhead_s: float | None = None
     disk_reads: tuple[DiskReads, ...] | None = None
     gpu_memory_bytes: float | None = None
     gpu_memory_bytes_per_s: float | None = None
@@ -83,6 +95,14 @@ class Profile:
     def expert_cost(self, width: int) -> float:
         """Seconds per byte of an expert at `width`, or at the nearest width of which it is known."""
         return _nearest(self.expert_s_per_byte, width)
+
+    def for_weights(self, nbytes: int) -> Profile:
+        """What holds for a model with so many bytes of weights in memory."""
+        if self.cached_bytes is None or nbytes > self.cached_bytes:
+            return self
+        cost: float = self.cached_s_per_byte  # type: ignore[assignment]
+        overheads: dict[str, Any] = {name: getattr(self, f"cached_{name}") for name in _DECODING}
+        return replace(self, expert_s_per_byte={4: cost}, dense_s_per_byte=cost, **overheads)
 
     def prefill_rate(self, width: int) -> float:
         """Multiply-accumulates per second of experts at `width` with many tokens, or at the nearest width known."""
@@ -104,13 +124,14 @@ _LIMITS = {
     "_s_per_byte": (1e-14, 1e-5),
     "_macs_per_s": (1e6, 1e16),
     "disk_chunk_bytes": (512, 1 << 30),
+    "cached_bytes": (1 << 16, 1 << 36),
     "library_bytes": (1 << 20, 1 << 36),
     "memory_bytes": (1 << 26, 1 << 44),
     "_latency_s": (1e-7, 10.0),
     "_overhead_s": (1e-9, 1.0),
 }
-_OVERHEADS = ("token_overhead_s", "layer_overhead_s", "miss_overhead_s", "load_overhead_s", "answer_overhead_s")
-_MAY_BE_ZERO = ("disk_latency_s", *_OVERHEADS)
+_MAY_BE_ZERO = ("disk_latency_s", "answer_overhead_s", *_DECODING, *(f"cached_{name}" for name in _DECODING))
+_CACHED = ("cached_bytes", "cached_s_per_byte", *(f"cached_{name}" for name in _DECODING))
 _FASTER_THAN_MEMORY = 2.0  # kernels may read faster than what the memory was measured with, but not by this
 
 
@@ -277,7 +298,8 @@ def _together(profile: Profile) -> None:
             raise ValueError(
                 f"{name} {cost:g} would be {1 / cost:.3g} bytes per second, but memory_bytes_per_s is less"
             )
-    there = [name for name in (*_GPU, "gpu_expert_s_per_byte") if getattr(profile, name) is not None]
-    for name in _GPU:
-        if there and getattr(profile, name) is None:
-            raise ValueError(f"figures lacks {name}, which belongs to {there[0]}")
+    for group, needed in (((*_GPU, "gpu_expert_s_per_byte"), _GPU), (_CACHED, _CACHED)):
+        there = [name for name in group if getattr(profile, name) is not None]
+        for name in needed:
+            if there and getattr(profile, name) is None:
+                raise ValueError(f"figures lacks {name}, which belongs to {there[0]}")

@@ -90,6 +90,7 @@ def predict(
     slices = policy.slices(shape.widths)
     needs = shape.needs(int(profile.library_bytes), ctx_size, slices, kv_bits)
     budget = split_budget(needs, memory_budget, None, available)
+    profile = profile.for_weights(needs.dense + budget.arena)
     settings = Settings(budget.arena, precision, shape.widths, recalls=recalls[:1], sizes=mean_sizes(shape))
     try:
         found = estimate(trace, profile, settings, most_layers=MOST_LAYERS, most_tokens=most_tokens)

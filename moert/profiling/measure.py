@@ -21,7 +21,7 @@ from moert.profiling.compute import DENSE_BITS, TOKENS, ComputeFigures, default_
 from moert.profiling.disk import READERS, DiskFigures, Target, measure_disk, store_target, written_target
 from moert.profiling.figure import Measured, Progress, measured
 from moert.profiling.gpu import GpuFigures, find_gpu, measure_gpu
-from moert.profiling.overheads import Overheads, measure_answer, measure_overheads
+from moert.profiling.overheads import Overheads, measure_answer, measure_cached, measure_overheads
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.runtime.transfer import CHUNK_BYTES
 from moert.runtime.transfer import READERS as RUNTIME_READERS
@@ -60,6 +60,7 @@ def measure_device(
         **_memory_figures(memory, libraries, threads),
         **_compute_figures(compute, threads),
         **_overhead_figures(overheads),
+        **_cached_figures(measure_cached(shipped, threads, progress)),
         "answer_overhead_s": _of(measure_answer(threads, progress), "answers of the model that ships"),
         **({} if gpu is None else _gpu_figures(measure_gpu(gpu, total_bytes(), progress))),
     }
@@ -202,6 +203,17 @@ def _overhead_figures(found: Overheads) -> dict[str, Any]:
         "layer_overhead_s": _of(found.layer_s, f"{how}: a layer with all in memory"),
         "miss_overhead_s": _of(found.miss_s, f"{how}: what a layer takes longer in which something is missing"),
         "load_overhead_s": _of(found.load_s, f"{how}: what it takes longer for each read"),
+    }
+
+
+def _cached_figures(found: tuple[int, Measured, Overheads] | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    nbytes, cost, overheads = found
+    return {
+        "cached_bytes": _figure(nbytes, "the largest cache that the system reports, 32 MiB at most", "derived"),
+        "cached_s_per_byte": _of(cost, f"kernels while decoding with {overheads.model}"),
+        **{f"cached_{name}": figure for name, figure in _overhead_figures(overheads).items()},
     }
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from moert.api import LLM
 from moert.budget import available_bytes
-from moert.config import EngineConfig, format_bytes
+from moert.config import EngineConfig, format_bytes, parse_bytes
 from moert.engine import Engine
 from moert.errors import ProfileError
 from moert.profiling.figure import Measured, Progress, measured
@@ -35,6 +36,8 @@ LARGE_TOKENS = 40  # with a large one, all in memory
 LARGE_READS = 2_000_000_000  # bytes that it may read besides, about
 LARGE_EXPERT = 1 << 20  # bytes from which on an expert is large
 ANSWERS, ANSWER_TOKENS = 4, 100
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+MOST_CACHED = 32 << 20  # of the cache that all cores of a machine, and its other guests, share
 SWEEP_BYTES = 8 << 20  # more than a core has for itself
 _PARTS = 3  # of what was measured, for which everything is worked out apart: gives the spread
 _KEPT = 0.85  # share of it that counts: the rest was interrupted by something else
@@ -115,14 +118,36 @@ def _of_large(store: Store, threads: int, progress: Progress) -> Overheads | Non
     return _overheads(resident, [missing], store)
 
 
-def _of_small(store: Store, threads: int, progress: Progress) -> Overheads | None:
+def measure_cached(shipped: Store, threads: int, progress: Progress) -> tuple[int, Measured, Overheads] | None:
+    """What stays in the processor's caches, at most, seconds per byte of weights from there, and overheads beside them.
+
+    None where the system does not say how large its caches are, or the model that ships does not fit.
+    """
+    sizes = [_cache_bytes(path.read_text()) for path in CACHES.glob("index*/size")]
+    held, layout = shipped.dense_bytes + shipped.experts_bytes(shipped.layout.num_slices), shipped.layout
+    if max(sizes, default=0) < 2 * held:
+        return None
+    found = _of_small(shipped, threads, progress, sweep=0)
+    with _decoding(shipped, threads, held, sweep=0) as run:
+        seconds = [run.kernel_s(progress) for _ in range(_PARTS + 1)][1:]
+    experts = len(shipped.moe_layers) * shipped.architecture.top_k * sum(layout.slice_sizes)
+    cost = measured([s / (shipped.dense_bytes + experts) for s in seconds])
+    return None if found is None else (min(max(sizes), MOST_CACHED), cost, found)
+
+
+def _cache_bytes(text: str) -> int:
+    """`2048K` of the system's description of a cache."""
+    return parse_bytes(text.strip(), "cache")
+
+
+def _of_small(store: Store, threads: int, progress: Progress, sweep: int = SWEEP_BYTES) -> Overheads | None:
     every, one = store.experts_bytes(store.layout.num_slices), sum(store.layout.slice_sizes)
     ids = random.Random(0).choices(range(store.architecture.vocab_size), k=TOKENS)
-    with _decoding(store, threads, every, SWEEP_BYTES) as run:
+    with _decoding(store, threads, every, sweep) as run:
         resident = run.decode(ids, progress, "all in memory")
     missing = []
     for share in SHARES:
-        with _decoding(store, threads, max(int(share * every), one), SWEEP_BYTES) as run:
+        with _decoding(store, threads, max(int(share * every), one), sweep) as run:
             missing.append(run.decode(ids, progress, f"{share:.0%} of the experts in memory"))
     return _overheads(resident, missing, store)
 
@@ -194,6 +219,14 @@ class _Run:
     def __init__(self, engine: Engine, sweeper: _Sweeper) -> None:
         self._engine, self._sweeper = engine, sweeper
 
+    def kernel_s(self, progress: Progress) -> float:
+        """Seconds in kernels for a token."""
+        progress("decoding: kernels in the caches")
+        busy = kernel_seconds()
+        for _ in range(TOKENS):
+            self._engine.forward([0])
+        return (kernel_seconds() - busy) / TOKENS
+
     def decode(self, ids: Sequence[int], progress: Progress, what: str) -> _Decoded:
         engine, sweeper = self._engine, self._sweeper
         tokens: list[float] = []
@@ -218,7 +251,7 @@ class _Run:
 @contextmanager
 def _decoding(store: Store, threads: int, arena: int, sweep: int) -> Iterator[_Run]:
     """Runs with so many bytes of experts in memory; the first tokens are decoded already."""
-    context = 64 + 2 * max(TOKENS, LARGE_TOKENS)
+    context = 64 + (_PARTS + 2) * max(TOKENS, LARGE_TOKENS)
     config = EngineConfig(expert_budget=arena, ctx_size=context, threads=threads, prefetch="off")
     engine = Engine(store, config, lambda text: None)
     try:
