@@ -25,6 +25,7 @@ from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
+from moert.router import bit_router
 from moert.runtime.experts import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
@@ -35,7 +36,7 @@ from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS
-from moert.scheduler.precision import BitRouter, ElasticPrecision, Precision, RoutedPrecision, parse_precision
+from moert.scheduler.precision import ElasticPrecision, Precision, RoutedPrecision, parse_precision
 from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.slots import Slots
 from moert.store.fileio import readable
@@ -47,23 +48,6 @@ def default_threads() -> int:
     """Physical cores that this process may use: a second thread of a core adds nothing to these kernels."""
     logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
-
-
-def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
-    """What decides on routed widths: the trained router if the store has one and it is wanted, else the sensitivities.
-
-    None where the conversion did not measure these. Raises StoreError where what was trained is damaged.
-    """
-    meta, kept, layers = store.meta, store.kept, store.moe_layers
-    if meta.sensitivity is None or meta.router_weights is None:
-        return None
-    damage, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
-    found = store.trained_router() if trained else None
-    if found is not None:
-        damage = dict(zip(layers, found.damage.tolist(), strict=True))
-        exponents = dict(zip(layers, found.exponents.tolist(), strict=True))
-    curves = {layer: [row[:n] for row, n in zip(damage[layer], kept[layer], strict=True)] for layer in layers}
-    return BitRouter(meta.widths, curves, exponents, meta.router_weights, found is not None)
 
 
 def read_precision(text: str | None, store: Store) -> Precision:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moert.budget import Needs, workspace_bytes
@@ -19,6 +19,8 @@ from moert.foreign import ForeignModel
 from moert.headers import find_known, from_hub, known_model
 from moert.models.architecture import Architecture, kv_bytes
 from moert.quant.format import KEY_BLOCK, RAW_WIDTH, ExpertLayout, align
+from moert.router import bit_router
+from moert.scheduler.precision import BitRouter
 from moert.source import Conversion, Status, checkpoint, downloaded, find, is_hub_id
 from moert.store.checkpoint import Checkpoint
 from moert.store.layout import EMBEDDING, DenseTensor, ExpertFile, build_header, stored_dense
@@ -38,7 +40,7 @@ class ModelShape:
     dense_bytes: by layer, all that is resident of it, which every token reads. head_bytes: final norm and head, read by
     every token too. embedding_bytes: resident, but a token reads one row; 0 where it is the head. store_bytes: of the
     files with weights; tokenizer and moert.json come on top. parameters: of the whole model.
-    calibrated: the store knows how sensitive its experts are, which `routed` precision wants.
+    calibrated: the store knows how sensitive its experts are, which `routed` precision wants. router: what it knows.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ModelShape:
     store_bytes: int
     parameters: int
     calibrated: bool = False
+    router: BitRouter | None = field(default=None, repr=False, compare=False)
 
     @property
     def runnable(self) -> bool:
@@ -158,7 +161,7 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=store.meta.dense_bits,
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
-        calibrated=store.meta.sensitivity is not None and store.meta.router_weights is not None,
+        router=bit_router(store, trained=False),
     )
 
 
@@ -208,7 +211,7 @@ def _shape(
     dense_bits: int,
     store_bytes: int,
     counts: Sequence[int],
-    calibrated: bool = False,
+    router: BitRouter | None = None,
 ) -> ModelShape:
     """counts: of every expert of every layer, how many slices it has."""
     by_layer, ends, embedding = [0] * arch.num_layers, 0, 0
@@ -249,5 +252,6 @@ def _shape(
         embedding_bytes=embedding,
         store_bytes=store_bytes,
         parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
-        calibrated=calibrated,
+        calibrated=router is not None,
+        router=router,
     )

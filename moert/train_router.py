@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from moert import distil
 from moert.distil import NestedExperts
-from moert.engine import bit_router
 from moert.errors import UsageError
+from moert.router import bit_router
 from moert.scheduler.precision import BitRouter, RoutedPrecision
 from moert.store.bit_router import TrainedRouter
 from moert.store.calibration import weight_quantiles

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from moert import distil
 from moert.distil import NestedExperts
-from moert.engine import bit_router
 from moert.errors import UsageError
 from moert.quant.matmul import PackedExpert, PackedMatrix
 from moert.quant.reference import unpack_scales
+from moert.router import bit_router
 from moert.scheduler.precision import FixedPrecision, Precision, RoutedPrecision
 from moert.store.reader import Store
 

@@ -21,8 +21,7 @@ from moert.scheduler.profile import Profile
 from moert.scheduler.simulation import Result, Settings
 from moert.scheduler.simulator import Simulator, Totals
 from moert.scheduler.trace import DECODE, PREFILL, Trace, TraceStep
-
-MARGIN = 0.05  # prefetching is used where it is faster by this much, as the runtime's trials decide
+from moert.scheduler.trial import MARGIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,15 +50,15 @@ class _AnyExpert:
         return self._inner.one(0, [0] * len(experts), weights)  # type: ignore[attr-defined, no-any-return]
 
 
-def read_precision(text: str, trace: Trace, widths: Sequence[int]) -> Precision:
+def read_precision(text: str, trace: Trace, widths: Sequence[int], router: BitRouter | None = None) -> Precision:
     """The precision that `text` names. Raises ValueError as `parse_precision`.
 
-    What each expert does to the text is not in a trace, so that each width is taken to do the harm that it does to
-    Gaussian weights, which grows as the square of the router weight; `routed` gets the mean asked for over the tokens
-    that the trace decodes.
+    router: what is known of the harm that each width of an expert does. That is not in a trace; without it each width
+    is taken to do the harm that it does to Gaussian weights, which grows as the square of the router weight, and
+    `routed` gets the mean asked for over the tokens that the trace decodes.
     """
-    if not text.startswith("routed"):
-        return parse_precision(text, widths)
+    if router is not None or not text.startswith("routed"):
+        return parse_precision(text, widths, router)
     weights = [w for s in trace.steps if s.phase == DECODE for r in s.layers.values() for w in r.weights]
     usage = {0: [[1.0, *np.quantile(weights, np.linspace(0, 1, _QUANTILES)).tolist()]]}
     router = BitRouter(tuple(widths), {0: [generic_damage(widths)]}, {0: 2.0}, usage)

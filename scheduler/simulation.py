@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moert.scheduler.precision import BitRouter
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -11,7 +13,8 @@ class Settings:
 
     budget: bytes for experts. widths: those of the store. policy: see `POLICIES`. recalls: of the predictor, one
     for each layer ahead; none: nothing is predicted. ahead: bytes of prefetches that may be on their way at a time.
-    sizes: bytes of each slice of an expert; empty: what the trace says at 4 bits, divided among the widths.
+    sizes: bytes of each slice of an expert; empty: what the trace says at 4 bits, divided among the widths. router: of
+    a store that knows the harm of each expert's widths.
     """
 
     budget: int
@@ -22,6 +25,7 @@ class Settings:
     ahead: int = 12 << 20
     seed: int = 0
     sizes: tuple[int, ...] = ()
+    router: BitRouter | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,7 @@ class Simulator:
     def prepare(self, settings: Settings) -> Replay:
         """The run as asked for, ready to go. Raises as `run`."""
         trace, widths = self.trace, settings.widths
-        precision = read_precision(settings.precision, trace, widths)
+        precision = read_precision(settings.precision, trace, widths, settings.router)
         sizes = self._sizes(settings)
         try:
             room = capacities(

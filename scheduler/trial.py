@@ -10,6 +10,7 @@ from statistics import median
 PROBE = 12  # tokens of each choice in a trial
 HOLD = 384  # tokens until the next one
 WARM = 64  # tokens before the first one: a cache that fills up says nothing of what comes after
+MARGIN = 0.02  # what a choice must gain
 _DROP = 2  # tokens after a change that still feel the one before
 
 
@@ -25,7 +26,7 @@ class Trial:
     """
 
     choices: Sequence[int]
-    margin: float = 0.02
+    margin: float = MARGIN
     choice: int = field(init=False)
     seconds: dict[int, float] = field(default_factory=dict)  # medians of the last trial
     _rounds: list[dict[int, list[float]]] = field(default_factory=list)

@@ -14,7 +14,7 @@ from moert.config import PREFILL_CHUNK
 from moert.errors import UsageError
 from moert.planning.quality import Quality, quality_of
 from moert.quant.format import KEY_BLOCK, align
-from moert.scheduler.precision import Precision
+from moert.scheduler.precision import BitRouter, Precision
 from moert.scheduler.profile import Profile
 from moert.scheduler.quick import Estimate, estimate, touched, usage
 from moert.scheduler.replay import read_precision
@@ -91,7 +91,9 @@ def predict(
     needs = shape.needs(int(profile.library_bytes), ctx_size, slices, kv_bits)
     budget = split_budget(needs, memory_budget, None, available)
     profile = profile.for_weights(needs.dense + budget.arena)
-    settings = Settings(budget.arena, precision, shape.widths, recalls=recalls[:1], sizes=mean_sizes(shape))
+    settings = Settings(
+        budget.arena, precision, shape.widths, recalls=recalls[:1], sizes=mean_sizes(shape), router=router_of(shape)
+    )
     try:
         found = estimate(trace, profile, settings, most_layers=MOST_LAYERS, most_tokens=most_tokens)
     except ValueError as error:
@@ -125,10 +127,15 @@ def predict(
     )
 
 
+def router_of(shape: ModelShape) -> BitRouter | None:
+    """What the store measured of each expert, where all layers are simulated, so that they can be told apart."""
+    return shape.router if len(shape.moe_layers) == shape.num_layers <= MOST_LAYERS else None
+
+
 def policy_of(precision: str, trace: Trace, shape: ModelShape) -> Precision:
     """Raises UsageError for one that the model cannot have."""
     try:
-        return read_precision(precision, trace, shape.widths)
+        return read_precision(precision, trace, shape.widths, router_of(shape))
     except ValueError as error:
         raise UsageError(f"{error}.") from None
 
