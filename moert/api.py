@@ -97,7 +97,7 @@ class LLM:
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
         self.plan: Automatic | None = None
         if memory_budget == AUTO and config.expert_budget is None:
-            config, self.plan = choose(path, config)
+            config, self.plan = choose(self.store, config)
             status(self.plan.line)
         self._engine = Engine(self.store, config, status)
         self._warm_file: Path | None = None

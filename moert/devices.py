@@ -66,7 +66,7 @@ def this_machine() -> tuple[Profile, str]:
             profile = load_device(path)
             return profile, f"device profile {path}, measured on {profile.date}"
     except ProfileError as error:
-        wrong = f" {error}"
+        wrong = f"; {str(error).rstrip('.')}"
     except (OSError, RuntimeError):  # no home folder, or one that may not be looked into
         pass
     name = closest()
@@ -74,7 +74,7 @@ def this_machine() -> tuple[Profile, str]:
     profile = replace(load_device(name), memory_bytes=float(memory))
     if profile.gpu_integrated:
         profile = replace(profile, gpu_memory_bytes=float(memory))
-    return profile, f"default figures, those of {name}: measure this machine's with moert profile.{wrong}"
+    return profile, f"default figures, those of {name} (moert profile measures this machine's){wrong}"
 
 
 def closest() -> str:

@@ -22,7 +22,7 @@ def machine(monkeypatch):
     """Sets what is known of this machine: figures that are changed, and the memory that is available."""
 
     def known(available=1 << 30, **figures):
-        profile = replace(load_device("server-2-core-amx"), **figures)
+        profile = replace(load_device("server-2-core-amx"), **{"cached_bytes": None, **figures})
         monkeypatch.setattr(automatic, "this_machine", lambda: (profile, "figures of a test"))
         monkeypatch.setattr(automatic, "available_bytes", lambda: available)
 
@@ -60,6 +60,21 @@ def test_what_is_asked_for_is_kept(machine):
         LLM(memory_budget="auto")
 
 
+def test_a_store_on_a_slow_disk_is_planned_with_that_disk(machine, monkeypatch):
+    def opened(speed):
+        monkeypatch.setattr(automatic, "store_speed", lambda store: speed)
+        with LLM(memory_budget="auto", precision="fixed:4", ctx_size=2048) as llm:
+            return llm.plan
+
+    with LLM(ctx_size=2048) as llm:
+        fixed = llm.engine.budget
+    machine(available=int((fixed.total - fixed.libraries - fixed.arena // 2) / 0.8))
+    fast, slow = opened(2e9), opened(4e6)
+    assert "disk" not in fast.device
+    assert slow.device.endswith("but the disk of this store reads 4 MB/s")
+    assert slow.prediction.decode_tokens_per_s < 0.5 * fast.prediction.decode_tokens_per_s
+
+
 def test_a_plan_that_is_off_says_so_once():
     class Answered:
         completion_tokens, decode_tokens_per_s, peak_rss_bytes = 1 + STEPS, 70.0, 3 << 20
@@ -76,7 +91,7 @@ def test_a_plan_that_is_off_says_so_once():
         "memory: 2.0 MiB predicted, 3.0 MiB at the peak",
     ]
     assert plan.warning() == (
-        "The plan is -30% off: 100.0 tokens/s were predicted, 70.0 achieved. It went by figures of a test"
+        "The plan is -30% off: 100.0 tokens/s were predicted, 70.0 achieved; it went by figures of a test"
     )
     assert plan.warning() is None
     close = Automatic(Predicted, "figures of a test")

@@ -181,6 +181,6 @@ def test_the_shipped_model_on_this_machine(capsys, monkeypatch, tmp_path):
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["model"]["model_type"] == "qwen3_moe"
-    assert "measure this machine's with moert profile" in found["device"]["about"]
+    assert "moert profile measures this machine's" in found["device"]["about"]
     assert found["recommendation"]["precision"] == "fixed:4"
     assert "routed:B possible" not in captured.err  # it is calibrated

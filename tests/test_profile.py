@@ -27,7 +27,8 @@ def data(name="laptop-rtx-4060-8gb"):
     found = json.loads(SHIPPED[name].read_text())
     rows = [{"readers": 2, "size_bytes": 4096, "bytes_per_s": 1e9, "latency_s": 1e-4}]
     reads = {"value": rows, "kind": "measured", "source": "a test", "date": "2026-11-22", "spread": 0.1}
-    found["figures"]["disk_reads"] = reads
+    measured = json.loads(SHIPPED["server-2-core-amx"].read_text())["figures"]
+    found["figures"] = {**measured, **found["figures"], "disk_reads": reads}
     return found
 
 
@@ -54,6 +55,17 @@ def test_the_devices_that_the_readme_names_are_there():
     readme = (SHIPPED["server-2-core-amx"].parent / "README.md").read_text()
     for name in (*SHIPPED, *FIGURES):
         assert f"`{name}`" in readme
+
+
+def test_a_model_that_stays_in_the_caches_has_figures_of_its_own():
+    profile = load_device("server-2-core-amx")
+    small, large = (profile.for_weights(int(profile.cached_bytes) + more) for more in (0, 1))
+    assert large is profile
+    assert small.layer_overhead_s == profile.cached_layer_overhead_s < profile.layer_overhead_s
+    assert small.expert_cost(2) == small.dense_s_per_byte == profile.cached_s_per_byte
+    content = data()
+    del content["figures"]["cached_s_per_byte"]
+    assert refused(content) == "figures lacks cached_s_per_byte, which belongs to cached_bytes"
 
 
 def test_figures_of_a_width_that_is_not_known_are_those_of_the_nearest():
@@ -278,7 +290,7 @@ def test_this_machine_is_what_was_measured_else_the_most_similar_device(tmp_path
     profile, line = this_machine()
     assert profile.name == closest()
     assert profile.memory_bytes == total_bytes()
-    assert line == f"default figures, those of {profile.name}: measure this machine's with moert profile."
+    assert line == f"default figures, those of {profile.name} (moert profile measures this machine's)"
     own_file().parent.mkdir()
     own_file().write_text(json.dumps(data() | {"name": "mine"}))
     profile, line = this_machine()
@@ -291,7 +303,7 @@ def test_this_machine_is_what_was_measured_else_the_most_similar_device(tmp_path
     profile, line = this_machine()
     assert profile.name == closest()
     assert line.startswith("default figures")
-    assert line.endswith("schema_version 1 is of an older moert; write it anew: moert profile.")
+    assert line.endswith("schema_version 1 is of an older moert; write it anew: moert profile")
 
 
 @pytest.mark.parametrize(

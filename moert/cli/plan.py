@@ -161,7 +161,7 @@ def _assumed(
     if not shape.runnable:
         yield f"note: moert cannot run this model: {shape.why_not.rstrip('.')}; planned as if it could."
     yield (
-        f"{profile.name}, {about.rstrip('.')}: memory {format_bytes(profile.memory_bytes)},"
+        f"{profile.name}, {about}: memory {format_bytes(profile.memory_bytes)},"
         f" {profile.memory_bytes_per_s / 1e9:.3g} GB/s; disk {profile.disk_bytes_per_s / 1e9:.3g} GB/s"
     )
     if profile.gpu_memory_bytes is not None:

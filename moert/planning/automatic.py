@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from moert.budget import available_bytes, library_bytes
 from moert.config import EngineConfig, format_bytes
 from moert.devices import this_machine
 from moert.meter import GenerationStats
 from moert.planning.predict import PROMPT_TOKENS, Prediction
-from moert.planning.recommend import recommend
+from moert.planning.recommend import Choice, recommend
 from moert.planning.routing import drawn
+from moert.profiling.disk import store_speed
 from moert.shape import store_shape
+from moert.store.reader import Store
 
 OFF = 0.25  # a speed that is so far from the predicted one is worth a word
+_SLOW = 0.5  # of the disk that was measured: a difference that is no noise
 _ENOUGH = 32  # tokens, before that is judged
 
 
@@ -71,29 +73,43 @@ class Automatic:
         self._said = True
         return (
             f"The plan is {speed / p.decode_tokens_per_s - 1:+.0%} off: {p.decode_tokens_per_s:.1f} tokens/s were "
-            f"predicted, {speed:.1f} achieved. It went by {self.device}"
+            f"predicted, {speed:.1f} achieved; it went by {self.device}"
         )
 
 
-def choose(store: Path, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
+def choose(store: Store, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
     """Precision and context for a store on this machine, so far as `config` leaves them open.
 
     The budget stays open: the engine takes what the plan goes by, all that the model can use within 80% of what is
-    available. Raises BudgetError, with the least that would do, where nothing fits.
+    available. Where experts would have to be read, a few are: the store may lie on another disk than the one that was
+    measured, and a disk of less than half the speed counts with its own. Raises BudgetError, with the least that would
+    do, where nothing fits.
     """
-    shape = store_shape(store)
+    shape = store_shape(store.path)
     profile, device = this_machine()
-    routes = drawn(shape, PROMPT_TOKENS)
-    choice = recommend(
-        shape,
-        replace(profile, library_bytes=float(library_bytes())),
-        routes.trace,
-        available_bytes(),
-        config.ctx_size,
-        recalls=routes.recalls,
-        kv_bits=config.kv_bits,
-        precisions=[config.precision] if config.precision else (),
-    )
-    token = 1 / choice.prediction.decode_tokens_per_s + (profile.answer_overhead_s or 0.0)
-    plan = Automatic(replace(choice.prediction, decode_tokens_per_s=1 / token), device)
-    return replace(config, precision=choice.precision, ctx_size=choice.ctx_size), plan
+    profile = replace(profile, library_bytes=float(library_bytes()))
+    routes, available = drawn(shape, PROMPT_TOKENS), available_bytes()
+
+    def choice() -> Choice:
+        return recommend(
+            shape,
+            profile,
+            routes.trace,
+            available,
+            config.ctx_size,
+            recalls=routes.recalls,
+            kv_bits=config.kv_bits,
+            precisions=[config.precision] if config.precision else (),
+        )
+
+    found = choice()
+    slices = len(shape.slice_bytes) if found.prediction.mean_width > shape.widths[0] else 1
+    if found.prediction.expert_budget_bytes < shape.experts_bytes(slices):
+        speed = store_speed(store)
+        if speed < _SLOW * profile.disk_bytes_per_s:
+            profile = replace(profile, disk_bytes_per_s=speed)
+            device += f"; but the disk of this store reads {speed / 1e6:.0f} MB/s"
+            found = choice()
+    token = 1 / found.prediction.decode_tokens_per_s + (profile.answer_overhead_s or 0.0)
+    plan = Automatic(replace(found.prediction, decode_tokens_per_s=1 / token), device)
+    return replace(config, precision=found.precision, ctx_size=found.ctx_size), plan

@@ -118,6 +118,12 @@ def measure_disk(target: Target, progress: Progress, seed: int = 0) -> DiskFigur
         raise ProfileError(f"{target.name} cannot be read: {error.strerror or error}.") from None
 
 
+def store_speed(store: Store) -> float:
+    """Bytes per second that a few reads of a store's experts bring, in half a second at most; OSError."""
+    target = store_target(store)
+    return _Readers(target, target.sizes[-1], 2, STREAM_BYTES // 4, random.Random(0)).run()[0]
+
+
 def _measure(target: Target, progress: Progress, draw: random.Random) -> DiskFigures:
     probe = File(target.files[0])
     direct = probe.direct
