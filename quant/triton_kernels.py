@@ -1,0 +1,453 @@
+"""Triton kernels for nested-bit experts in device memory: GEMV, grouped GEMM and the whole expert feed-forward.
+
+They read the bytes of `format.py` where they lie: experts are offsets into one arena, and in one launch each expert is
+used with as many of its slices as it has there. Activations stay in their float16, bfloat16 or float32 (nothing is
+rounded to int8 as the CPU kernels do: on a GPU that would save no bytes that matter) and are summed in float32. The
+codes less their midpoint are half-integers below 128, exact in all three dtypes, so that only the activations are
+rounded, by their dtype: x by the caller, the product of gate and up once more between the two launches.
+
+Sums have a fixed order (no atomics), so the same call gives the same bits. The sizes of blocks are guesses, not tuned
+on a device. Importing this module needs triton; with TRITON_INTERPRET=1, set before triton is imported, all of it runs
+on the CPU. Raw weights are not for it: torch multiplies those.
+"""
+
+# T tokens, P pairs of a token and an expert, E experts, S slices, N rows (outputs), K columns (inputs), G group size,
+# D hidden, F expert inner size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moert.quant.expert_table import slice_places
+from moert.quant.format import PART_ALIGN, TILE_ROWS, ExpertLayout, align
+
+GATE, UP, DOWN = range(3)
+
+# Up to so many tokens for every expert each token is a product with a vector: a tile of tensor cores would be empty.
+FEW_TOKENS = 4
+MOST_BLOCK = 64  # tokens that share the unpacked weights
+RANGE_TOKENS = 512  # tokens whose sums one program of the second launch owns, for which it unpacks weights once
+_VECTOR_STEP = 512  # columns that a product with a vector takes at once
+_GEMM_ROWS = 2 * TILE_ROWS
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _lanes(BITS: tl.constexpr) -> Any:
+    """By how much a 32-bit word of a plane is shifted for each of its columns."""
+    lane = tl.arange(0, 32 // BITS)
+    return lane % 4 * 8 + lane // 4 * BITS
+
+
+@triton.jit
+def _vector_plane(
+    x: Any,
+    words: Any,
+    scales: Any,
+    tile: Any,
+    STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+) -> Any:
+    """What a plane, taken alone and about its own midpoint, makes of x [K]: float32 [16], without its shift.
+
+    The midpoints of the planes, shifted, add up to that of the code, so that planes need not meet before the sum.
+    """
+    SPAN: tl.constexpr = 32 // BITS
+    CHUNKS: tl.constexpr = GROUP // SPAN
+    row = tl.arange(0, 16)
+    total = tl.zeros([STEP // SPAN, 16], tl.float32)
+    for first in range(0, GROUPS * CHUNKS, STEP // SPAN):
+        chunk = first + tl.arange(0, STEP // SPAN)
+        there = (chunk < GROUPS * CHUNKS)[:, None]
+        cell = tile * GROUPS + chunk // CHUNKS
+        at = cell * (STRIDE // 4) + chunk % CHUNKS * 16
+        word = tl.load(words + at[:, None] + row[None, :], mask=there, other=0)
+        k = chunk[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+        inputs = tl.load(x + k, mask=k < COLS, other=0).to(tl.float32)
+        code = (word[:, None, :] >> _lanes(BITS)[None, :, None]) & ((1 << BITS) - 1)
+        level = code.to(tl.float32) - ((1 << BITS) - 1) / 2
+        scale = tl.load(scales + cell[:, None] * 16 + row[None, :], mask=there, other=0).to(tl.float32)
+        total += tl.sum(level * inputs[:, :, None], axis=1) * scale
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _vector_product(
+    x: Any,
+    words: Any,
+    halves: Any,
+    entry: Any,
+    tile: Any,
+    PLACE: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+) -> Any:
+    """Sixteen rows of a matrix times x [K]: float32 [16]."""
+    total = tl.zeros([16], tl.float32)
+    scales = halves + (tl.load(entry + 1 + PLACE[1][0]) + PLACE[1][1]) // 2
+    for p in tl.static_range(len(PLACE[0])):
+        base = words + (tl.load(entry + 1 + PLACE[0][p][0]) + PLACE[0][p][1]) // 4
+        part = _vector_plane(x, base, scales, tile, PLACE[0][p][2], PLACE[0][p][3], COLS, GROUPS, GROUP, STEP)
+        total += part * (1 << PLACE[0][p][4])
+    return total
+
+
+@triton.jit
+def _group_codes(
+    base: Any, cell: Any, row: Any, there: Any, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+) -> Any:
+    """The codes of a plane for one group of columns: int32 [G, rows]."""
+    chunk = tl.arange(0, GROUP * BITS // 32)
+    at = (cell * (STRIDE // 4) + row)[None, :] + chunk[:, None] * 16
+    word = tl.load(base + at, mask=there[None, :], other=0)
+    code = (word[:, None, :] >> _lanes(BITS)[None, :, None]) & ((1 << BITS) - 1)
+    return tl.reshape(code, [GROUP, row.shape[0]])
+
+
+@triton.jit
+def _block_product(
+    x: Any,
+    used: Any,
+    words: Any,
+    halves: Any,
+    entry: Any,
+    n: Any,
+    PLACE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DOT: tl.constexpr,
+) -> Any:
+    """Rows n of a matrix times the inputs that the pointers x [tokens] point to where used: float32 [tokens, n]."""
+    total = tl.zeros([x.shape[0], n.shape[0]], tl.float32)
+    scales = halves + (tl.load(entry + 1 + PLACE[1][0]) + PLACE[1][1]) // 2
+    there = n < ROWS
+    for group in range(0, GROUPS):
+        cell = n // 16 * GROUPS + group
+        code = tl.zeros([GROUP, n.shape[0]], tl.int32)
+        for p in tl.static_range(len(PLACE[0])):
+            base = words + (tl.load(entry + 1 + PLACE[0][p][0]) + PLACE[0][p][1]) // 4
+            code += _group_codes(base, cell, n % 16, there, PLACE[0][p][2], PLACE[0][p][3], GROUP) << PLACE[0][p][4]
+        level = (code.to(tl.float32) - ((1 << WIDTH) - 1) / 2).to(DOT)
+        k = group * GROUP + tl.arange(0, GROUP)
+        inputs = tl.load(x[:, None] + k[None, :], mask=used[:, None] & (k < COLS)[None, :], other=0).to(DOT)
+        scale = tl.load(scales + cell * 16 + n % 16, mask=there, other=0).to(tl.float32)
+        total += tl.dot(inputs, level, input_precision="ieee") * scale[None, :]
+    return total
+
+
+@triton.jit
+def _forward_kernel(
+    x: Any,
+    words: Any,
+    halves: Any,
+    table: Any,
+    items: Any,
+    order: Any,
+    out: Any,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    DOT: tl.constexpr,
+) -> None:
+    """out[p] = w(x[order[p]]), or with SECOND silu(w(x)) * v(x), for the pairs p of an item and a block of rows."""
+    item = items + 3 * tl.program_id(0)
+    block = tl.program_id(1)
+    expert, first, count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    entry = table + expert * (len(WIDTHS) + 1)
+    slices = tl.load(entry)
+    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    position = first + tl.arange(0, BLOCK)
+    used = position < first + count
+    token = tl.load(order + position, mask=used, other=0).to(tl.int64)
+    result = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
+    for c in tl.static_range(len(WIDTHS)):
+        if slices == c + 1:  # the planes are known when compiling; which case it is, is the same for a whole program
+            if BLOCK == 1:
+                v = x + tl.load(order + first).to(tl.int64) * COLS
+                one = _vector_product(v, words, halves, entry, block, FIRST[c], COLS, GROUPS, GROUP, STEP)
+                if SECOND is not None:
+                    two = _vector_product(v, words, halves, entry, block, SECOND[c], COLS, GROUPS, GROUP, STEP)
+                    one = one * tl.sigmoid(one) * two
+                result = one[None, :]
+            else:
+                m = x + token * COLS
+                result = _block_product(
+                    m, used, words, halves, entry, n, FIRST[c], WIDTHS[c], ROWS, COLS, GROUPS, GROUP, DOT
+                )
+                if SECOND is not None:
+                    other = _block_product(
+                        m, used, words, halves, entry, n, SECOND[c], WIDTHS[c], ROWS, COLS, GROUPS, GROUP, DOT
+                    )
+                    result = result * tl.sigmoid(result) * other
+    target = out + position.to(tl.int64)[:, None] * ROWS + n[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=used[:, None] & (n < ROWS)[None, :])
+
+
+@triton.jit
+def _sum_kernel(
+    h: Any,
+    words: Any,
+    halves: Any,
+    table: Any,
+    items: Any,
+    starts: Any,
+    order: Any,
+    weights: Any,
+    out: Any,
+    DOWN_PLACE: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    DOT: tl.constexpr,
+) -> None:
+    """out[order[p]] += weights[p] * down(h[p]) for all pairs of a range of tokens and a block of rows.
+
+    The program alone owns these sums and takes its items one after the other: no atomics, one order.
+    """
+    block = tl.program_id(0)
+    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    last = tl.load(starts + tl.program_id(1) + 1)
+    for index in range(tl.load(starts + tl.program_id(1)), last):
+        item = items + 3 * index
+        expert, first, count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        entry = table + expert * (len(WIDTHS) + 1)
+        slices = tl.load(entry)
+        position = first + tl.arange(0, BLOCK)
+        used = position < first + count
+        result = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
+        for c in tl.static_range(len(WIDTHS)):
+            if slices == c + 1:
+                if BLOCK == 1:
+                    v = h + first.to(tl.int64) * COLS
+                    one = _vector_product(v, words, halves, entry, block, DOWN_PLACE[c], COLS, GROUPS, GROUP, STEP)
+                    result = one[None, :]
+                else:
+                    m = h + position.to(tl.int64) * COLS
+                    result = _block_product(
+                        m, used, words, halves, entry, n, DOWN_PLACE[c], WIDTHS[c], ROWS, COLS, GROUPS, GROUP, DOT
+                    )
+        token = tl.load(order + position, mask=used, other=0).to(tl.int64)
+        weight = tl.load(weights + position, mask=used, other=0)
+        target = out + token[:, None] * ROWS + n[None, :]
+        mask = used[:, None] & (n < ROWS)[None, :]
+        tl.store(target, tl.load(target, mask=mask, other=0) + weight[:, None] * result, mask=mask)
+        tl.debug_barrier()  # the next item may add to the same token from another thread
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedExperts:
+    """Experts in an arena, each with the slices that it is used with.
+
+    arena: contiguous uint8, its bytes a multiple of 64. offsets[e][i]: where slice i of expert e begins in it, a
+    multiple of 64; as many as the expert is used with, so that its width is layout.widths[len(offsets[e]) - 1].
+    Raises ValueError for raw layouts and for slices that do not lie in the arena.
+    """
+
+    layout: ExpertLayout
+    arena: Tensor
+    offsets: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        if self.layout.raw:
+            raise ValueError("raw experts have no planes: multiply their weights with torch")
+        if self.arena.dtype != torch.uint8 or not self.arena.is_contiguous() or self.arena.numel() % PART_ALIGN:
+            raise ValueError(f"the arena is not contiguous uint8 of a multiple of {PART_ALIGN} bytes")
+        for expert, offsets in enumerate(self.offsets):
+            if not 1 <= len(offsets) <= self.layout.num_slices:
+                raise ValueError(f"expert {expert} has {len(offsets)} slices, not 1 to {self.layout.num_slices}")
+            for index, at in enumerate(offsets):
+                if at % PART_ALIGN or not 0 <= at <= self.arena.numel() - self.layout.offsets(index)[-1]:
+                    raise ValueError(f"slice {index} of expert {expert} does not lie in the arena at offset {at}")
+
+    @cached_property
+    def table(self) -> Tensor:
+        """int64 [E, 1 + S] on the arena's device: the number of slices, then their offsets."""
+        rows = [[len(o), *o, *[0] * (self.layout.num_slices - len(o))] for o in self.offsets]
+        return torch.tensor(rows, dtype=torch.int64).to(self.arena.device)
+
+    @cached_property
+    def planes(self) -> tuple[Any, ...]:
+        """For gate, up and down: for each number of slices the planes and the scales, as the kernels take them."""
+        places = slice_places(self.layout)
+        return tuple(tuple((tuple(of[m][0]), of[m][1]) for of in places) for m in range(3))
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """Pairs of tokens and experts in the order in which the kernels take them, on the device.
+
+    items: int32 [I, 3], an expert and the first and number of its pairs; of one range of tokens, at most `block`.
+    starts: int32, the first item of each range, and the end. order: int32 [P], the token of each pair. weights:
+    float32 [P].
+    """
+
+    items: Tensor
+    starts: Tensor
+    order: Tensor
+    weights: Tensor
+    num_items: int
+    num_ranges: int
+    block: int
+
+
+def _work(
+    experts: PlacedExperts, tokens_of: Sequence[Tensor], weights_of: Sequence[Tensor] | None, num_tokens: int
+) -> _Work:
+    """Without weights the pairs keep their order; else they are sorted into ranges of tokens."""
+    counts = [len(tokens) for tokens in tokens_of]
+    if len(counts) != len(experts.offsets):
+        raise ValueError(f"there are tokens for {len(counts)} experts, and {len(experts.offsets)} experts")
+    if weights_of is not None and [len(w) for w in weights_of] != counts:
+        raise ValueError("there is not one weight for each token of each expert")
+    expert = np.repeat(np.arange(len(counts)), counts)
+    order = np.concatenate([np.zeros(0, np.int64), *(tokens.cpu().numpy() for tokens in tokens_of)])
+    if len(order) and not 0 <= order.min() <= order.max() < num_tokens:
+        raise ValueError(f"a token is not one of the {num_tokens} inputs")
+    weights = np.zeros(0, np.float32)
+    most = max(counts, default=0)
+    block = 1 if most <= FEW_TOKENS else min(MOST_BLOCK, max(16, triton.next_power_of_2(most)))
+    part = np.zeros(len(order), np.int64)
+    if weights_of is not None:
+        if len(np.unique(expert * num_tokens + order)) != len(order):
+            raise ValueError("an expert has the same token twice")
+        weights = np.concatenate([weights, *(w.float().cpu().numpy() for w in weights_of)])
+        part = order if block == 1 else order // RANGE_TOKENS
+        sort = np.argsort(part, kind="stable")
+        part, expert, order, weights = part[sort], expert[sort], order[sort], weights[sort]
+    # A run: the pairs of one expert in one range. It is cut into items of `block` pairs.
+    place = np.arange(len(order))
+    new = np.ones(len(order), bool)
+    new[1:] = (part[1:] != part[:-1]) | (expert[1:] != expert[:-1])
+    within = place - np.maximum.accumulate(np.where(new, place, 0))
+    first = np.flatnonzero(within % block == 0)
+    items = np.stack([expert[first], first, np.diff(first, append=len(order))], 1)
+    num_ranges = int(part[-1]) + 1 if len(part) else 0
+    starts = np.searchsorted(part[first], np.arange(num_ranges + 1))
+    # One copy to the device; every part starts on 16 bytes, or triton would compile for each alignment anew.
+    parts = [a.astype(np.int32).reshape(-1) for a in (items, starts, order)] + [weights.view(np.int32)]
+    sizes = [align(len(a), 4) for a in parts]
+    joined = torch.from_numpy(np.concatenate([np.pad(a, (0, n - len(a))) for a, n in zip(parts, sizes, strict=True)]))
+    sent = joined.to(experts.arena.device).split(sizes)
+    return _Work(sent[0], sent[1], sent[2], sent[3].view(torch.float32), len(first), num_ranges, block)
+
+
+def _check_inputs(x: Tensor, experts: PlacedExperts, cols: int) -> None:
+    if x.ndim != 2 or x.shape[1] != cols or x.dtype not in _DTYPES or not x.is_contiguous():
+        raise ValueError(f"input {tuple(x.shape)} of {x.dtype} is not contiguous floats of {cols} columns")
+    if x.device != experts.arena.device:
+        raise ValueError(f"the input is on {x.device}, the experts are on {experts.arena.device}")
+
+
+def _constants(experts: PlacedExperts, matrix: int, work: _Work, dtype: torch.dtype) -> dict[str, Any]:
+    layout = experts.layout.matrices[matrix]
+    # The interpreter computes with numpy, which has no bfloat16; what it gets instead holds the same values.
+    upcast = dtype == torch.float32 or not isinstance(_sum_kernel, triton.JITFunction)
+    return {
+        "WIDTHS": experts.layout.widths,
+        "ROWS": layout.rows,
+        "COLS": layout.cols,
+        "GROUPS": layout.groups,
+        "GROUP": layout.group_size,
+        "BLOCK": work.block,
+        "BLOCK_ROWS": TILE_ROWS if work.block == 1 else _GEMM_ROWS,
+        "STEP": min(_VECTOR_STEP, triton.next_power_of_2(layout.groups * layout.group_size)),
+        "DOT": tl.float32 if upcast else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+    }
+
+
+def _forward(x: Tensor, experts: PlacedExperts, first: int, second: int | None, work: _Work, out: Tensor) -> None:
+    constants = _constants(experts, first, work, x.dtype)
+    grid = (work.num_items, triton.cdiv(constants["ROWS"], constants["BLOCK_ROWS"]))
+    arena = experts.arena
+    _forward_kernel[grid](
+        x,
+        arena.view(torch.int32),
+        arena.view(torch.float16),
+        experts.table,
+        work.items,
+        work.order,
+        out,
+        FIRST=experts.planes[first],
+        SECOND=None if second is None else experts.planes[second],
+        **constants,
+    )
+
+
+def products(x: Tensor, experts: PlacedExperts, matrix: int, tokens_of: Sequence[Tensor]) -> Tensor:
+    """x[tokens_of[e]] @ w.T for one matrix (GATE, UP or DOWN) of every expert e, in one launch.
+
+    x: float16, bfloat16 or float32 [T, K], contiguous. tokens_of[e]: int64, the tokens of expert e, on the CPU at
+    best. Returns float32 [P, N], one expert after the other. Raises ValueError where something does not fit.
+    """
+    rows, cols = experts.layout.shapes[matrix]
+    _check_inputs(x, experts, cols)
+    work = _work(experts, tokens_of, None, x.shape[0])
+    out = torch.empty(sum(map(len, tokens_of)), rows, device=x.device)
+    if work.num_items:
+        _forward(x, experts, matrix, None, work, out)
+    return out
+
+
+def add_experts(
+    x: Tensor, experts: PlacedExperts, tokens_of: Sequence[Tensor], weights_of: Sequence[Tensor], out: Tensor
+) -> None:
+    """Add to out[t] the sum of weight * down(silu(gate(x[t])) * up(x[t])) over the experts of token t: two launches.
+
+    x: float16, bfloat16 or float32 [T, D], contiguous; so is what lies between the launches. tokens_of[e]: int64, the
+    tokens of expert e, none twice; weights_of[e]: float, their router weights; both on the CPU at best. out: float32
+    [T, D], contiguous. Raises ValueError where something does not fit.
+    """
+    hidden, inner = experts.layout.hidden, experts.layout.inner
+    _check_inputs(x, experts, hidden)
+    if out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous() or out.device != x.device:
+        raise ValueError(f"output {tuple(out.shape)} of {out.dtype} is not contiguous float32 of the input's shape")
+    work = _work(experts, tokens_of, weights_of, x.shape[0])
+    if not work.num_items:
+        return
+    h = torch.empty(sum(map(len, tokens_of)), inner, dtype=x.dtype, device=x.device)
+    _forward(x, experts, GATE, UP, work, h)
+    constants = _constants(experts, DOWN, work, x.dtype)
+    arena = experts.arena
+    _sum_kernel[triton.cdiv(hidden, constants["BLOCK_ROWS"]), work.num_ranges](
+        h,
+        arena.view(torch.int32),
+        arena.view(torch.float16),
+        experts.table,
+        work.items,
+        work.starts,
+        work.order,
+        work.weights,
+        out,
+        DOWN_PLACE=experts.planes[DOWN],
+        **constants,
+    )
