@@ -27,7 +27,7 @@ class ExpertTable:
         self._layout, self._activation, self._memory = layout, activation, memory
         self._packed: dict[tuple[int, int, int], PackedExpert] = {}
         module = compiled() if activation == "silu" and not layout.raw else None
-        self._native: Any = None if module is None else module.ExpertTable(slice_places(layout), memory.data_ptr())
+        self._native: Any = None if module is None else module.ExpertTable(_places(layout), memory.data_ptr())
 
     def put(self, layer: int, expert: int, offsets: Sequence[int]) -> None:
         """Enter the first slices of an expert, which must stay at these offsets in memory until `keep` forgets them."""
@@ -117,7 +117,7 @@ class ExpertTable:
         self._native.compute(layer, experts, slices, counts, order.data_ptr(), x.data_ptr(), x.shape[0], out.data_ptr())
 
 
-def slice_places(layout: ExpertLayout) -> list[list[Any]]:
+def _places(layout: ExpertLayout) -> list[list[Any]]:
     """What the compiled module wants: for each number of slices where gate, up and down lie in them."""
     offsets = [layout.offsets(index) for index in range(layout.num_slices)]
     return [

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moert.quant.expert_table import slice_places
 from moert.quant.format import PART_ALIGN, TILE_ROWS, ExpertLayout, align
+from moert.quant.matmul import placed_planes
 
 GATE, UP, DOWN = range(3)
 
@@ -42,25 +42,26 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _lanes(BITS: tl.constexpr) -> Any:
-    """By how much a 32-bit word of a plane is shifted for each of its columns."""
+def _codes(word: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """The codes of the columns that 32-bit words [chunks, rows] of a plane hold: int32 [chunks, columns, rows]."""
     lane = tl.arange(0, 32 // BITS)
-    return lane % 4 * 8 + lane // 4 * BITS
+    shift = lane % 4 * 8 + lane // 4 * BITS
+    return (word[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
 
 
 @triton.jit
 def _vector_plane(
-    x: Any,
-    words: Any,
-    scales: Any,
-    tile: Any,
+    x: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    tile: tl.tensor,
     STRIDE: tl.constexpr,
     BITS: tl.constexpr,
     COLS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """What a plane, taken alone and about its own midpoint, makes of x [K]: float32 [16], without its shift.
 
     The midpoints of the planes, shifted, add up to that of the code, so that planes need not meet before the sum.
@@ -77,93 +78,100 @@ def _vector_plane(
         word = tl.load(words + at[:, None] + row[None, :], mask=there, other=0)
         k = chunk[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
         inputs = tl.load(x + k, mask=k < COLS, other=0).to(tl.float32)
-        code = (word[:, None, :] >> _lanes(BITS)[None, :, None]) & ((1 << BITS) - 1)
-        level = code.to(tl.float32) - ((1 << BITS) - 1) / 2
+        level = _codes(word, BITS).to(tl.float32) - ((1 << BITS) - 1) / 2
         scale = tl.load(scales + cell[:, None] * 16 + row[None, :], mask=there, other=0).to(tl.float32)
         total += tl.sum(level * inputs[:, :, None], axis=1) * scale
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _vector_product(
-    x: Any,
-    words: Any,
-    halves: Any,
-    entry: Any,
-    tile: Any,
-    PLACE: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEP: tl.constexpr,
-) -> Any:
-    """Sixteen rows of a matrix times x [K]: float32 [16]."""
-    total = tl.zeros([16], tl.float32)
-    scales = halves + (tl.load(entry + 1 + PLACE[1][0]) + PLACE[1][1]) // 2
-    for p in tl.static_range(len(PLACE[0])):
-        base = words + (tl.load(entry + 1 + PLACE[0][p][0]) + PLACE[0][p][1]) // 4
-        part = _vector_plane(x, base, scales, tile, PLACE[0][p][2], PLACE[0][p][3], COLS, GROUPS, GROUP, STEP)
-        total += part * (1 << PLACE[0][p][4])
-    return total
-
-
-@triton.jit
-def _group_codes(
-    base: Any, cell: Any, row: Any, there: Any, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
-) -> Any:
-    """The codes of a plane for one group of columns: int32 [G, rows]."""
-    chunk = tl.arange(0, GROUP * BITS // 32)
-    at = (cell * (STRIDE // 4) + row)[None, :] + chunk[:, None] * 16
-    word = tl.load(base + at, mask=there[None, :], other=0)
-    code = (word[:, None, :] >> _lanes(BITS)[None, :, None]) & ((1 << BITS) - 1)
-    return tl.reshape(code, [GROUP, row.shape[0]])
-
-
-@triton.jit
-def _block_product(
-    x: Any,
-    used: Any,
-    words: Any,
-    halves: Any,
-    entry: Any,
-    n: Any,
-    PLACE: tl.constexpr,
-    WIDTH: tl.constexpr,
+def _product(
+    x: tl.tensor,
+    index: tl.tensor,
+    used: tl.tensor,
+    words: tl.tensor,
+    halves: tl.tensor,
+    entry: tl.tensor,
+    block: tl.tensor,
+    STARTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALES: tl.constexpr,
+    WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     DOT: tl.constexpr,
-) -> Any:
-    """Rows n of a matrix times the inputs that the pointers x [tokens] point to where used: float32 [tokens, n]."""
-    total = tl.zeros([x.shape[0], n.shape[0]], tl.float32)
-    scales = halves + (tl.load(entry + 1 + PLACE[1][0]) + PLACE[1][1]) // 2
+) -> tl.tensor:
+    """Rows of a matrix times rows `index` of x where `used`: float32 [BLOCK, BLOCK_ROWS].
+
+    entry: the expert's line of the table. STARTS: where the matrix begins in each slice; SCALES: its scales, from there.
+    PLANES: slice, offset from there, stride, bits and shift at the largest width of each plane.
+    """
+    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = n < ROWS
-    for group in range(0, GROUPS):
-        cell = n // 16 * GROUPS + group
-        code = tl.zeros([GROUP, n.shape[0]], tl.int32)
-        for p in tl.static_range(len(PLACE[0])):
-            base = words + (tl.load(entry + 1 + PLACE[0][p][0]) + PLACE[0][p][1]) // 4
-            code += _group_codes(base, cell, n % 16, there, PLACE[0][p][2], PLACE[0][p][3], GROUP) << PLACE[0][p][4]
-        level = (code.to(tl.float32) - ((1 << WIDTH) - 1) / 2).to(DOT)
-        k = group * GROUP + tl.arange(0, GROUP)
-        inputs = tl.load(x[:, None] + k[None, :], mask=used[:, None] & (k < COLS)[None, :], other=0).to(DOT)
-        scale = tl.load(scales + cell * 16 + n % 16, mask=there, other=0).to(tl.float32)
-        total += tl.dot(inputs, level, input_precision="ieee") * scale[None, :]
+    slices = tl.load(entry)
+    total = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
+    for c in tl.static_range(len(WIDTHS)):
+        if slices == c + 1:  # a loop for each width, so that its planes are known; a whole program takes the same one
+            scales = halves + (tl.load(entry + 1 + c) + (STARTS[c] + SCALES[c])) // 2
+            if BLOCK == 1:
+                one = tl.zeros([BLOCK_ROWS], tl.float32)
+                v = x + tl.sum(index, axis=0) * COLS
+                for p in tl.static_range(len(PLANES) // 5):
+                    if PLANES[5 * p] <= c:
+                        at = tl.load(entry + 1 + PLANES[5 * p]) + (STARTS[PLANES[5 * p]] + PLANES[5 * p + 1])
+                        part = _vector_plane(
+                            v,
+                            words + at // 4,
+                            scales,
+                            block,
+                            PLANES[5 * p + 2],
+                            PLANES[5 * p + 3],
+                            COLS,
+                            GROUPS,
+                            GROUP,
+                            STEP,
+                        )
+                        one += part * (1 << (PLANES[5 * p + 4] - (WIDTHS[len(WIDTHS) - 1] - WIDTHS[c])))
+                total = one[None, :]
+            else:
+                for group in range(GROUPS):
+                    cell = n // 16 * GROUPS + group
+                    code = tl.zeros([GROUP, BLOCK_ROWS], tl.int32)
+                    for p in tl.static_range(len(PLANES) // 5):
+                        if PLANES[5 * p] <= c:
+                            at = tl.load(entry + 1 + PLANES[5 * p]) + (STARTS[PLANES[5 * p]] + PLANES[5 * p + 1])
+                            inner = tl.arange(0, GROUP * PLANES[5 * p + 3] // 32)[:, None] * 16 + (n % 16)[None, :]
+                            line = words + at // 4 + (cell * (PLANES[5 * p + 2] // 4))[None, :]
+                            word = tl.load(line + inner, mask=there[None, :], other=0)
+                            codes = tl.reshape(_codes(word, PLANES[5 * p + 3]), [GROUP, BLOCK_ROWS])
+                            code += codes << (PLANES[5 * p + 4] - (WIDTHS[len(WIDTHS) - 1] - WIDTHS[c]))
+                    level = (code.to(tl.float32) - ((1 << WIDTHS[c]) - 1) / 2).to(DOT)
+                    k = group * GROUP + tl.arange(0, GROUP)
+                    mask = used[:, None] & (k < COLS)[None, :]
+                    inputs = tl.load(x + index[:, None] * COLS + k[None, :], mask=mask, other=0).to(DOT)
+                    scale = tl.load(scales + cell * 16 + n % 16, mask=there, other=0).to(tl.float32)
+                    total += tl.dot(inputs, level, input_precision="ieee") * scale[None, :]
     return total
 
 
 @triton.jit
 def _forward_kernel(
-    x: Any,
-    words: Any,
-    halves: Any,
-    table: Any,
-    items: Any,
-    order: Any,
-    out: Any,
+    x: tl.tensor,
+    words: tl.tensor,
+    halves: tl.tensor,
+    table: tl.tensor,
+    items: tl.tensor,
+    order: tl.tensor,
+    out: tl.tensor,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALES: tl.constexpr,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -177,49 +185,74 @@ def _forward_kernel(
     """out[p] = w(x[order[p]]), or with SECOND silu(w(x)) * v(x), for the pairs p of an item and a block of rows."""
     item = items + 3 * tl.program_id(0)
     block = tl.program_id(1)
-    expert, first, count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    entry = table + expert * (len(WIDTHS) + 1)
-    slices = tl.load(entry)
-    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = tl.load(item + 1)
     position = first + tl.arange(0, BLOCK)
-    used = position < first + count
+    used = position < first + tl.load(item + 2)
     token = tl.load(order + position, mask=used, other=0).to(tl.int64)
-    result = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
-    for c in tl.static_range(len(WIDTHS)):
-        if slices == c + 1:  # the planes are known when compiling; which case it is, is the same for a whole program
-            if BLOCK == 1:
-                v = x + tl.load(order + first).to(tl.int64) * COLS
-                one = _vector_product(v, words, halves, entry, block, FIRST[c], COLS, GROUPS, GROUP, STEP)
-                if SECOND is not None:
-                    two = _vector_product(v, words, halves, entry, block, SECOND[c], COLS, GROUPS, GROUP, STEP)
-                    one = one * tl.sigmoid(one) * two
-                result = one[None, :]
-            else:
-                m = x + token * COLS
-                result = _block_product(
-                    m, used, words, halves, entry, n, FIRST[c], WIDTHS[c], ROWS, COLS, GROUPS, GROUP, DOT
-                )
-                if SECOND is not None:
-                    other = _block_product(
-                        m, used, words, halves, entry, n, SECOND[c], WIDTHS[c], ROWS, COLS, GROUPS, GROUP, DOT
-                    )
-                    result = result * tl.sigmoid(result) * other
+    entry = table + tl.load(item) * (len(WIDTHS) + 1)
+    result = _product(
+        x,
+        token,
+        used,
+        words,
+        halves,
+        entry,
+        block,
+        FIRST,
+        PLANES,
+        SCALES,
+        WIDTHS,
+        ROWS,
+        COLS,
+        GROUPS,
+        GROUP,
+        BLOCK,
+        BLOCK_ROWS,
+        STEP,
+        DOT,
+    )
+    if SECOND is not None:
+        other = _product(
+            x,
+            token,
+            used,
+            words,
+            halves,
+            entry,
+            block,
+            SECOND,
+            PLANES,
+            SCALES,
+            WIDTHS,
+            ROWS,
+            COLS,
+            GROUPS,
+            GROUP,
+            BLOCK,
+            BLOCK_ROWS,
+            STEP,
+            DOT,
+        )
+        result = result * tl.sigmoid(result) * other
+    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     target = out + position.to(tl.int64)[:, None] * ROWS + n[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=used[:, None] & (n < ROWS)[None, :])
 
 
 @triton.jit
 def _sum_kernel(
-    h: Any,
-    words: Any,
-    halves: Any,
-    table: Any,
-    items: Any,
-    starts: Any,
-    order: Any,
-    weights: Any,
-    out: Any,
-    DOWN_PLACE: tl.constexpr,
+    h: tl.tensor,
+    words: tl.tensor,
+    halves: tl.tensor,
+    table: tl.tensor,
+    items: tl.tensor,
+    starts: tl.tensor,
+    order: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    STARTS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALES: tl.constexpr,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -237,25 +270,33 @@ def _sum_kernel(
     block = tl.program_id(0)
     n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     last = tl.load(starts + tl.program_id(1) + 1)
-    for index in range(tl.load(starts + tl.program_id(1)), last):
-        item = items + 3 * index
-        expert, first, count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-        entry = table + expert * (len(WIDTHS) + 1)
-        slices = tl.load(entry)
+    for number in range(tl.load(starts + tl.program_id(1)), last):
+        item = items + 3 * number
+        first = tl.load(item + 1)
         position = first + tl.arange(0, BLOCK)
-        used = position < first + count
-        result = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
-        for c in tl.static_range(len(WIDTHS)):
-            if slices == c + 1:
-                if BLOCK == 1:
-                    v = h + first.to(tl.int64) * COLS
-                    one = _vector_product(v, words, halves, entry, block, DOWN_PLACE[c], COLS, GROUPS, GROUP, STEP)
-                    result = one[None, :]
-                else:
-                    m = h + position.to(tl.int64) * COLS
-                    result = _block_product(
-                        m, used, words, halves, entry, n, DOWN_PLACE[c], WIDTHS[c], ROWS, COLS, GROUPS, GROUP, DOT
-                    )
+        used = position < first + tl.load(item + 2)
+        entry = table + tl.load(item) * (len(WIDTHS) + 1)
+        result = _product(
+            h,
+            position.to(tl.int64),
+            used,
+            words,
+            halves,
+            entry,
+            block,
+            STARTS,
+            PLANES,
+            SCALES,
+            WIDTHS,
+            ROWS,
+            COLS,
+            GROUPS,
+            GROUP,
+            BLOCK,
+            BLOCK_ROWS,
+            STEP,
+            DOT,
+        )
         token = tl.load(order + position, mask=used, other=0).to(tl.int64)
         weight = tl.load(weights + position, mask=used, other=0)
         target = out + token[:, None] * ROWS + n[None, :]
@@ -295,11 +336,9 @@ class PlacedExperts:
         rows = [[len(o), *o, *[0] * (self.layout.num_slices - len(o))] for o in self.offsets]
         return torch.tensor(rows, dtype=torch.int64).to(self.arena.device)
 
-    @cached_property
-    def planes(self) -> tuple[Any, ...]:
-        """For gate, up and down: for each number of slices the planes and the scales, as the kernels take them."""
-        places = slice_places(self.layout)
-        return tuple(tuple((tuple(of[m][0]), of[m][1]) for of in places) for m in range(3))
+    def starts(self, matrix: int) -> tuple[int, ...]:
+        """Where a matrix begins in each slice."""
+        return tuple(self.layout.offsets(index)[matrix] for index in range(self.layout.num_slices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +411,10 @@ def _constants(experts: PlacedExperts, matrix: int, work: _Work, dtype: torch.dt
     layout = experts.layout.matrices[matrix]
     # The interpreter computes with numpy, which has no bfloat16; what it gets instead holds the same values.
     upcast = dtype == torch.float32 or not isinstance(_sum_kernel, triton.JITFunction)
+    planes, *_ = placed_planes(layout, [(index, 0) for index in range(len(layout.widths))])
     return {
+        "PLANES": tuple(number for plane in planes for number in plane),
+        "SCALES": tuple(layout.codes_bytes(index) for index in range(len(layout.widths))),
         "WIDTHS": experts.layout.widths,
         "ROWS": layout.rows,
         "COLS": layout.cols,
@@ -397,8 +439,8 @@ def _forward(x: Tensor, experts: PlacedExperts, first: int, second: int | None, 
         work.items,
         work.order,
         out,
-        FIRST=experts.planes[first],
-        SECOND=None if second is None else experts.planes[second],
+        FIRST=experts.starts(first),
+        SECOND=None if second is None else experts.starts(second),
         **constants,
     )
 
@@ -448,6 +490,6 @@ def add_experts(
         work.order,
         work.weights,
         out,
-        DOWN_PLACE=experts.planes[DOWN],
+        STARTS=experts.starts(DOWN),
         **constants,
     )
