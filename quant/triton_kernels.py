@@ -17,25 +17,19 @@ on the CPU. Raw weights are not for it: torch multiplies those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moert.quant.format import PART_ALIGN, TILE_ROWS, ExpertLayout, align
+from moert.quant.format import TILE_ROWS
 from moert.quant.matmul import placed_planes
+from moert.quant.placed import PlacedExperts, Work, plan_work
 
 GATE, UP, DOWN = range(3)
 
-# Up to so many tokens for every expert each token is a product with a vector: a tile of tensor cores would be empty.
-FEW_TOKENS = 4
-MOST_BLOCK = 64  # tokens that share the unpacked weights
-RANGE_TOKENS = 512  # tokens whose sums one program of the second launch owns, for which it unpacks weights once
 _VECTOR_STEP = 512  # columns that a product with a vector takes at once
 _GEMM_ROWS = 2 * TILE_ROWS
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,7 +102,7 @@ def _product(
 ) -> tl.tensor:
     """Rows of a matrix times rows `index` of x where `used`: float32 [BLOCK, BLOCK_ROWS].
 
-    entry: the expert's line of the table. STARTS: where the matrix begins in each slice; SCALES: its scales, from there.
+    entry: the expert's line of the table. STARTS: where the matrix begins in each slice; SCALES: its scales from there.
     PLANES: slice, offset from there, stride, bits and shift at the largest width of each plane.
     """
     n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -126,7 +120,7 @@ def _product(
                         at = tl.load(entry + 1 + PLANES[5 * p]) + (STARTS[PLANES[5 * p]] + PLANES[5 * p + 1])
                         part = _vector_plane(
                             v,
-                            words + at // 4,
+                            words + tl.multiple_of(at // 4, 16),
                             scales,
                             block,
                             PLANES[5 * p + 2],
@@ -146,7 +140,7 @@ def _product(
                         if PLANES[5 * p] <= c:
                             at = tl.load(entry + 1 + PLANES[5 * p]) + (STARTS[PLANES[5 * p]] + PLANES[5 * p + 1])
                             inner = tl.arange(0, GROUP * PLANES[5 * p + 3] // 32)[:, None] * 16 + (n % 16)[None, :]
-                            line = words + at // 4 + (cell * (PLANES[5 * p + 2] // 4))[None, :]
+                            line = words + tl.multiple_of(at // 4, 16) + (cell * (PLANES[5 * p + 2] // 4))[None, :]
                             word = tl.load(line + inner, mask=there[None, :], other=0)
                             codes = tl.reshape(_codes(word, PLANES[5 * p + 3]), [GROUP, BLOCK_ROWS])
                             code += codes << (PLANES[5 * p + 4] - (WIDTHS[len(WIDTHS) - 1] - WIDTHS[c]))
@@ -305,101 +299,6 @@ def _sum_kernel(
         tl.debug_barrier()  # the next item may add to the same token from another thread
 
 
-@dataclass(frozen=True, eq=False)
-class PlacedExperts:
-    """Experts in an arena, each with the slices that it is used with.
-
-    arena: contiguous uint8, its bytes a multiple of 64. offsets[e][i]: where slice i of expert e begins in it, a
-    multiple of 64; as many as the expert is used with, so that its width is layout.widths[len(offsets[e]) - 1].
-    Raises ValueError for raw layouts and for slices that do not lie in the arena.
-    """
-
-    layout: ExpertLayout
-    arena: Tensor
-    offsets: Sequence[Sequence[int]]
-
-    def __post_init__(self) -> None:
-        if self.layout.raw:
-            raise ValueError("raw experts have no planes: multiply their weights with torch")
-        if self.arena.dtype != torch.uint8 or not self.arena.is_contiguous() or self.arena.numel() % PART_ALIGN:
-            raise ValueError(f"the arena is not contiguous uint8 of a multiple of {PART_ALIGN} bytes")
-        for expert, offsets in enumerate(self.offsets):
-            if not 1 <= len(offsets) <= self.layout.num_slices:
-                raise ValueError(f"expert {expert} has {len(offsets)} slices, not 1 to {self.layout.num_slices}")
-            for index, at in enumerate(offsets):
-                if at % PART_ALIGN or not 0 <= at <= self.arena.numel() - self.layout.offsets(index)[-1]:
-                    raise ValueError(f"slice {index} of expert {expert} does not lie in the arena at offset {at}")
-
-    @cached_property
-    def table(self) -> Tensor:
-        """int64 [E, 1 + S] on the arena's device: the number of slices, then their offsets."""
-        rows = [[len(o), *o, *[0] * (self.layout.num_slices - len(o))] for o in self.offsets]
-        return torch.tensor(rows, dtype=torch.int64).to(self.arena.device)
-
-    def starts(self, matrix: int) -> tuple[int, ...]:
-        """Where a matrix begins in each slice."""
-        return tuple(self.layout.offsets(index)[matrix] for index in range(self.layout.num_slices))
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """Pairs of tokens and experts in the order in which the kernels take them, on the device.
-
-    items: int32 [I, 3], an expert and the first and number of its pairs; of one range of tokens, at most `block`.
-    starts: int32, the first item of each range, and the end. order: int32 [P], the token of each pair. weights:
-    float32 [P].
-    """
-
-    items: Tensor
-    starts: Tensor
-    order: Tensor
-    weights: Tensor
-    num_items: int
-    num_ranges: int
-    block: int
-
-
-def _work(
-    experts: PlacedExperts, tokens_of: Sequence[Tensor], weights_of: Sequence[Tensor] | None, num_tokens: int
-) -> _Work:
-    """Without weights the pairs keep their order; else they are sorted into ranges of tokens."""
-    counts = [len(tokens) for tokens in tokens_of]
-    if len(counts) != len(experts.offsets):
-        raise ValueError(f"there are tokens for {len(counts)} experts, and {len(experts.offsets)} experts")
-    if weights_of is not None and [len(w) for w in weights_of] != counts:
-        raise ValueError("there is not one weight for each token of each expert")
-    expert = np.repeat(np.arange(len(counts)), counts)
-    order = np.concatenate([np.zeros(0, np.int64), *(tokens.cpu().numpy() for tokens in tokens_of)])
-    if len(order) and not 0 <= order.min() <= order.max() < num_tokens:
-        raise ValueError(f"a token is not one of the {num_tokens} inputs")
-    weights = np.zeros(0, np.float32)
-    most = max(counts, default=0)
-    block = 1 if most <= FEW_TOKENS else min(MOST_BLOCK, max(16, triton.next_power_of_2(most)))
-    part = np.zeros(len(order), np.int64)
-    if weights_of is not None:
-        if len(np.unique(expert * num_tokens + order)) != len(order):
-            raise ValueError("an expert has the same token twice")
-        weights = np.concatenate([weights, *(w.float().cpu().numpy() for w in weights_of)])
-        part = order if block == 1 else order // RANGE_TOKENS
-        sort = np.argsort(part, kind="stable")
-        part, expert, order, weights = part[sort], expert[sort], order[sort], weights[sort]
-    # A run: the pairs of one expert in one range. It is cut into items of `block` pairs.
-    place = np.arange(len(order))
-    new = np.ones(len(order), bool)
-    new[1:] = (part[1:] != part[:-1]) | (expert[1:] != expert[:-1])
-    within = place - np.maximum.accumulate(np.where(new, place, 0))
-    first = np.flatnonzero(within % block == 0)
-    items = np.stack([expert[first], first, np.diff(first, append=len(order))], 1)
-    num_ranges = int(part[-1]) + 1 if len(part) else 0
-    starts = np.searchsorted(part[first], np.arange(num_ranges + 1))
-    # One copy to the device; every part starts on 16 bytes, or triton would compile for each alignment anew.
-    parts = [a.astype(np.int32).reshape(-1) for a in (items, starts, order)] + [weights.view(np.int32)]
-    sizes = [align(len(a), 4) for a in parts]
-    joined = torch.from_numpy(np.concatenate([np.pad(a, (0, n - len(a))) for a, n in zip(parts, sizes, strict=True)]))
-    sent = joined.to(experts.arena.device).split(sizes)
-    return _Work(sent[0], sent[1], sent[2], sent[3].view(torch.float32), len(first), num_ranges, block)
-
-
 def _check_inputs(x: Tensor, experts: PlacedExperts, cols: int) -> None:
     if x.ndim != 2 or x.shape[1] != cols or x.dtype not in _DTYPES or not x.is_contiguous():
         raise ValueError(f"input {tuple(x.shape)} of {x.dtype} is not contiguous floats of {cols} columns")
@@ -407,7 +306,7 @@ def _check_inputs(x: Tensor, experts: PlacedExperts, cols: int) -> None:
         raise ValueError(f"the input is on {x.device}, the experts are on {experts.arena.device}")
 
 
-def _constants(experts: PlacedExperts, matrix: int, work: _Work, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(experts: PlacedExperts, matrix: int, work: Work, dtype: torch.dtype) -> dict[str, Any]:
     layout = experts.layout.matrices[matrix]
     # The interpreter computes with numpy, which has no bfloat16; what it gets instead holds the same values.
     upcast = dtype == torch.float32 or not isinstance(_sum_kernel, triton.JITFunction)
@@ -427,7 +326,7 @@ def _constants(experts: PlacedExperts, matrix: int, work: _Work, dtype: torch.dt
     }
 
 
-def _forward(x: Tensor, experts: PlacedExperts, first: int, second: int | None, work: _Work, out: Tensor) -> None:
+def _forward(x: Tensor, experts: PlacedExperts, first: int, second: int | None, work: Work, out: Tensor) -> None:
     constants = _constants(experts, first, work, x.dtype)
     grid = (work.num_items, triton.cdiv(constants["ROWS"], constants["BLOCK_ROWS"]))
     arena = experts.arena
@@ -453,7 +352,7 @@ def products(x: Tensor, experts: PlacedExperts, matrix: int, tokens_of: Sequence
     """
     rows, cols = experts.layout.shapes[matrix]
     _check_inputs(x, experts, cols)
-    work = _work(experts, tokens_of, None, x.shape[0])
+    work = plan_work(experts, tokens_of, None, x.shape[0])
     out = torch.empty(sum(map(len, tokens_of)), rows, device=x.device)
     if work.num_items:
         _forward(x, experts, matrix, None, work, out)
@@ -473,7 +372,7 @@ def add_experts(
     _check_inputs(x, experts, hidden)
     if out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous() or out.device != x.device:
         raise ValueError(f"output {tuple(out.shape)} of {out.dtype} is not contiguous float32 of the input's shape")
-    work = _work(experts, tokens_of, weights_of, x.shape[0])
+    work = plan_work(experts, tokens_of, weights_of, x.shape[0])
     if not work.num_items:
         return
     h = torch.empty(sum(map(len, tokens_of)), inner, dtype=x.dtype, device=x.device)
