@@ -27,7 +27,7 @@ RANGE_TOKENS = 512  # tokens whose sums one program owns, for which it unpacks w
 class PlacedExperts:
     """Experts in an arena, each with the slices that it is used with.
 
-    arena: contiguous uint8, its bytes a multiple of 64. offsets[e][i]: where slice i of expert e begins in it, a
+    arena: contiguous uint8 that begins and ends on 64 bytes. offsets[e][i]: where slice i of expert e begins in it, a
     multiple of 64; as many as the expert is used with, so that its width is layout.widths[len(offsets[e]) - 1].
     Raises ValueError for raw layouts and for slices that do not lie in the arena.
     """
@@ -39,8 +39,9 @@ class PlacedExperts:
     def __post_init__(self) -> None:
         if self.layout.raw:
             raise ValueError("raw experts have no planes: multiply their weights with torch")
-        if self.arena.dtype != torch.uint8 or not self.arena.is_contiguous() or self.arena.numel() % PART_ALIGN:
-            raise ValueError(f"the arena is not contiguous uint8 of a multiple of {PART_ALIGN} bytes")
+        aligned = self.arena.storage_offset() % PART_ALIGN == self.arena.numel() % PART_ALIGN == 0
+        if self.arena.dtype != torch.uint8 or not self.arena.is_contiguous() or not aligned:
+            raise ValueError(f"the arena is not contiguous uint8 that begins and ends on {PART_ALIGN} bytes")
         for expert, offsets in enumerate(self.offsets):
             if not 1 <= len(offsets) <= self.layout.num_slices:
                 raise ValueError(f"expert {expert} has {len(offsets)} slices, not 1 to {self.layout.num_slices}")
