@@ -309,7 +309,7 @@ def _check_inputs(x: Tensor, experts: PlacedExperts, cols: int) -> None:
 def _constants(experts: PlacedExperts, matrix: int, work: Work, dtype: torch.dtype) -> dict[str, Any]:
     layout = experts.layout.matrices[matrix]
     # The interpreter computes with numpy, which has no bfloat16; what it gets instead holds the same values.
-    upcast = dtype == torch.float32 or not isinstance(_sum_kernel, triton.JITFunction)
+    upcast = dtype == torch.float32 or not isinstance(_codes, triton.JITFunction)
     planes, *_ = placed_planes(layout, [(index, 0) for index in range(len(layout.widths))])
     return {
         "PLANES": tuple(number for plane in planes for number in plane),

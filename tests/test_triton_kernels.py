@@ -25,7 +25,7 @@ from .test_kernels import SLICE_LISTS, make_matrix, weights_of
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAYOUT = ExpertLayout(70, 37, 32, (2, 3, 4))
+LAYOUT = ExpertLayout(38, 20, 32, (2, 3, 4))
 FEW, MANY = 2, 7  # tokens of an expert, for products with vectors and with blocks
 SUM_ERROR = 4e-6  # of float32 sums, relative to the sum of magnitudes
 outside = pytest.mark.skipif(INTERPRETED, reason="for the process that starts the interpreter")
@@ -93,10 +93,10 @@ def routing(tokens, experts, seed=0):
 
 def check_products(kernels, layout, counts, x, tokens_of):
     experts, matrices = make_experts(layout, counts)
-    for m, name in enumerate((kernels.GATE, kernels.UP, kernels.DOWN)):
+    for m in (kernels.GATE, kernels.DOWN):
         rows, cols = layout.shapes[m]
         v = x[:, :cols].contiguous()
-        got = kernels.products(v.to(DEVICE), experts, name, tokens_of).cpu().double()
+        got = kernels.products(v.to(DEVICE), experts, m, tokens_of).cpu().double()
         pairs = [(v[t].double(), w[m]) for t, w in zip(tokens_of, matrices, strict=True)]
         want = torch.cat([a @ w.T for a, w in pairs])
         size = torch.cat([a.abs() @ w.abs().T for a, w in pairs])
@@ -109,6 +109,7 @@ def check_sums(kernels, layout, counts, x, tokens_of, weights_of_):
     out = torch.ones(len(x), layout.hidden, device=DEVICE)
     kernels.add_experts(x.to(DEVICE), experts, tokens_of, weights_of_, out)
     info = torch.finfo(x.dtype)
+    rounding = info.eps if INTERPRETED else info.eps / 2  # the interpreter cuts bfloat16 off
     want = torch.ones(len(x), layout.hidden, dtype=torch.float64)
     error = 1e-6 * want
     for t, weight, (gate, up, down) in zip(tokens_of, weights_of_, matrices, strict=True):
@@ -117,7 +118,7 @@ def check_sums(kernels, layout, counts, x, tokens_of, weights_of_):
         g_error, u_error = (SUM_ERROR * (v.abs() @ m.abs().T) for m in (gate, up))
         h = functional.silu(g) * u
         h_error = 1.1 * g_error * (u.abs() + u_error) + functional.silu(g).abs() * (u_error + 1e-6 * u.abs())
-        h_error += info.eps / 2 * (h.abs() + h_error) + info.tiny  # silu's slope is below 1.1; then h is rounded
+        h_error += rounding * (h.abs() + h_error) + info.tiny  # silu's slope is below 1.1; then h is rounded
         want[t] += w * (h @ down.T)
         error[t] += w * ((h_error + 2 * SUM_ERROR * h.abs()) @ down.abs().T)
     assert ((out.cpu().double() - want).abs() <= error).all(), (layout, (out.cpu() - want).abs().max())
@@ -128,19 +129,15 @@ def check_sums(kernels, layout, counts, x, tokens_of, weights_of_):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("widths", SLICE_LISTS, ids=str)
 def test_every_width_in_one_launch(kernels, widths, tokens):
-    group_size = (32, 64, 128)[sum(widths) % 3]
-    layout = ExpertLayout(group_size + 3, 18, group_size, widths)
-    counts = list(range(1, len(widths) + 1))
-    x = inputs(tokens, layout.hidden)
-    check_sums(kernels, layout, counts, x, *routing(tokens, len(counts)))
-    if len(counts) <= 3:
-        check_products(kernels, layout, counts, x, [torch.arange(tokens) for _ in counts])
+    layout, counts = ExpertLayout(35, 16, 32, widths), list(range(1, len(widths) + 1))
+    check_sums(kernels, layout, counts, inputs(tokens, layout.hidden), *routing(tokens, len(counts)))
 
 
 @case
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (5, 33), (64, 16), (130, 7)])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group_size"), [(1, 1, 64), (5, 33, 32), (32, 32, 32), (65, 17, 64), (7, 130, 128), (7, 70, 64)]
+)
 def test_ragged_shapes(kernels, hidden, inner, group_size, tokens):
     layout = ExpertLayout(hidden, inner, group_size, (2, 3))
     check_sums(kernels, layout, [2, 1], inputs(tokens, hidden), *routing(tokens, 2))
@@ -150,9 +147,9 @@ def test_ragged_shapes(kernels, hidden, inner, group_size, tokens):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(kernels, dtype, tokens):
-    x, counts = inputs(tokens, LAYOUT.hidden, dtype), [3, 1, 2, 3]
-    check_products(kernels, LAYOUT, counts, x, [torch.arange(tokens)] * 4)
-    check_sums(kernels, LAYOUT, counts, x, *routing(tokens, 4))
+    x, counts = inputs(tokens, LAYOUT.hidden, dtype), [3, 1]
+    check_products(kernels, LAYOUT, counts, x, [torch.arange(tokens), torch.tensor([1])])
+    check_sums(kernels, LAYOUT, counts, x, *routing(tokens, 2))
 
 
 @case
@@ -160,7 +157,7 @@ def test_blocks_and_ranges_of_tokens(kernels, monkeypatch):
     """More tokens than a block and a range take, experts of very different load, and the same again bit for bit."""
     monkeypatch.setattr(placed, "MOST_BLOCK", 16)
     monkeypatch.setattr(placed, "RANGE_TOKENS", 24)
-    layout, (tokens_of, weights) = ExpertLayout(33, 20, 32, (2, 3)), routing(50, 3)
+    layout, (tokens_of, weights) = ExpertLayout(33, 16, 32, (2, 3)), routing(50, 3)
     tokens_of[1], weights[1] = tokens_of[1][:1], weights[1][:1]
     args = kernels, layout, [1, 2, 2], inputs(50, 33), tokens_of, weights
     assert torch.equal(check_sums(*args), check_sums(*args))
@@ -324,7 +321,7 @@ def test_inputs_that_do_not_fit_are_refused(kernels):
     experts, _ = make_experts(LAYOUT, [1])
     tokens, x = [torch.tensor([0])], torch.zeros(2, LAYOUT.hidden, device=DEVICE)
     for wrong in (x[:, :-1], x[0], x.double(), torch.zeros(LAYOUT.hidden, 2, device=DEVICE).T):
-        with pytest.raises(ValueError, match="is not contiguous floats of 70 columns"):
+        with pytest.raises(ValueError, match="is not contiguous floats of 38 columns"):
             kernels.products(wrong, experts, kernels.GATE, tokens)
     with pytest.raises(ValueError, match="the input is on meta"):
         kernels.products(x.to("meta"), experts, kernels.GATE, tokens)
