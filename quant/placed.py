@@ -115,5 +115,5 @@ def plan_work(
     parts = [a.astype(np.int32).reshape(-1) for a in (items, starts, order)] + [weights.view(np.int32)]
     sizes = [align(len(a), 4) for a in parts]
     joined = torch.from_numpy(np.concatenate([np.pad(a, (0, n - len(a))) for a, n in zip(parts, sizes, strict=True)]))
-    sent = joined.to(experts.arena.device).split(sizes)
+    sent = torch.split(joined.to(experts.arena.device), sizes)
     return Work(sent[0], sent[1], sent[2], sent[3].view(torch.float32), len(first), num_ranges, block)
