@@ -6,9 +6,9 @@ rounded to int8 as the CPU kernels do: on a GPU that would save no bytes that ma
 codes less their midpoint are half-integers below 128, exact in all three dtypes, so that only the activations are
 rounded, by their dtype: x by the caller, the product of gate and up once more between the two launches.
 
-Sums have a fixed order (no atomics), so the same call gives the same bits. The sizes of blocks are guesses, not tuned
-on a device. Importing this module needs triton; with TRITON_INTERPRET=1, set before triton is imported, all of it runs
-on the CPU. Raw weights are not for it: torch multiplies those.
+Sums have a fixed order (no atomics), so the same call gives the same bits. None of it has run on a device, and the
+sizes of blocks are guesses. Importing this module needs triton 3.4; with TRITON_INTERPRET=1, set before triton 3.7 is
+imported, all of it runs on the CPU. Raw weights are not for it: torch multiplies those.
 """
 
 # T tokens, P pairs of a token and an expert, E experts, S slices, N rows (outputs), K columns (inputs), G group size,

@@ -38,7 +38,7 @@ def case(test):
 
 @pytest.fixture
 def kernels():
-    pytest.importorskip("triton", reason="triton cannot be imported here")
+    pytest.importorskip("triton", minversion="3.4", reason="no triton that can be used here")
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     from moert.quant import triton_kernels
@@ -48,7 +48,7 @@ def kernels():
 
 @outside
 def test_in_the_interpreter():
-    pytest.importorskip("triton", reason="triton cannot be imported here")
+    pytest.importorskip("triton", minversion="3.7", reason="no triton with an interpreter that knows numpy 2.4")
     command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
     environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
@@ -235,7 +235,7 @@ def recorded(kernels, monkeypatch, layout, tokens, dtype):
 @pytest.mark.parametrize("tokens", [FEW, 20])
 def test_two_launches_that_compile_for_a_jetson_orin(monkeypatch, tmp_path, tokens):
     """What would be launched makes machine code of sm_87, for which no device is needed, within its shared memory."""
-    triton = pytest.importorskip("triton", reason="triton cannot be imported here")
+    triton = pytest.importorskip("triton", minversion="3.4", reason="no triton that can be used here")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
