@@ -180,6 +180,11 @@ def test_using_the_package_never_loads_transformers():
     assert loaded_after("from moert import LLM, SamplingParams", "transformers", "accelerate") == []
 
 
+def test_only_its_kernels_load_triton():
+    modules = (p.stem for p in (ROOT / "quant").glob("*.py") if p.stem not in ("__init__", "triton_kernels"))
+    assert loaded_after("import " + ", ".join(f"moert.quant.{name}" for name in modules), "triton") == []
+
+
 def test_the_command_line_imports_commands_lazily():
     assert loaded_after("import moert.cli.main", "torch", "transformers", "rich", "prompt_toolkit") == []
 
