@@ -17,14 +17,15 @@ from moert.store.reader import Store
 
 OFF = 0.25  # a speed that is so far from the predicted one is worth a word
 _SLOW = 0.5  # of the disk that was measured: a difference that is no noise
-_ENOUGH = 32  # tokens, before that is judged
+_COLD = 64  # tokens that do not count: experts are still being read for the first time
+_ENOUGH = 64  # tokens behind these, before that is judged
 
 
 @dataclass
 class Automatic:
     """What was chosen for this machine, what it is predicted to do, and what it did so far.
 
-    device: where the machine's figures are from.
+    device: where the machine's figures are from. tokens, seconds: of answers, but for the first few tokens.
     """
 
     prediction: Prediction
@@ -32,6 +33,7 @@ class Automatic:
     tokens: int = 0
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    _cold: int = _COLD
     _said: bool = False
 
     @property
@@ -47,13 +49,14 @@ class Automatic:
         """An answer has ended."""
         self.peak_rss_bytes = stats.peak_rss_bytes
         steps = stats.completion_tokens - 1
-        if stats.decode_tokens_per_s and steps > 0:
+        if stats.decode_tokens_per_s and self._cold <= 0:
             self.tokens += steps
             self.seconds += steps / stats.decode_tokens_per_s
+        self._cold -= steps
 
     @property
     def achieved(self) -> float | None:
-        """Tokens/s of all answers; None before there is one."""
+        """Tokens/s of the answers that count; None before there is one."""
         return self.tokens / self.seconds if self.seconds else None
 
     def compare(self) -> list[str]:
