@@ -47,7 +47,9 @@ def measure(args: argparse.Namespace, budget: int | None, precision: str, seed: 
     from moert.runtime.telemetry import peak_rss_bytes
 
     store = None if args.store == "-" else args.store
-    llm = LLM(store, memory_budget=budget, precision=precision, ctx_size=args.ctx_size, threads=args.threads)
+    llm = LLM(
+        store, memory_budget=budget, precision=precision, ctx_size=args.ctx_size, threads=args.threads, batch_size=1
+    )
     if args.probe:
         return {"library_bytes": llm.engine.budget.libraries}
     long = 512  # the prompt whose speed counts, at the end
