@@ -49,11 +49,8 @@ class CachePolicy(Protocol):
         """What `worth` said of the slices of an expert when another run ended; told before anything is used."""
 
 
-class _Baseline:
+class _Baseline(CachePolicy):
     """What baselines do not care about: they know nothing of the future, and let no prefetch evict anything."""
-
-    def eviction_order(self, index: int) -> Iterable[ExpertKey]:
-        raise NotImplementedError
 
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         return next(filter(evictable, self.eviction_order(index)), None)
