@@ -98,8 +98,9 @@ class LLM:
         self.plan: Automatic | None = None
         if memory_budget == AUTO and config.expert_budget is None:
             config, self.plan = choose(self.store, config)
-            status(self.plan.line)
         self._engine = Engine(self.store, config, status)
+        if self.plan is not None:
+            status(self.plan.line(self._engine.budget.total))
         self._warm_file: Path | None = None
         if warm:
             self._engine.warm(file := warm_file(path, str(self._engine.precision)), status)

@@ -36,12 +36,11 @@ class Automatic:
     _cold: int = _COLD
     _said: bool = False
 
-    @property
-    def line(self) -> str:
-        """What was chosen, and what for."""
+    def line(self, budget_bytes: int) -> str:
+        """What was chosen, with the budget that came of it, and what for."""
         p = self.prediction
         return (
-            f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(p.budget_bytes)}; predicted are "
+            f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(budget_bytes)}; predicted are "
             f"{p.decode_tokens_per_s:.1f} tokens/s and {p.hit_ratio:.0%} hits, by {self.device}"
         )
 
@@ -63,10 +62,11 @@ class Automatic:
         """Predicted and achieved, a line each."""
         p, speed = self.prediction, self.achieved
         lines = [f"memory: {format_bytes(p.peak_rss_bytes)} predicted, {format_bytes(self.peak_rss_bytes)} at the peak"]
+        achieved = "the first answer does not count"  # its experts are read for the first time
         if speed is not None:
-            off = f" ({speed / p.decode_tokens_per_s - 1:+.0%}, {self.tokens} tokens)"
-            lines.insert(0, f"speed: {p.decode_tokens_per_s:.1f} tokens/s predicted, {speed:.1f} achieved{off}")
-        return lines
+            off = f"{speed / p.decode_tokens_per_s - 1:+.0%}, {self.tokens} tokens"
+            achieved = f"{speed:.1f} achieved ({off})"
+        return [f"speed: {p.decode_tokens_per_s:.1f} tokens/s predicted, {achieved}", *lines]
 
     def warning(self) -> str | None:
         """That the plan is off, once, when there were enough tokens to tell."""
