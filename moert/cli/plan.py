@@ -323,13 +323,18 @@ def _print(plan: _Plan, choice: Choice | None) -> None:
     print(f"Recommended: {choice.reason}")
 
 
+def _speed(tokens_per_s: float) -> str:
+    """Three digits at least, and no powers of ten."""
+    return f"{tokens_per_s:.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:.3g} tokens/s"
+
+
 def _cells(p: Prediction) -> list[str]:
     return [
         format_bytes(p.budget_bytes),
         p.precision,
         str(p.ctx_size),
-        f"{p.decode_tokens_per_s:.3g} tokens/s",
-        f"{p.prefill_tokens_per_s:.3g} tokens/s",
+        _speed(p.decode_tokens_per_s),
+        _speed(p.prefill_tokens_per_s),
         f"{p.ttft_s:.3g} s",
         f"{p.hit_ratio:.0%}",
         format_bytes(p.bytes_read_per_token),
