@@ -12,8 +12,8 @@ from itertools import accumulate
 from moert.scheduler.profile import Profile
 from moert.scheduler.types import Load
 
-# Python's work too, as shares of what planning a layer takes in which something is missing. Looking ahead was timed once,
-# on a 12-layer model beside other work; what elastic widths take is an estimate from a profile of the simulator.
+# Python's work too, as shares of what planning a layer takes in which something is missing. Looking ahead was timed
+# once, on a 12-layer model beside other work; what elastic widths take is an estimate from a profile of the simulator.
 _LOOK, _LADDER = 0.27, 0.1
 
 
