@@ -49,3 +49,7 @@ class TemplateError(MoertError):
 
 class ProfileError(MoertError):
     """A device profile is malformed, or cannot be read or written."""
+
+
+class DeviceError(MoertError):
+    """A device cannot be used, is out of memory, or was lost."""

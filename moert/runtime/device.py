@@ -1,0 +1,232 @@
+"""What the runtime wants of a device that has memory of its own, and devices that need no hardware.
+
+`cuda` has the real one. The two here keep "device memory" in host memory: `EmulatedDevice` computes with the CPU
+kernels, `InterpretedDevice` with the GPU's kernels in Triton's interpreter. Their copies are made as late as the
+protocol allows, so that computing before a copy is waited for, or reusing its source too early, gives wrong numbers.
+"""
+
+# T tokens, D hidden
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moert.budget import available_bytes, total_bytes
+from moert.errors import DeviceError
+from moert.memory import allocate
+from moert.quant.format import ExpertLayout
+from moert.quant.matmul import ACTIVATIONS, PackedExpert, experts_ffn
+
+
+class Copy(Protocol):
+    """A copy to the device on its way."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Block until the source may be overwritten. Raises DeviceError where the device was lost."""
+
+
+class DeviceExperts(Protocol):
+    """Computes experts whose slices lie in device memory."""
+
+    def add(
+        self,
+        offsets: Sequence[Sequence[int]],
+        tokens_of: Sequence[Tensor],
+        weights_of: Sequence[Tensor],
+        x: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Add weights_of[e] * expert_ffn(x[tokens_of[e]]) to out[tokens_of[e]] for all e.
+
+        offsets[e]: where the first slices of expert e begin in device memory; it is used with as many. tokens_of[e]:
+        int64, none twice, weights_of[e]: float32 of that length, both on the host. x, out: float32 contiguous [T, D]
+        on the device. Does not wait for the result.
+        """
+
+
+class Device(Protocol):
+    """A device whose memory is a tier of its own, or the host's (`integrated`)."""
+
+    name: str
+    kind: str
+    integrated: bool
+    torch_device: torch.device
+    total_bytes: int
+
+    def available_bytes(self) -> int:
+        """Of its memory, what can still be had."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] that begin on a page. Raises DeviceError where there is not so much."""
+
+    def page_lock(self, memory: Tensor) -> Tensor | None:
+        """Lock host memory, so that copies come straight out of it; for as long as the device is open.
+
+        Returns the same bytes as the device addresses them (what an integrated device computes with), or None where
+        locking is refused: then copies go through a small locked pool.
+        """
+
+    def copy(self, source: Tensor, target: Tensor) -> Copy:
+        """Begin to copy host memory to device memory, behind the copies begun before; does not block."""
+
+    def after(self, copies: Sequence[Copy]) -> None:
+        """What is computed from here on waits, on the device, for these copies."""
+
+    def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
+        """Raises DeviceError where the device cannot compute such experts."""
+
+    def send(self, x: Tensor) -> Tensor:
+        """x of the host on the device; for what is computed behind it."""
+
+    def fetch(self, x: Tensor) -> Tensor:
+        """x of the device on the host, once it is computed."""
+
+    def synchronise(self) -> None:
+        """Wait until all is done. Raises DeviceError where the device was lost."""
+
+    def close(self) -> None:
+        """Unlock and free; nothing of it may be used afterwards."""
+
+
+class _LateCopy:
+    def __init__(self, queue: deque[_LateCopy], source: Tensor, target: Tensor) -> None:
+        self._queue, self._source, self._target = queue, source, target
+
+    def run(self) -> None:
+        self._target.copy_(self._source)
+
+    @property
+    def done(self) -> bool:
+        """True from now on once asked for: whoever asks is about to reuse the source."""
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        while self in self._queue:
+            self._queue.popleft().run()
+
+
+class HostExperts:
+    """Experts in host memory, by the CPU kernels."""
+
+    def __init__(self, layout: ExpertLayout, activation: str, memory: Tensor) -> None:
+        self._layout, self._activation, self._memory = layout, activation, memory
+
+    def add(
+        self,
+        offsets: Sequence[Sequence[int]],
+        tokens_of: Sequence[Tensor],
+        weights_of: Sequence[Tensor],
+        x: Tensor,
+        out: Tensor,
+    ) -> None:
+        sizes = self._layout.slice_sizes
+        packed = [
+            PackedExpert.from_slices(
+                [self._memory[at : at + size] for at, size in zip(starts, sizes, strict=False)], self._layout
+            )
+            for starts in offsets
+        ]
+        parts = torch.empty(sum(map(len, tokens_of)), x.shape[1])
+        experts_ffn(x, packed, tokens_of, parts, self._activation)
+        out.index_add_(0, torch.cat(list(tokens_of)), parts.mul_(torch.cat(list(weights_of))[:, None]))
+
+
+class TritonExperts:
+    """Nested-bit experts with silu, by the kernels of `moert.quant.triton_kernels`."""
+
+    def __init__(self, layout: ExpertLayout, activation: str, memory: Tensor) -> None:
+        if layout.raw or activation != "silu":
+            what = "weights that are not nested bits" if layout.raw else f"the activation {activation}"
+            raise DeviceError(f"The device has no kernels for {what}: use --device cpu.")
+        from moert.quant.placed import PlacedExperts
+        from moert.quant.triton_kernels import add_experts
+
+        self._layout, self._memory = layout, memory
+        self._placed, self._add = PlacedExperts, add_experts
+
+    def add(
+        self,
+        offsets: Sequence[Sequence[int]],
+        tokens_of: Sequence[Tensor],
+        weights_of: Sequence[Tensor],
+        x: Tensor,
+        out: Tensor,
+    ) -> None:
+        self._add(x, self._placed(self._layout, self._memory, offsets), tokens_of, weights_of, out)
+
+
+class EmulatedDevice:
+    """Host memory in the place of a device's. capacity: bytes that it pretends to have, None for the machine's."""
+
+    kind = "emulated"
+
+    def __init__(self, capacity: int | None = None, integrated: bool = False) -> None:
+        self.integrated = integrated
+        self.name = f"emulated device ({'one memory with the host' if integrated else 'memory of its own'}, no GPU)"
+        self.torch_device = torch.device("cpu")
+        self.total_bytes = total_bytes() if capacity is None else capacity
+        self._capacity, self._taken = capacity, 0
+        self._copies: deque[_LateCopy] = deque()
+
+    def available_bytes(self) -> int:
+        return available_bytes() if self._capacity is None else self._capacity - self._taken
+
+    def allocate(self, nbytes: int) -> Tensor:
+        if nbytes > self.available_bytes():
+            raise DeviceError(
+                f"Out of memory on the {self.name}: {nbytes} bytes wanted, {self.available_bytes()} left; give a "
+                "smaller --device-budget."
+            )
+        self._taken += nbytes
+        return allocate(nbytes)
+
+    def page_lock(self, memory: Tensor) -> Tensor | None:
+        return memory
+
+    def copy(self, source: Tensor, target: Tensor) -> Copy:
+        self._copies.append(copy := _LateCopy(self._copies, source, target))
+        return copy
+
+    def after(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            copy.wait()
+
+    def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
+        if activation not in ACTIVATIONS:
+            raise DeviceError(f"The activation {activation} is not known.")
+        return HostExperts(layout, activation, memory)
+
+    def send(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def fetch(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def synchronise(self) -> None:
+        while self._copies:
+            self._copies.popleft().run()
+
+    def close(self) -> None:
+        self._copies.clear()
+
+
+class InterpretedDevice(EmulatedDevice):
+    """The same with the GPU's kernels in Triton's interpreter; TRITON_INTERPRET=1 must be set before triton is loaded."""
+
+    kind = "interpreter"
+
+    def __init__(self, capacity: int | None = None, integrated: bool = False) -> None:
+        super().__init__(capacity, integrated)
+        self.name = "emulated device (Triton's interpreter, no GPU)"
+
+    def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
+        return TritonExperts(layout, activation, memory)
