@@ -15,7 +15,7 @@ class Settings:
     for each layer ahead; none: nothing is predicted. ahead: bytes of prefetches that may be on their way at a time.
     sizes: bytes of each slice of an expert; empty: what the trace says at 4 bits, divided among the widths. router: of
     a store that knows the harm of each expert's widths. device_budget: bytes for experts in the device's memory (where
-    that is the host's too, `budget` counts, and this only says that the device computes); None: the host alone computes.
+    that is the host's too, `budget` counts, and this says that the device computes); None: the host alone computes.
     hybrid: whether the host computes experts beside the device.
     """
 

@@ -28,10 +28,6 @@ from moert.scheduler.tiers import Stage, TieredPlan, Tiers
 from moert.scheduler.trace import DECODE, Trace, TraceStep
 from moert.scheduler.types import ExpertKey, Load, Prediction, Wave
 
-# Planning two tiers, as a share of what a layer takes more in which something has to be read: timed with `Tiers` on
-# the machine of which that is measured, while nothing was read.
-_PLANNING = 0.4
-
 
 class DeviceCosts(Costs):
     """Times with a device, which computes what is not an expert, always.
@@ -53,7 +49,7 @@ class DeviceCosts(Costs):
         rates = [profile.gpu_expert_cost(width) for width in widths]
         self._device_s = [[total * rate for total, rate in zip(accumulate(row), rates, strict=False)] for row in sizes]
         self._pace, self.launch_s, self.latency_s = pace, pace.launch_s, pace.move_s(0)
-        self.plan_s, self.bytes_per_s = _PLANNING * profile.miss_overhead_s, profile.memory_bytes_per_s
+        self.plan_s, self.bytes_per_s = pace.plan_s, profile.memory_bytes_per_s
 
     def device_s(self, layer: int, slices: int) -> float:
         """Time to compute an expert of so many slices on the device, once they are there."""
@@ -187,12 +183,12 @@ class TieredReplay(Replay):
         return begun + nbytes / self.costs.bytes_per_s / len(plan.stages)
 
     def _prefetch(self, layer: int, step: TraceStep, busy: Sequence[ExpertKey]) -> None:
-        if self._predict is None:
-            return
-        self._compute(self.costs.look_s)
-        predictions = self._predict(step, layer)
-        if self._following is not None and layer == max(step.layers):
-            predictions += self._predict(self._following, -1)
+        predictions: list[Prediction] = []
+        if self._predict is not None:
+            self._compute(self.costs.look_s)
+            predictions = self._predict(step, layer)
+            if self._following is not None and layer == max(step.layers):
+                predictions += self._predict(self._following, -1)
         prefetch = self._tiers.prefetch(predictions, busy)
         self._release(prefetch.host.evictions)
         for load in prefetch.host.loads:

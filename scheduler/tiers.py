@@ -105,7 +105,7 @@ class Tiers:
                 if n
             ]
         tasks = [self._task(layer, r) for r in routed]
-        chosen = self._decide(tasks, self.pace.launch_s)
+        chosen = self._decide(tasks, self.pace.launch_s, self._fetch_s(tasks))
         if self.device is not None and self.hybrid:
             chosen = self._fitting(layer, routed, tasks, chosen)
         on_device = set(chosen.device)
@@ -171,8 +171,13 @@ class Tiers:
         if self.device is not None:
             self.device.arrived(load)
 
-    def _decide(self, tasks: Sequence[Task], launch_s: float) -> Split:
-        return split(tasks, launch_s) if self.hybrid else all_on_device(tasks, launch_s)
+    def _decide(self, tasks: Sequence[Task], launch_s: float, fetch_s: float) -> Split:
+        return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
+
+    def _fetch_s(self, tasks: Sequence[Task]) -> float:
+        """Where the device has all, nothing need be planned, so the host must save that too."""
+        ready = not any(t.move_s or t.device_read_s for t in tasks)
+        return self.pace.fetch_s + (self.pace.plan_s if ready else 0.0)
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
         """What is on its way counts as there: it will be, before what has not begun."""
@@ -189,7 +194,7 @@ class Tiers:
         large = tuple(r.expert for r in routed if r.slices > room)
         if not large:
             return chosen
-        fits = split([t for t in tasks if t.expert not in large], self.pace.launch_s)
+        fits = split([t for t in tasks if t.expert not in large], self.pace.launch_s, self.pace.fetch_s)
         host_s = sum(t.host_s + t.host_read_s for t in tasks if t.expert in large)
         return Split(fits.device, fits.host + large, fits.seconds + host_s)
 
@@ -249,7 +254,7 @@ class Tiers:
         tasks = [self._task(layer, RoutedExpert(p.expert, 1, 0.0, p.slices)) for p in predicted]
         slices = {p.expert: p.slices for p in predicted}
         while likely and self.device.spare > 0:
-            found = gains(tasks, likely, self.pace.launch_s, self._decide)
+            found = gains(tasks, likely, self.pace.launch_s, self.pace.fetch_s, self._decide)
             expert = max(found, key=lambda e: (found[e], -e), default=-1)
             if expert < 0 or found[expert] <= 0:
                 return
