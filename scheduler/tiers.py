@@ -105,7 +105,7 @@ class Tiers:
                 if n
             ]
         tasks = [self._task(layer, r) for r in routed]
-        chosen = self._decide(tasks, self.pace.launch_s, self._fetch_s(tasks))
+        chosen = self._split(tasks)
         if self.device is not None and self.hybrid:
             chosen = self._fitting(layer, routed, tasks, chosen)
         on_device = set(chosen.device)
@@ -179,10 +179,14 @@ class Tiers:
     def _decide(self, tasks: Sequence[Task], launch_s: float, fetch_s: float) -> Split:
         return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
 
-    def _fetch_s(self, tasks: Sequence[Task]) -> float:
-        """Where the device has all, nothing need be planned, so the host must save that too."""
-        ready = not any(t.move_s or t.device_read_s for t in tasks)
-        return self.pace.fetch_s + (self.pace.plan_s if ready else 0.0)
+    def _split(self, tasks: Sequence[Task]) -> Split:
+        """Where the device has all, nothing need be planned, so there the host must save what planning takes."""
+        pace = self.pace
+        found = self._decide(tasks, pace.launch_s, pace.fetch_s)
+        if not found.host or any(t.move_s or t.device_read_s for t in tasks):
+            return found
+        alone = all_on_device(tasks, pace.launch_s, pace.fetch_s)
+        return found if found.seconds + pace.plan_s < alone.seconds else alone
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
         """What is on its way counts as there: it will be, before what has not begun."""
