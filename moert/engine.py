@@ -21,12 +21,14 @@ from moert.errors import BudgetError, StoreError, UsageError
 from moert.memory import keep_freed_memory
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
+from moert.offload import plan_offload
 from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
 from moert.router import bit_router
 from moert.runtime.experts import ExpertRunner, Policies
+from moert.runtime.hybrid import HybridRunner
 from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import direct_io_works
@@ -102,12 +104,14 @@ class Engine:
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH
-        self.token_scheduler = config.token_scheduler
+        self.token_scheduler, self.hybrid = config.token_scheduler, config.hybrid
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
         keep_freed_memory()
         self._widths = store.layout.widths
         slices = self.precision.slices(self._widths)
+        alive = most_alive(self.batch_size, config.token_scheduler)
+        self.offload = plan_offload(store, config, self.precision, self.ctx_size, alive, on_status)
         self.budget = self._split(store, config, slices)
         num_experts = len(store.moe_layers) * store.num_experts
         users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
@@ -115,17 +119,28 @@ class Engine:
         self._describe(store, config, slots[0], num_experts, on_status)
         self._store, self._most_slices = store, slices
         predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
-        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, policies, predictor)
+        self._runner = self._make_runner(store, slots, policies, predictor)
         self._decoder = Decoder(arch, store.load_dense(), self._runner)
         if slots[0] < num_experts:
             self._decoder.watch(self._runner)
         positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
         self._memory = KVMemory(arch, positions, _kv_dtype(store, config.kv_bits))
         self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
-        self._most_alive = most_alive(self.batch_size, config.token_scheduler)
+        self._most_alive = alive
         # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
         self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
         self.tokens: list[int] = []
+
+    def _make_runner(
+        self, store: Store, slots: Sequence[int], policies: Policies, predictor: Predictor | None
+    ) -> ExpertRunner:
+        activation, offload = store.architecture.hidden_act, self.offload
+        if offload is None:
+            return ExpertRunner(store, slots, self.precision, activation, policies, predictor)
+        return HybridRunner(
+            store, slots, self.precision, activation, policies, predictor,
+            device=offload.device, device_slots=offload.slots, pace=offload.pace, hybrid=self.hybrid,
+        )  # fmt: skip
 
     @staticmethod
     def _predictor(store: Store, on_status: Callable[[str], None]) -> Predictor | None:
