@@ -10,7 +10,9 @@ is what would shorten its layer most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain, combinations
 from typing import Literal, NamedTuple
 
 from moert.scheduler.capacity import SCALE_BITS
@@ -33,11 +35,6 @@ class Task(NamedTuple):
     host_read_s: float = 0.0
     device_read_s: float = 0.0
 
-    @property
-    def ready(self) -> bool:
-        """Whether the device can compute it at once."""
-        return not self.move_s and not self.device_read_s
-
 
 class Split(NamedTuple):
     """Where experts compute.
@@ -52,52 +49,93 @@ class Split(NamedTuple):
 
 
 Decide = Callable[[Sequence[Task], float], Split]
+Costs = tuple[tuple[float, float, float, float, float], ...]  # of tasks, without their experts
+_FEW, _SOME = 10, 16  # up to so many experts three, or two, of them change sides together
+_MOVING = 1e-3  # a move must save so much of its time: what it evicts may be wanted again
 
 
 def all_on_device(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
     """The baseline: the host computes nothing."""
-    return _Timelines(tasks, launch_s).split([True] * len(tasks))
+    return _split(tasks, launch_s, [True] * len(tasks))
 
 
 def split(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
-    """HybriMoE's greedy split, then single experts change sides while that ends earlier.
+    """HybriMoE's greedy split, then a few experts at a time change sides as long as all then ends earlier.
 
-    launch_s: what the device takes before it computes the first. Deterministic.
+    launch_s: what the device takes before it computes the first. Deterministic. Trying all splits of up to ten experts
+    finds none that ends more than 10% earlier, and of the greedy split alone some that end 40% earlier.
     """
-    lines = _Timelines(tasks, launch_s)
-    sides = _greedy(tasks, launch_s)
-    best = lines.ends(sides)
-    moved = True
-    while moved:
-        moved = False
-        late = best[0] >= best[1]  # the side that ends last: only what leaves it can help
-        for i in [i for i, side in enumerate(sides) if side == late]:
-            sides[i] = not late
-            found = lines.ends(sides)
-            if max(found) < max(best) * (1 - 1e-9):
-                best, moved = found, True
-                break
-            sides[i] = late
-    return lines.split(sides)
+    # The same costs come again and again while decoding.
+    ranked = sorted(tasks, key=lambda t: (t[1:], t.expert))
+    return _split(ranked, launch_s, _sides(tuple([t[1:] for t in ranked]), launch_s))
 
 
-def _greedy(tasks: Sequence[Task], launch_s: float) -> list[bool]:
+def _split(tasks: Sequence[Task], launch_s: float, sides: Sequence[bool]) -> Split:
+    lines = _Timelines([t[1:] for t in tasks], launch_s)
+    order = lines.order(sides)
+    device = tuple([tasks[i].expert for i in order if sides[i]])
+    host = tuple([tasks[i].expert for i in order if not sides[i]])
+    return Split(device, host, max(lines.ends(sides)[:2]))
+
+
+@lru_cache(maxsize=4096)
+def _sides(costs: Costs, launch_s: float) -> tuple[bool, ...]:
     """For each task whether the device computes it."""
-    row = sorted(range(len(tasks)), key=lambda i: (not tasks[i].ready, -tasks[i].host_s, tasks[i].expert))
-    sides = [False] * len(tasks)
+
+    def value() -> float:
+        device, host, link = lines.ends(sides)
+        return max(device, host) + _MOVING * link
+
+    lines, sides = _Timelines(costs, launch_s), _greedy(costs, launch_s)
+    best = value()
+    better = True
+    while better:
+        better = False
+        for change in _changes(costs, sides):
+            for i in change:
+                sides[i] = not sides[i]
+            found = value()
+            if found < best * (1 - 1e-9):
+                best, better = found, True
+                break
+            for i in change:
+                sides[i] = not sides[i]
+    return tuple(sides)
+
+
+def _changes(costs: Costs, sides: Sequence[bool]) -> Iterator[tuple[int, ...]]:
+    """Tasks to change sides: one, two or three at a time. Of a kind that is on one side two are enough."""
+    kinds: dict[object, list[int]] = {}
+    for i, pair in enumerate(zip(costs, sides, strict=True)):
+        kinds.setdefault(pair, []).append(i)
+    few = [i for kind in kinds.values() for i in kind[:2]]
+    most = 3 if len(costs) <= _FEW else 2 if len(costs) <= _SOME else 1
+    return chain.from_iterable(combinations(few, size) for size in range(1, most + 1))
+
+
+def _greedy(costs: Costs, launch_s: float) -> list[bool]:
+    """HybriMoE's: by falling load of what is not on the device, measured by what its move takes."""
+
+    def place(i: int) -> tuple[bool, float, float]:
+        host_s, _, move_s, _, device_read_s = costs[i]
+        return bool(move_s or device_read_s), move_s / host_s, -host_s
+
+    row = sorted(range(len(costs)), key=place)
+    sides = [False] * len(costs)
     disk = link = host = 0.0
     device = launch_s
     front, back = 0, len(row) - 1
     while front <= back:
-        a, b = tasks[row[front]], tasks[row[back]]
-        read = disk + a.device_read_s if a.device_read_s else 0.0
-        there = max(link, read) + a.move_s if a.move_s else read
-        ends = max(device, there) + a.device_s
-        fetched = disk + b.host_read_s if b.host_read_s else 0.0
-        other = max(host, fetched) + b.host_s
+        _, device_s, move_s, _, device_read_s = costs[row[front]]
+        host_s, _, _, host_read_s, _ = costs[row[back]]
+        read = disk + device_read_s if device_read_s else 0.0
+        there = max(link, read) + move_s if move_s else read
+        ends = max(device, there) + device_s
+        fetched = disk + host_read_s if host_read_s else 0.0
+        other = max(host, fetched) + host_s
         if ends <= other:
             sides[row[front]], device, front = True, ends, front + 1
-            disk, link = max(disk, read), there if a.move_s else link
+            disk, link = max(disk, read), there if move_s else link
         else:
             host, back, disk = other, back - 1, max(disk, fetched)
     return sides
@@ -110,46 +148,45 @@ class _Timelines:
     what is behind them, the longest first.
     """
 
-    def __init__(self, tasks: Sequence[Task], launch_s: float) -> None:
-        self._tasks, self._launch_s = tasks, launch_s
+    def __init__(self, costs: Sequence[Sequence[float]], launch_s: float) -> None:
+        self._costs, self._launch_s = costs, launch_s
         entries: list[tuple[tuple[float, float], int, bool]] = []
-        for i, t in enumerate(tasks):
-            if t.device_read_s:
-                key = 2.0, -t.move_s - t.device_s
+        for i, (host_s, device_s, move_s, host_read_s, device_read_s) in enumerate(costs):
+            if device_read_s:
+                key = 2.0, -move_s - device_s
             else:
-                key = (0.0, t.move_s) if t.move_s <= t.device_s else (1.0, -t.device_s)
+                key = (0.0, move_s) if move_s <= device_s else (1.0, -device_s)
             entries.append((key, i, True))
-            entries.append(((2.0, -t.host_s) if t.host_read_s else (0.0, -t.host_s), i, False))
+            entries.append(((2.0, -host_s) if host_read_s else (0.0, -host_s), i, False))
         self._order = [(i, side) for _, i, side in sorted(entries)]
 
-    def ends(self, sides: Sequence[bool]) -> tuple[float, float]:
-        """When the device and the host end."""
-        disk = link = host = 0.0
-        device = 0.0
-        begin = self._launch_s
-        tasks = self._tasks
+    def order(self, sides: Sequence[bool]) -> list[int]:
+        """All tasks, in the order in which they go through whatever they need."""
+        return [i for i, side in self._order if sides[i] == side]
+
+    def ends(self, sides: Sequence[bool]) -> tuple[float, float, float]:
+        """When the device, the host and the link end."""
+        disk = link = host = device = 0.0
+        begin, costs = self._launch_s, self._costs
         for i, side in self._order:
             if sides[i] != side:
                 continue
-            _, host_s, device_s, move_s, host_read_s, device_read_s = tasks[i]
+            host_s, device_s, move_s, host_read_s, device_read_s = costs[i]
             if side:
-                there = 0.0
+                there = begin
                 if device_read_s:
-                    there = disk = disk + device_read_s
+                    disk += device_read_s
+                    there = max(there, disk)
                 if move_s:
-                    there = link = max(link, there) + move_s
-                device = max(device, there, begin) + device_s
+                    link = max(link, disk if device_read_s else 0.0) + move_s
+                    there = max(there, link)
+                device = max(device, there) + device_s
             else:
                 if host_read_s:
                     disk += host_read_s
                     host = max(host, disk)
                 host += host_s
-        return device, host
-
-    def split(self, sides: Sequence[bool]) -> Split:
-        chosen = [(self._tasks[i].expert, side) for i, side in self._order if sides[i] == side]
-        device = tuple(e for e, side in chosen if side)
-        return Split(device, tuple(e for e, side in chosen if not side), max(self.ends(sides)))
+        return device, host, link
 
 
 def gains(

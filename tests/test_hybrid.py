@@ -64,9 +64,7 @@ def make(store, host, on_device, *, hybrid=True, precision="fixed:4", device=Non
     pace = Pace(profile, LAYOUT.widths, LAYOUT.slice_sizes, device.integrated)
     chosen = parse_precision(precision, LAYOUT.widths)
     slots = None if on_device is None else (on_device,) * 3
-    return HybridRunner(
-        store, (host,) * 3, chosen, "silu", device=device, device_slots=slots, pace=pace, hybrid=hybrid
-    )
+    return HybridRunner(store, (host,) * 3, chosen, "silu", device=device, device_slots=slots, pace=pace, hybrid=hybrid)
 
 
 def routing(tokens, top_k, seed):

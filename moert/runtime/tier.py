@@ -195,4 +195,3 @@ class Moves:
                 return
             self._waves.popleft()
             self._begun = False
-
