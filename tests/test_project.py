@@ -41,6 +41,7 @@ ALLOWED = {
     "foreign": {"errors", "models", "quant", "store"},
     "headers": {"errors", "store", "source"},
     "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
+    "jetson": {"devices"},
     "planning": {
         "errors",
         "config",
