@@ -23,7 +23,7 @@ ALLOWED = {
     "memory": set(),
     "models": {"errors", "quant"},
     "store": {"errors", "memory", "quant", "models"},
-    "runtime": {"errors", "budget", "memory", "quant", "scheduler", "store"},
+    "runtime": {"errors", "budget", "config", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
     "router": {"scheduler", "store"},
     "shape": {
@@ -41,6 +41,7 @@ ALLOWED = {
     "foreign": {"errors", "models", "quant", "store"},
     "headers": {"errors", "store", "source"},
     "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
+    "jetson": {"devices"},
     "planning": {
         "errors",
         "config",
