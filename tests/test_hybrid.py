@@ -129,7 +129,8 @@ def test_a_device_that_is_much_faster_takes_over(store):
     assert len(runner._tier.arena.held()) == 3 * LAYERS * EXPERTS
     asked = routing(1, 3, 5)
     plan = runner._plan(0, [*_routed(asked)], 1, [])
-    assert not plan.host and len(plan.device) == 3
+    assert not plan.host
+    assert len(plan.device) == 3
     assert not any(wave.loads for stage in plan.stages for wave in stage.device)
     runner.close()
 
@@ -223,7 +224,8 @@ def test_the_same_greedy_text_in_the_interpreter(alone):
     result = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     text = eval(result.stdout)
-    assert text and alone["fixed:4"][0].startswith(text)
+    assert text
+    assert alone["fixed:4"][0].startswith(text)
 
 
 def test_elastic_precision_with_a_device():
@@ -234,7 +236,7 @@ def test_elastic_precision_with_a_device():
 
 
 def test_a_budget_that_is_too_small_or_too_large_for_the_device(monkeypatch):
-    with pytest.raises(BudgetError, match="device budget of 1000000 bytes .* need at least"):
+    with pytest.raises(BudgetError, match=r"device budget of 1000000 bytes .* need at least"):
         texts(device="emulated", device_budget=10**6)
     monkeypatch.setattr(offload_module, "open_device", lambda *rest: EmulatedDevice(1 << 24))
     with pytest.raises(BudgetError, match="more than the device has left: 16777216 bytes"):

@@ -7,12 +7,14 @@ The text does not depend on where an expert computes beyond the rounding of floa
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from moert.quant.expert_table import ExpertTable
 from moert.runtime.asked import ask_many, ask_one, sums_by_expert
 from moert.runtime.device import Device
 from moert.runtime.experts import ExpertRunner, More, Policies
@@ -161,12 +163,9 @@ class HybridRunner(ExpertRunner):
         self, plan: Plan, compute: Callable[[dict[int, int]], None], meanwhile: Callable[[], None] | None = None
     ) -> None:
         assert self._now is not None
-        (tiered, part), table = self._now, self._loader.table
+        tiered, part = self._now
+        held = functools.partial(_held, self._loader.table, plan.layer)
         began = self.telemetry.of(plan.layer).computed_s
-
-        def held(expert: int) -> int:
-            return table.held(plan.layer, [expert])[0]
-
         for stage in tiered.stages:
             moves = Moves(self._tier, part, stage.device)
             moves.advance(held)  # what the device has computes while the host does
@@ -211,13 +210,12 @@ class HybridRunner(ExpertRunner):
         if self._device_slots is None or not (self._holds_all(self._slots) and self._holds_all(self._device_slots)):
             return
         tiers = Tiers(self._scheduler, self._tiers.device, self._pace, hybrid=False)
-        nothing, table = torch.empty(0), self._loader.table
+        nothing = torch.empty(0)
         try:
             for layer, routed in self._all().items():
+                held = functools.partial(_held, self._loader.table, layer)
                 for stage in tiers.plan(layer, routed).stages:
-                    Moves(self._tier, Part(layer, nothing, nothing, {}), stage.device).advance(
-                        lambda e, layer=layer: table.held(layer, [e])[0]
-                    )
+                    Moves(self._tier, Part(layer, nothing, nothing, {}), stage.device).advance(held)
         except BaseException:
             self._recover()
             raise
@@ -234,3 +232,7 @@ class HybridRunner(ExpertRunner):
 
 
 _FIRST = torch.zeros(1, dtype=torch.int64)
+
+
+def _held(table: ExpertTable, layer: int, expert: int) -> int:
+    return table.held(layer, [expert])[0]

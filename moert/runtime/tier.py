@@ -135,14 +135,16 @@ class DeviceTier:
         found: list[tuple[Measurable, float, float]] = []
         while self._watched:
             part, device_s, move_s = self._watched[0]
-            computed = [(self.device.when(first), self.device.when(last)) for first, last in part.marks]
-            copied = [copy.span for _, copy in part.copies]
-            if any(last is None for _, last in computed) or None in copied:
+            times = [(self.device.when(first), self.device.when(last)) for first, last in part.marks]
+            computed = [(first, last) for first, last in times if first is not None and last is not None]
+            copied = [copy.span for _, copy in part.copies if copy.span is not None]
+            if len(computed) < len(times) or len(copied) < len(part.copies):
                 break
             self._watched.popleft()
-            for what, predicted, spans in (("device", device_s, computed), ("move", move_s, copied)):
-                if spans:
-                    found.append((what, predicted, sum(last - first for first, last in spans)))
+            if computed:
+                found.append(("device", device_s, _total(computed)))
+            if copied:
+                found.append(("move", move_s, _total(copied)))
             self._telemetry.on_device(part.layer, computed, part.copies)
         return found
 
@@ -195,3 +197,7 @@ class Moves:
                 return
             self._waves.popleft()
             self._begun = False
+
+
+def _total(spans: Iterable[tuple[float, float]]) -> float:
+    return sum(last - first for first, last in spans)
