@@ -71,6 +71,9 @@ class Device(Protocol):
     total_bytes: int
     sum_dtype: torch.dtype
 
+    def limit(self, nbytes: int) -> None:
+        """Let all that is allocated from here on take no more. Raises DeviceError where nothing would be left."""
+
     def available_bytes(self) -> int:
         """Of its memory, what can still be had."""
 
@@ -200,6 +203,9 @@ class EmulatedDevice:
         self.total_bytes = total_bytes() if capacity is None else capacity
         self._capacity, self._taken = capacity, 0
         self._copies: deque[_LateCopy] = deque()
+
+    def limit(self, nbytes: int) -> None:
+        self._capacity = nbytes + self._taken
 
     def available_bytes(self) -> int:
         return available_bytes() if self._capacity is None else self._capacity - self._taken
