@@ -9,10 +9,9 @@ is what would shorten its layer most.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Literal, NamedTuple
 
 from moert.scheduler.capacity import SCALE_BITS
@@ -50,8 +49,9 @@ class Split(NamedTuple):
 
 Decide = Callable[[Sequence[Task], float], Split]
 Costs = tuple[tuple[float, float, float, float, float], ...]  # of tasks, without their experts
-_FEW, _SOME = 10, 16  # up to so many experts three, or two, of them change sides together
-_MOVING = 1e-3  # a move must save so much of its time: what it evicts may be wanted again
+_FEW, _SOME = 10, 16  # among so many experts three, among the heaviest so many two change sides together
+_LEAST = 1e-3  # less than this share of the time is no improvement
+_MOVING = 0.02  # a move must save so much of its time: what it evicts may be wanted again
 
 
 def all_on_device(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
@@ -95,7 +95,7 @@ def _sides(costs: Costs, launch_s: float) -> tuple[bool, ...]:
             for i in change:
                 sides[i] = not sides[i]
             found = value()
-            if found < best * (1 - 1e-9):
+            if found < best * (1 - _LEAST):
                 best, better = found, True
                 break
             for i in change:
@@ -108,9 +108,11 @@ def _changes(costs: Costs, sides: Sequence[bool]) -> Iterator[tuple[int, ...]]:
     kinds: dict[object, list[int]] = {}
     for i, pair in enumerate(zip(costs, sides, strict=True)):
         kinds.setdefault(pair, []).append(i)
-    few = [i for kind in kinds.values() for i in kind[:2]]
-    most = 3 if len(costs) <= _FEW else 2 if len(costs) <= _SOME else 1
-    return chain.from_iterable(combinations(few, size) for size in range(1, most + 1))
+    some = sorted((i for kind in kinds.values() for i in kind[:2]), key=lambda i: -costs[i][0])
+    yield from ((i,) for i in some)
+    yield from combinations(some[:_SOME], 2)
+    if len(costs) <= _FEW:
+        yield from combinations(some, 3)
 
 
 def _greedy(costs: Costs, launch_s: float) -> list[bool]:
@@ -210,7 +212,7 @@ def gains(
     return found
 
 
-_RATE, _STEP, _MOST = 0.1, 4.0, 64.0
+_RATE, _OUTLIER, _STEP, _MOST = 0.1, 4.0, 1.05, 64.0
 _GPU_SHARE = 0.8  # of its memory's bandwidth, where nothing is known of its kernels: what those of the host reach
 _LAUNCH_S, _LATENCY_S = 2e-5, 1e-5
 
@@ -245,7 +247,8 @@ class Pace:
         launch = profile.gpu_launch_overhead_s
         self._launch_s = _LAUNCH_S if launch is None else launch
         self._read_s_per_byte = 1 / profile.disk_bytes_per_s
-        self._factor: dict[str, float] = dict.fromkeys(("host", "device", "move", "read"), 1.0)
+        self._mean: dict[Part, float] = {"host": 1.0, "device": 1.0, "move": 1.0, "read": 1.0}
+        self._factor = dict(self._mean)
 
     @property
     def launch_s(self) -> float:
@@ -270,11 +273,16 @@ class Pace:
         return (self._latency_s + nbytes * self._move_s_per_byte) * self._factor["move"]
 
     def measured(self, part: Part, predicted_s: float, seconds: float) -> None:
-        """What was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within bounds."""
+        """What was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within bounds.
+
+        Predictions change in steps, so that costs stay the same for as long as they are nearly right.
+        """
         if predicted_s > 0 and seconds > 0:
-            ratio = min(max(seconds / predicted_s, 1 / _STEP), _STEP)
-            factor = self._factor[part] * math.exp(_RATE * math.log(ratio))
-            self._factor[part] = min(max(factor, 1 / _MOST), _MOST)
+            ratio = min(max(self._factor[part] * seconds / predicted_s / self._mean[part], 1 / _OUTLIER), _OUTLIER)
+            mean = self._mean[part] * ratio**_RATE
+            self._mean[part] = mean = min(max(mean, 1 / _MOST), _MOST)
+            if not 1 / _STEP < mean / self._factor[part] < _STEP:
+                self._factor[part] = mean
 
 
 def _gpu_cost(profile: Profile, width: int) -> float:
