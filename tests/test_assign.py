@@ -1,16 +1,10 @@
 """The split of a layer against the best of all splits, found by trying everything."""
 
-import dataclasses
 import itertools
-import random
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from moert.devices import devices, load_device
-from moert.scheduler.assign import Pace, Task, all_on_device, gains, split
+from moert.scheduler.assign import Task
 
 # n tasks, P orders
 
