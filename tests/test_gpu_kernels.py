@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from moert.devices import devices
 from moert.errors import DeviceError
 from moert.profiling import gpu, gpu_kernels, measure
 from moert.profiling.figure import Measured
@@ -13,8 +14,7 @@ from moert.quant.format import ExpertLayout
 from moert.runtime.device import EmulatedDevice
 from moert.scheduler.profile import parse_profile
 
-from .machine import FakeGpu, shrink
-from .program import Program
+from .machine import shrink
 
 LAYOUT = ExpertLayout(64, 32, 32, (2, 4))
 LAUNCH, PER_BYTE, PER_MAC, COPY = 5e-5, {1: 3e-9, 2: 2e-9}, 1e-9, 2e-5
@@ -105,19 +105,19 @@ def test_a_gpu_without_use_is_said(clock):
     assert device.closed
 
 
-def test_they_are_in_the_profile(capsys, monkeypatch, tmp_path):
-    shrink(monkeypatch)
+def test_they_are_in_the_profile():
     figures = gpu.GpuFigures("Fake", 1 << 33, Measured(1e11, 0), Measured(1e10, 0), False, {16: 1e-11}, 0.0)
     own = gpu_kernels.KernelFigures({2: 3e-12, 4: 2e-12}, 0.1, {2: 1e12, 4: 2e12}, 0.2, *[Measured(1e-5, 0.3)] * 2)
-    monkeypatch.setattr(measure, "find_gpu", lambda: FakeGpu([0.0], integrated=False))
-    monkeypatch.setattr(measure, "measure_gpu", lambda found, host, progress: figures)
-    monkeypatch.setattr(measure, "find_kernels", lambda layout, progress, on_status: own)
-    content = json.loads(Program(capsys, monkeypatch, tmp_path)("profile", "--out", "-", "-t", "1").out)
+    content = json.loads(devices()["laptop-rtx-4060-8gb"].read_text())
+    content["figures"] |= measure._gpu_figures(figures, own)
     profile = parse_profile(content)
     assert profile.gpu_expert_s_per_byte == {2: 3e-12, 4: 2e-12}
     assert profile.gpu_prefill_macs_per_s == {2: 1e12, 4: 2e12}
     assert profile.gpu_launch_overhead_s == profile.host_to_device_latency_s == 1e-5
     assert "moert's kernels" in content["figures"]["gpu_expert_s_per_byte"]["source"]
+    without = measure._gpu_figures(figures, None)
+    assert without["gpu_expert_s_per_byte"]["value"] == {"16": 1e-11}
+    assert "do not run on it" in without["gpu_expert_s_per_byte"]["source"]
 
 
 @pytest.mark.gpu
