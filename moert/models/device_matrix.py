@@ -28,7 +28,7 @@ Allocate = Callable[[torch.dtype, tuple[int, ...]], Tensor]
 NF4_BLOCK = 64  # weights that share a scale: what QLoRA uses
 ROW_STEP = 64  # rows begin a block at multiples of this, whatever K is
 _OUTLIER = 6.0  # inputs from here on are multiplied in 16 bits: the threshold of LLM.int8()
-_BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time
+BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time
 _HALF_MAX = 65504.0
 
 
@@ -196,7 +196,7 @@ class MatrixNF4(DeviceMatrix):
             codes, state = self._part(0, N)
             y: Tensor = bitsandbytes().matmul_4bit(x.to(self.dtype), codes.t(), quant_state=state)
             return y.float()
-        step = max(_BLOCK_WEIGHTS // K // ROW_STEP, 1) * ROW_STEP
+        step = max(BLOCK_WEIGHTS // K // ROW_STEP, 1) * ROW_STEP
         parts = [product(x, self.floats(first, min(first + step, N))) for first in range(0, N, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

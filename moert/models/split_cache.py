@@ -18,8 +18,8 @@ from torch.nn import functional
 from moert.models.device_matrix import products
 from moert.models.link import Link
 
-_BLOCK_FLOATS = 1 << 22  # scores, or keys, that are looked at at a time
-_LEAST_BLOCK = 128
+BLOCK_FLOATS = 1 << 22  # scores, or keys, that are looked at at a time
+LEAST_BLOCK = 128
 _LOWEST = torch.finfo(torch.float32).min
 
 Attended = tuple[Tensor, Tensor]  # softmax(scores) @ values [H, T, d] and log-sum-exp of the scores [H, T], float32
@@ -68,7 +68,7 @@ class Part:
         """
         (H, T, d), J = q.shape, len(self.keys)
         q = q.reshape(J, -1, d) * d**-0.5  # the query heads that share a key head become its queries
-        step = max(_BLOCK_FLOATS // max(H * T, J * d), _LEAST_BLOCK)
+        step = max(BLOCK_FLOATS // max(H * T, J * d), LEAST_BLOCK)
         result: Attended | None = None
         for begin in range(first, last, step):
             end = min(begin + step, last)
