@@ -126,26 +126,13 @@ def test_no_split_ends_more_than_a_tenth_earlier(regime):
         assert found.seconds <= baseline.seconds * (1 + 1e-9) or found.seconds <= 1.1 * best
 
 
-seconds = st.floats(0.01, 10)
-maybe = st.just(0.0) | seconds
-
-
-@st.composite
-def some_tasks(draw, most=5):
-    tasks = []
-    for e in range(draw(st.integers(1, most))):
-        lacks, read = draw(maybe), draw(maybe)
-        tasks.append(Task(e, draw(seconds), draw(seconds), lacks, read, read if lacks else 0.0))
-    return tasks
-
-
 @settings(max_examples=60, deadline=None)
-@given(some_tasks(), maybe)
-def test_whatever_the_costs_no_split_ends_much_earlier(tasks, launch_s):
-    """Costs that are nothing alike, 1 to 1000, are harder than what experts of one size take."""
-    found = split(tasks, launch_s)
+@given(st.sampled_from(list(REGIMES)), st.integers(1, 6), st.randoms(use_true_random=False), st.floats(0, 1))
+def test_whatever_is_drawn_no_split_ends_much_earlier(regime, n, rng, launch_s):
+    tasks = draw(rng, regime, n)
+    found, best = split(tasks, launch_s), optimum(tasks, launch_s)
     assert sorted(found.device + found.host) == [t.expert for t in tasks]
-    assert optimum(tasks, launch_s) * (1 - 1e-9) <= found.seconds <= 1.1 * optimum(tasks, launch_s)
+    assert best * (1 - 1e-9) <= found.seconds <= 1.1 * best
     assert found == split(tasks[::-1], launch_s)
 
 

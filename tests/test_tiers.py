@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moert.devices import load_device

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,7 @@ class DeviceExperts(Protocol):
 class Device(Protocol):
     """A device whose memory is a tier of its own, or the host's (`integrated`).
 
-    sum_dtype: of what its experts add up to.
+    sum_dtype: of what its experts add up to. overhead_bytes: what the device takes of its memory by itself.
     """
 
     name: str
@@ -69,7 +70,11 @@ class Device(Protocol):
     integrated: bool
     torch_device: torch.device
     total_bytes: int
+    overhead_bytes: int
     sum_dtype: torch.dtype
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Around anything that uses the device: its errors become DeviceError."""
 
     def limit(self, nbytes: int) -> None:
         """Let all that is allocated from here on take no more. Raises DeviceError where nothing would be left."""
@@ -154,16 +159,18 @@ class HostExperts:
         x: Tensor,
         out: Tensor,
     ) -> None:
-        sizes = self._layout.slice_sizes
+        layout, memory = self._layout, self._memory
         packed = [
             PackedExpert.from_slices(
-                [self._memory[at : at + size] for at, size in zip(starts, sizes, strict=False)], self._layout
+                [memory[at : at + size] for at, size in zip(starts, layout.slice_sizes, strict=False)], layout
             )
             for starts in offsets
         ]
         parts = torch.empty(sum(map(len, tokens_of)), x.shape[1])
         experts_ffn(x, packed, tokens_of, parts, self._activation)
-        out.index_add_(0, torch.cat(list(tokens_of)), parts.double() * torch.cat(list(weights_of))[:, None])
+        sizes = [len(tokens) for tokens in tokens_of]
+        for tokens, weights, part in zip(tokens_of, weights_of, torch.split(parts, sizes), strict=True):
+            out[tokens] += part.double() * weights[:, None]
 
 
 class TritonExperts:
@@ -200,9 +207,12 @@ class EmulatedDevice:
         self.integrated = integrated
         self.name = f"emulated device ({'one memory with the host' if integrated else 'memory of its own'}, no GPU)"
         self.torch_device = torch.device("cpu")
-        self.total_bytes = total_bytes() if capacity is None else capacity
+        self.total_bytes, self.overhead_bytes = total_bytes() if capacity is None else capacity, 0
         self._capacity, self._taken = capacity, 0
         self._copies: deque[_LateCopy] = deque()
+
+    def guard(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def limit(self, nbytes: int) -> None:
         self._capacity = nbytes + self._taken

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -61,6 +62,11 @@ class HybridRunner(ExpertRunner):
         self._loader.leaving = self._tier.settle
         self._tiers = self._new_tiers()
         self._now: tuple[TieredPlan, Part] | None = None  # the layer that is computed
+
+    @contextmanager
+    def begin(self, decoding: bool, count: int, first: int | None = None) -> Iterator[None]:
+        with self._device.guard(), super().begin(decoding, count, first):
+            yield
 
     def _new_tiers(self) -> Tiers:
         device = None
