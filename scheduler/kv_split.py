@@ -17,7 +17,6 @@ import numpy as np
 
 from moert.scheduler.profile import Profile
 
-
 _LENGTHS = 64  # of sequences that are looked at
 
 

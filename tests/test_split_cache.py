@@ -1,4 +1,4 @@
-"""Attention over keys and values that are partly on a device: against float64, for every split; and how it is chosen."""
+"""Attention over keys and values that are partly on a device: against float64, for every split; how it is chosen."""
 
 # H query heads, J key/value heads, d head size, T tokens
 
