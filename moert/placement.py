@@ -68,7 +68,7 @@ class Placement:
     def _has(self, name: str) -> bool:
         parts = name.split(".")
         if parts[1] == "layers":
-            return self.layers[int(parts[2])]
+            return self.any and self.layers[int(parts[2])]
         return self.embed if parts[1] == "embed_tokens" else self.head
 
     def line(self, positions: int) -> str:
@@ -79,6 +79,9 @@ class Placement:
             some = "all" if self.kv_positions >= positions else f"the first {self.kv_positions}"
             line += f", {some} of {positions} positions of their KV cache ({format_bytes(self.kv_bytes)})"
         return f"{line}, workspace {format_bytes(self.workspace_bytes)}"
+
+
+NOTHING = Placement((), False, False, 0, 0, 0, 0)
 
 
 class Arena:
