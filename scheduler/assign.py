@@ -9,7 +9,6 @@ is what would shorten its layer most.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, combinations
@@ -50,8 +49,9 @@ class Split(NamedTuple):
 
 Decide = Callable[[Sequence[Task], float], Split]
 Costs = tuple[tuple[float, float, float, float, float], ...]  # of tasks, without their experts
-_FEW, _SOME = 10, 16  # up to so many experts three, or two, of them change sides together
-_MOVING = 1e-3  # a move must save so much of its time: what it evicts may be wanted again
+_FEW, _SOME = 10, 16  # among so many experts up to four, among the heaviest so many two change sides together
+_LEAST = 1e-3  # less than this share of the time is no improvement
+_MOVING = 0.02  # a move must save so much of its time: what it evicts may be wanted again
 
 
 def all_on_device(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
@@ -71,7 +71,8 @@ def split(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
 
 
 def _split(tasks: Sequence[Task], launch_s: float, sides: Sequence[bool]) -> Split:
-    lines = _Timelines([t[1:] for t in tasks], launch_s)
+    costs = [t[1:] for t in tasks]
+    lines = min(_orders(costs, launch_s), key=lambda lines: max(lines.ends(sides)[:2]))
     order = lines.order(sides)
     device = tuple([tasks[i].expert for i in order if sides[i]])
     host = tuple([tasks[i].expert for i in order if not sides[i]])
@@ -81,12 +82,17 @@ def _split(tasks: Sequence[Task], launch_s: float, sides: Sequence[bool]) -> Spl
 @lru_cache(maxsize=4096)
 def _sides(costs: Costs, launch_s: float) -> tuple[bool, ...]:
     """For each task whether the device computes it."""
+    found = [_improved(costs, lines, _greedy(costs, launch_s)) for lines in _orders(costs, launch_s)]
+    return min(found)[1]
+
+
+def _improved(costs: Costs, lines: _Timelines, sides: list[bool]) -> tuple[float, tuple[bool, ...]]:
+    """Better sides than these, and how good."""
 
     def value() -> float:
         device, host, link = lines.ends(sides)
         return max(device, host) + _MOVING * link
 
-    lines, sides = _Timelines(costs, launch_s), _greedy(costs, launch_s)
     best = value()
     better = True
     while better:
@@ -95,22 +101,24 @@ def _sides(costs: Costs, launch_s: float) -> tuple[bool, ...]:
             for i in change:
                 sides[i] = not sides[i]
             found = value()
-            if found < best * (1 - 1e-9):
+            if found < best * (1 - _LEAST):
                 best, better = found, True
                 break
             for i in change:
                 sides[i] = not sides[i]
-    return tuple(sides)
+    return best, tuple(sides)
 
 
 def _changes(costs: Costs, sides: Sequence[bool]) -> Iterator[tuple[int, ...]]:
-    """Tasks to change sides: one, two or three at a time. Of a kind that is on one side two are enough."""
+    """Tasks to change sides: one, then several at a time. Of a kind that is on one side two are enough."""
     kinds: dict[object, list[int]] = {}
     for i, pair in enumerate(zip(costs, sides, strict=True)):
         kinds.setdefault(pair, []).append(i)
-    few = [i for kind in kinds.values() for i in kind[:2]]
-    most = 3 if len(costs) <= _FEW else 2 if len(costs) <= _SOME else 1
-    return chain.from_iterable(combinations(few, size) for size in range(1, most + 1))
+    some = sorted((i for kind in kinds.values() for i in kind[:2]), key=lambda i: -costs[i][0])
+    yield from ((i,) for i in some)
+    yield from combinations(some[:_SOME], 2)
+    if len(costs) <= _FEW:
+        yield from chain(combinations(some, 3), combinations(some, 4))
 
 
 def _greedy(costs: Costs, launch_s: float) -> list[bool]:
@@ -142,22 +150,24 @@ def _greedy(costs: Costs, launch_s: float) -> list[bool]:
 
 
 class _Timelines:
-    """When all ends, for any choice of sides.
+    """When all ends, for any choice of sides, where everything goes through what it needs in one order.
 
-    What needs no read goes first, moves by Johnson's rule for two machines (1954), which is optimal there; reads by
-    what is behind them, the longest first.
+    What needs no read goes first, moves by Johnson's rule for two machines (1954), which is optimal there. Reads go by
+    that rule too (johnson), or what has most behind it goes first: one of these is nearly always nearly best.
     """
 
-    def __init__(self, costs: Sequence[Sequence[float]], launch_s: float) -> None:
+    def __init__(self, costs: Sequence[Sequence[float]], launch_s: float, johnson: bool) -> None:
         self._costs, self._launch_s = costs, launch_s
-        entries: list[tuple[tuple[float, float], int, bool]] = []
+
+        def place(read_s: float, move_s: float, behind_s: float) -> tuple[bool, bool, float]:
+            first_s, second_s = (read_s, move_s + behind_s) if read_s else (move_s, behind_s)
+            late = first_s > second_s or (bool(read_s) and not johnson)
+            return bool(read_s), late, -second_s if late else first_s
+
+        entries = []
         for i, (host_s, device_s, move_s, host_read_s, device_read_s) in enumerate(costs):
-            if device_read_s:
-                key = 2.0, -move_s - device_s
-            else:
-                key = (0.0, move_s) if move_s <= device_s else (1.0, -device_s)
-            entries.append((key, i, True))
-            entries.append(((2.0, -host_s) if host_read_s else (0.0, -host_s), i, False))
+            entries.append((place(device_read_s, move_s, device_s), i, True))
+            entries.append((place(host_read_s, 0.0, host_s), i, False))
         self._order = [(i, side) for _, i, side in sorted(entries)]
 
     def order(self, sides: Sequence[bool]) -> list[int]:
@@ -189,6 +199,11 @@ class _Timelines:
         return device, host, link
 
 
+def _orders(costs: Sequence[Sequence[float]], launch_s: float) -> list[_Timelines]:
+    reads = any(cost[3] for cost in costs)
+    return [_Timelines(costs, launch_s, johnson) for johnson in ((False, True) if reads else (True,))]
+
+
 def gains(
     tasks: Sequence[Task], likely: Mapping[int, float], launch_s: float = 0.0, decide: Decide = split
 ) -> dict[int, float]:
@@ -210,7 +225,7 @@ def gains(
     return found
 
 
-_RATE, _STEP, _MOST = 0.1, 4.0, 64.0
+_RATE, _OUTLIER, _STEP, _MOST = 0.1, 4.0, 1.05, 64.0
 _GPU_SHARE = 0.8  # of its memory's bandwidth, where nothing is known of its kernels: what those of the host reach
 _LAUNCH_S, _LATENCY_S = 2e-5, 1e-5
 
@@ -245,7 +260,8 @@ class Pace:
         launch = profile.gpu_launch_overhead_s
         self._launch_s = _LAUNCH_S if launch is None else launch
         self._read_s_per_byte = 1 / profile.disk_bytes_per_s
-        self._factor: dict[str, float] = dict.fromkeys(("host", "device", "move", "read"), 1.0)
+        self._mean: dict[Part, float] = {"host": 1.0, "device": 1.0, "move": 1.0, "read": 1.0}
+        self._factor = dict(self._mean)
 
     @property
     def launch_s(self) -> float:
@@ -270,11 +286,16 @@ class Pace:
         return (self._latency_s + nbytes * self._move_s_per_byte) * self._factor["move"]
 
     def measured(self, part: Part, predicted_s: float, seconds: float) -> None:
-        """What was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within bounds."""
+        """What was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within bounds.
+
+        Predictions change in steps, so that costs stay the same for as long as they are nearly right.
+        """
         if predicted_s > 0 and seconds > 0:
-            ratio = min(max(seconds / predicted_s, 1 / _STEP), _STEP)
-            factor = self._factor[part] * math.exp(_RATE * math.log(ratio))
-            self._factor[part] = min(max(factor, 1 / _MOST), _MOST)
+            ratio = min(max(self._factor[part] * seconds / predicted_s / self._mean[part], 1 / _OUTLIER), _OUTLIER)
+            mean = self._mean[part] * ratio**_RATE
+            self._mean[part] = mean = min(max(mean, 1 / _MOST), _MOST)
+            if not 1 / _STEP < mean / self._factor[part] < _STEP:
+                self._factor[part] = mean
 
 
 def _gpu_cost(profile: Profile, width: int) -> float:

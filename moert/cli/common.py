@@ -163,6 +163,29 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write which experts every token is routed to (FILE.gz: compressed)",
     )
+    _add_streaming_options(parser)
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="KIND",
+        help="auto (default: a GPU that can be used), cpu, cuda; without hardware, slow: emulated, interpreter",
+    )
+    group.add_argument("--device-budget", metavar="SIZE", help="memory of the device to use, such as 4GiB")
+    group.add_argument(
+        "--no-hybrid",
+        action="store_true",
+        help="compute all experts on the device: slower, and reproducible to the byte",
+    )
+    group.add_argument(
+        "--dense-quant",
+        default="16",
+        metavar="KIND",
+        help="everything but the experts on the device: 16 (bits, default), int8, nf4, or off to leave it on the host",
+    )
+
+
+def _add_streaming_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("streaming of experts (for experiments)")
     group.add_argument("--cache-policy", default="score", metavar="NAME", help="score (default), lru or lfu")
     group.add_argument("--load-order", default="hottest", metavar="NAME", help="hottest (default) or number")
@@ -210,6 +233,10 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             overlap=not args.no_overlap,
             batch_size=vars(args).get("batch_size", 1),
             token_scheduler=vars(args).get("token_scheduler", "first-come"),
+            device=args.device,
+            device_budget=args.device_budget,
+            hybrid=not args.no_hybrid,
+            dense_quant=args.dense_quant,
             warm=vars(args).get("warm", False),
             offline=args.offline,
             on_status=status.say,

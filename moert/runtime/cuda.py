@@ -13,6 +13,7 @@ None of this has run on a device yet: it is tested with streams that behave as C
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -75,8 +76,9 @@ class _CudaCopy:
             return bool(self.end.query())
 
     @property
-    def seconds(self) -> float | None:
-        return self._device.seconds(self._begin, self.end)
+    def span(self) -> tuple[float, float] | None:
+        begin, end = self._device.when(self._begin), self._device.when(self.end)
+        return None if begin is None or end is None else (begin, end)
 
     def wait(self) -> None:
         with self._device.guard():
@@ -100,6 +102,7 @@ class CudaDevice:
     """Implements `Device`. For one thread at a time; `open_cuda` checks first whether it can be used."""
 
     kind = "cuda"
+    sum_dtype = torch.float32
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self._module = cuda, cuda.module
@@ -114,6 +117,11 @@ class CudaDevice:
             self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
             self.overhead_bytes = 0 if self.integrated else self._in_use()
             self._copying = self._module.Stream(cuda.device)
+            # Ties the clock of events to the host's.
+            self._base = self._module.Event(enable_timing=True)
+            self._base.record(self._stream())
+            self._base.synchronize()
+            self._base_s = time.perf_counter()
         self._limit: int | None = None
         self._locked: dict[int, Tensor] = {}
         self._staged: StagingPool | None = None
@@ -204,9 +212,9 @@ class CudaDevice:
             event.record(self._stream())
         return event
 
-    def seconds(self, first: Any, last: Any) -> float | None:
+    def when(self, mark: Any) -> float | None:
         with self.guard():
-            return float(first.elapsed_time(last)) / 1000 if last.query() else None
+            return self._base_s + float(self._base.elapsed_time(mark)) / 1000 if mark.query() else None
 
     def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
         if layout.raw and activation in ACTIVATIONS:
