@@ -2,9 +2,9 @@
 
 Computing happens on torch's current stream, copies of slices on a stream of their own; events order the two. Memory is
 torch's: one block for all slices. What torch takes, that block and all else, is held to a limit by
-`set_per_process_memory_fraction`; what CUDA takes besides (its context and the code of kernels) no torch knows, and is
-counted as `overhead_bytes`, what is in use when nothing is allocated yet. On an integrated GPU the host's memory, once
-it is page-locked, is device memory.
+`set_per_process_memory_fraction`. What CUDA takes besides (its context and the code of kernels) torch does not know: it
+is what is in use when nothing is allocated yet, and counted in `overhead_bytes`. On an integrated GPU the host's memory,
+once it is page-locked, is device memory.
 
 None of this has run on a device yet: it is tested with streams that behave as CUDA's are documented to.
 """
@@ -34,7 +34,9 @@ from moert.runtime.staging import StagingPool
 
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
-_OVERHEAD_MOST = 640 << 20  # what is in use beyond this belongs to other programs
+_CONTEXT_MOST = 640 << 20  # what is in use beyond this belongs to other programs
+# torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts.
+_ROUNDING = 64 << 20
 _BLOCK_WEIGHTS = 1 << 24  # raw weights that are upcast at a time: 64 MiB
 _PORTABLE, _MAPPED = 1, 2  # flags of cudaHostRegister
 
@@ -115,7 +117,8 @@ class CudaDevice:
             self.name, self.integrated = str(found.name), bool(found.is_integrated)
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
             self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
-            self.overhead_bytes = 0 if self.integrated else self._in_use()
+            self._context = 0 if self.integrated else self._in_use()
+            self.overhead_bytes = 0 if self.integrated else self._context + _ROUNDING
             self._copying = self._module.Stream(cuda.device)
             # Ties the clock of events to the host's.
             self._base = self._module.Event(enable_timing=True)
@@ -132,14 +135,14 @@ class CudaDevice:
         return translated(self.name, self._left)
 
     def limit(self, nbytes: int) -> None:
-        """Let what is allocated from here on, and CUDA's overhead, take no more than this of a discrete device.
+        """Let what is allocated, before and from here on, and CUDA itself take no more than this of a discrete device.
 
         Raises DeviceMemoryError where the overhead alone is more.
         """
         if self.integrated:  # the host's budget holds for it
             return
-        rest = nbytes - self.overhead_bytes
-        if rest <= 0:
+        rest = nbytes - self._context
+        if rest <= _ROUNDING:
             overhead = format_bytes(self.overhead_bytes)
             raise out_of_memory(self.name, f"CUDA itself takes {overhead} of the {format_bytes(nbytes)} allowed")
         self._limit = rest
@@ -258,7 +261,7 @@ class CudaDevice:
 
     def _in_use(self) -> int:
         free, total = self._module.mem_get_info(self.torch_device)
-        return int(min(_OVERHEAD_MOST, total - free - self._module.memory_reserved(self.torch_device)))
+        return int(min(_CONTEXT_MOST, total - free - self._module.memory_reserved(self.torch_device)))
 
 
 def _bytes_of(x: Tensor) -> Tensor:
