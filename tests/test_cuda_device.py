@@ -154,6 +154,23 @@ def test_done_comes_true_and_then_the_time_is_known():
         assert device.when(before) < device.when(after)
 
 
+@pytest.mark.parametrize("base_seconds", [0.0, 4.0])
+def test_times_of_marks_are_those_of_the_device(monkeypatch, base_seconds):
+    """However often the event from which they are reckoned changes, on whichever stream it lies."""
+    monkeypatch.setattr(cuda, "_BASE_SECONDS", base_seconds)
+    with FakeCuda() as fake:
+        device = CudaDevice(fake.api())
+        memory, source = device.allocate(PAGE), host(PAGE)
+        device.page_lock(source)
+        start, clock, marks = device.mark(), fake.clock, []
+        for step in range(20):
+            marks.append(device.mark() if step % 3 else device.copy(source, memory).end)
+        device.synchronise()
+        want = [(mark.event.mark.reached - start.event.mark.reached) / 1000 for mark in marks]
+        assert [device.when(mark) - device.when(start) for mark in marks] == pytest.approx(want)
+        assert fake.clock > clock
+
+
 def test_memory_that_is_not_locked_goes_through_the_pool(fake, monkeypatch):
     """Many times the pool; the source may be overwritten at once."""
     monkeypatch.setattr(cuda, "_CHUNK_BYTES", PAGE)
