@@ -57,6 +57,15 @@ class Offload:
     slots: tuple[int, ...] | None
     pace: Pace
     placement: Placement
+    dense_quant: str
+
+    def line(self, positions: int) -> str:
+        """What is on the device besides experts, for people, where the KV cache has so many positions."""
+        if not self.placement.any:
+            why = "" if self.dense_quant == "off" else ": --device-budget has no room for a layer and its workspace"
+            return f"the device ({self.device.name}) has experts alone{why}"
+        kind = f"{self.dense_quant} bits" if self.dense_quant == "16" else self.dense_quant.upper()
+        return f"on the device besides experts, in {kind}: {self.placement.line(positions)}"
 
     @property
     def shared_bytes(self) -> tuple[int, int, int]:
@@ -157,10 +166,9 @@ def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offl
         slots = slots_for(arena, layout.slice_sizes, users, run.precision.shares(layout.widths))
         share = f"{slots[0]} of {users[0]} experts ({slots[0] / users[0]:.0%})"
         on_status(f"{budget.line()}; the device holds {share}")
-    if placement.any:
-        kind = f"{config.dense_quant} bits" if config.dense_quant == "16" else config.dense_quant.upper()
-        on_status(f"on the device besides experts, in {kind}: {placement.line(run.positions)}")
-    return Offload(device, budget, slots, pace, placement)
+    found = Offload(device, budget, slots, pace, placement, config.dense_quant)
+    on_status(found.line(run.positions))
+    return found
 
 
 def _limit(device: Device, asked: int | None, shared_room: int) -> int:
