@@ -73,7 +73,17 @@ def _matrix(layout: ExpertLayout, matrix: int) -> _Matrix:
     planes, *_ = placed_planes(m, [(index, at[matrix]) for index, at in enumerate(starts)])
     scales = tuple(at[matrix] + m.codes_bytes(index) for index, at in enumerate(starts))
     row_bytes = m.groups * (m.group_size + 8)
-    return _Matrix(tuple(plane[:4] for plane in planes), scales, m.widths, m.rows, m.cols, m.tiles, m.groups, m.group_size, row_bytes)
+    return _Matrix(
+        tuple(plane[:4] for plane in planes),
+        scales,
+        m.widths,
+        m.rows,
+        m.cols,
+        m.tiles,
+        m.groups,
+        m.group_size,
+        row_bytes,
+    )
 
 
 @triton.jit
@@ -373,7 +383,13 @@ def _blocks(m: _Matrix, work: Work, rows: int) -> dict[str, Any]:
 
 
 def _forward(
-    x: Tensor, experts: PlacedExperts, first: _Matrix, second: _Matrix | None, then: _Matrix | None, work: Work, out: Tensor
+    x: Tensor,
+    experts: PlacedExperts,
+    first: _Matrix,
+    second: _Matrix | None,
+    then: _Matrix | None,
+    work: Work,
+    out: Tensor,
 ) -> None:
     grid = work.num_items, triton.cdiv(first.rows, first.group)
     _forward_kernel[grid](

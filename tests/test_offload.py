@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_the_timeline_shows_moves_and_the_device(device, tmp_path):
     for lane in ("device", "moves to the device"):
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == lanes[lane])
         assert spans
-        assert all(end <= begin + 0.01 for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= begin + 0.01 for (_, end), (begin, _) in pairwise(spans))
 
 
 def test_devices_are_known_by_name():
