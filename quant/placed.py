@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moert.quant.format import PART_ALIGN, ExpertLayout, align
+from moert.quant.format import PART_ALIGN, ExpertLayout
 
 # Up to so many tokens for every expert each token is a product with a vector: a tile of tensor cores would be empty.
 FEW_TOKENS = 4
 LEAST_BLOCK, MOST_BLOCK = 16, 64  # tokens that share unpacked weights
-RANGE_TOKENS = 512  # tokens whose sums one program owns, for which it unpacks weights once
+RANGE_TOKENS = 256  # tokens whose sums one program owns, for which it unpacks weights once
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,37 +42,33 @@ class PlacedExperts:
         aligned = self.arena.storage_offset() % PART_ALIGN == self.arena.numel() % PART_ALIGN == 0
         if self.arena.dtype != torch.uint8 or not self.arena.is_contiguous() or not aligned:
             raise ValueError(f"the arena is not contiguous uint8 that begins and ends on {PART_ALIGN} bytes")
+        room = [self.arena.numel() - starts[-1] for starts in starts_of(self.layout)]
         for expert, offsets in enumerate(self.offsets):
-            if not 1 <= len(offsets) <= self.layout.num_slices:
-                raise ValueError(f"expert {expert} has {len(offsets)} slices, not 1 to {self.layout.num_slices}")
+            if not 1 <= len(offsets) <= len(room):
+                raise ValueError(f"expert {expert} has {len(offsets)} slices, not 1 to {len(room)}")
             for index, at in enumerate(offsets):
-                if at % PART_ALIGN or not 0 <= at <= self.arena.numel() - self.layout.offsets(index)[-1]:
+                if at % PART_ALIGN or not 0 <= at <= room[index]:
                     raise ValueError(f"slice {index} of expert {expert} does not lie in the arena at offset {at}")
 
-    @cached_property
-    def table(self) -> Tensor:
-        """int64 [E, 1 + S] on the arena's device: the number of slices, then their offsets."""
-        rows = [[len(o), *o, *[0] * (self.layout.num_slices - len(o))] for o in self.offsets]
-        return torch.tensor(rows, dtype=torch.int64).to(self.arena.device)
 
-    def starts(self, matrix: int) -> tuple[int, ...]:
-        """Where a matrix begins in each slice."""
-        return tuple(self.layout.offsets(index)[matrix] for index in range(self.layout.num_slices))
+@lru_cache
+def starts_of(layout: ExpertLayout) -> tuple[tuple[int, ...], ...]:
+    """Where gate, up and down begin in each slice, and where down ends."""
+    return tuple(layout.offsets(index) for index in range(layout.num_slices))
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Pairs of tokens and experts in the order in which the kernels take them, on the device.
+    """Pairs of tokens and experts in the order in which the kernels take them.
 
-    items: int32 [I, 3], an expert and the first and number of its pairs; of one range of tokens, at most `block`.
-    starts: int32, the first item of each range, and the end. order: int32 [P], the token of each pair. weights:
-    float32 [P].
+    numbers: int32 on the arena's device, one part after the other: order [P], the token of each pair; weights [P],
+    float32; items [I, 3 + S], how many slices an expert is used with, the first and the number of its pairs (of one
+    range of tokens, at most `block`), and where its slices begin, in units of 64 bytes; starts [R + 1], the first item
+    of each range, and the end.
     """
 
-    items: Tensor
-    starts: Tensor
-    order: Tensor
-    weights: Tensor
+    numbers: Tensor
+    num_pairs: int
     num_items: int
     num_ranges: int
     block: int
@@ -87,33 +83,42 @@ def plan_work(
         raise ValueError(f"there are tokens for {len(counts)} experts, and {len(experts.offsets)} experts")
     if weights_of is not None and [len(w) for w in weights_of] != counts:
         raise ValueError("there is not one weight for each token of each expert")
-    expert = np.repeat(np.arange(len(counts)), counts)
-    order = np.concatenate([np.zeros(0, np.int64), *(tokens.cpu().numpy() for tokens in tokens_of)])
-    if len(order) and not 0 <= order.min() <= order.max() < num_tokens:
-        raise ValueError(f"a token is not one of the {num_tokens} inputs")
-    weights = np.zeros(0, np.float32)
-    most = max(counts, default=0)
+    most, num_pairs = max(counts, default=0), sum(counts)
     block = 1 if most <= FEW_TOKENS else min(MOST_BLOCK, max(LEAST_BLOCK, 1 << (most - 1).bit_length()))
-    part = np.zeros(len(order), np.int64)
-    if weights_of is not None:
-        if len(np.unique(expert * num_tokens + order)) != len(order):
-            raise ValueError("an expert has the same token twice")
-        weights = np.concatenate([weights, *(w.float().cpu().numpy() for w in weights_of)])
-        part = order if block == 1 else order // RANGE_TOKENS
-        sort = np.argsort(part, kind="stable")
+    if not num_pairs:
+        return Work(torch.empty(0, dtype=torch.int32, device=experts.arena.device), 0, 0, 0, block)
+    expert = np.arange(len(counts)).repeat(counts)
+    order = torch.cat(list(tokens_of)).numpy(force=True)
+    if not 0 <= order.min() <= order.max() < num_tokens:
+        raise ValueError(f"a token is not one of the {num_tokens} inputs")
+    weights = torch.cat(list(weights_of)).numpy(force=True) if weights_of is not None else None
+    if weights is not None and np.bincount(expert * num_tokens + order).max() > 1:
+        raise ValueError("an expert has the same token twice")
+    part = order * 0 if weights is None else order if block == 1 else order // RANGE_TOKENS
+    if weights is not None and num_tokens > 1:
+        sort = part.argsort(kind="stable")
         part, expert, order, weights = part[sort], expert[sort], order[sort], weights[sort]
-    # A run: the pairs of one expert in one range. It is cut into items of `block` pairs.
-    place = np.arange(len(order))
-    new = np.ones(len(order), bool)
-    new[1:] = (part[1:] != part[:-1]) | (expert[1:] != expert[:-1])
-    within = place - np.maximum.accumulate(np.where(new, place, 0))
-    first = np.flatnonzero(within % block == 0)
-    items = np.stack([expert[first], first, np.diff(first, append=len(order))], 1)
-    num_ranges = int(part[-1]) + 1 if len(part) else 0
-    starts = np.searchsorted(part[first], np.arange(num_ranges + 1))
-    # One copy to the device; every part starts on 16 bytes, or triton compiles anew for each alignment.
-    parts = [a.astype(np.int32).reshape(-1) for a in (items, starts, order)] + [weights.view(np.int32)]
-    sizes = [align(len(a), 4) for a in parts]
-    joined = torch.from_numpy(np.concatenate([np.pad(a, (0, n - len(a))) for a, n in zip(parts, sizes, strict=True)]))
-    sent = torch.split(joined.to(experts.arena.device), sizes)
-    return Work(sent[0], sent[1], sent[2], sent[3].view(torch.float32), len(first), num_ranges, block)
+    place = np.arange(num_pairs)
+    if block == 1:
+        first = place
+    else:  # a run is the pairs of one expert in one range; it is cut into items of `block` pairs
+        new = np.ones(num_pairs, bool)
+        new[1:] = (part[1:] != part[:-1]) | (expert[1:] != expert[:-1])
+        first = np.flatnonzero((place - np.maximum.accumulate(place * new)) % block == 0)
+    num_items, num_ranges = len(first), int(part[-1]) + 1
+    size, slices = 3 + experts.layout.num_slices, experts.layout.num_slices
+    ends = 2 * num_pairs, 2 * num_pairs + num_items * size
+    # One copy to the device, out of locked memory so that nobody waits for it.
+    joined = torch.empty(ends[1] + num_ranges + 1, dtype=torch.int32, pin_memory=experts.arena.is_cuda)
+    numbers = joined.numpy()
+    numbers[:num_pairs] = order
+    numbers[num_pairs : ends[0]].view(np.float32)[:] = 0 if weights is None else weights
+    rows = [(len(o), 0, 0, *(at // PART_ALIGN for at in o), *[0] * (slices - len(o))) for o in experts.offsets]
+    items = numbers[ends[0] : ends[1]].reshape(num_items, size)
+    items[:] = np.array(rows, np.int32)[expert[first]]
+    items[:, 1] = first
+    items[:-1, 2] = first[1:]
+    items[-1, 2] = num_pairs
+    items[:, 2] -= items[:, 1]
+    numbers[ends[1] :] = part[first].searchsorted(np.arange(num_ranges + 1))
+    return Work(joined.to(experts.arena.device, non_blocking=True), num_pairs, num_items, num_ranges, block)

@@ -1,22 +1,35 @@
-"""Triton kernels for nested-bit experts in device memory: GEMV, grouped GEMM and the whole expert feed-forward.
+"""Triton kernels for nested-bit experts in device memory: products with few tokens, with many, and the whole expert
+feed-forward.
 
 They read the bytes of `format.py` where they lie: experts are offsets into one arena, and in one launch each expert is
-used with as many of its slices as it has there. Activations stay in their float16, bfloat16 or float32 (nothing is
-rounded to int8 as the CPU kernels do: on a GPU that would save no bytes that matter) and are summed in float32. The
-codes less their midpoint are half-integers below 128, exact in all three dtypes, so that only the activations are
-rounded, by their dtype: x by the caller, the product of gate and up once more between the two launches.
+used with as many of its slices as it has there. Inputs, and what lies between the launches, are rounded to int8 per
+group of columns exactly as the CPU kernels do (`csrc/kernel_body.h`), and products of codes are exact within a group,
+so that where an expert is computed shows only in the order of float32 sums over groups and in silu's last bits.
 
-Sums have a fixed order (no atomics), so the same call gives the same bits. None of it has run on a device, and the
-sizes of blocks are guesses. Importing this module needs triton 3.4; with TRITON_INTERPRET=1, set before triton 3.7 is
-imported, all of it runs on the CPU. Raw weights are not for it: torch multiplies those.
+Up to four tokens of each expert are products with vectors. They are bound by memory only if few instructions fall to a
+weight: a 32-bit word holds four columns of a row for each shift, which `dp4a` multiplies at once. Each thread asks for
+16 bytes of a plane at a time, and for all planes and chunks of its groups before it needs the first. More tokens are
+multiplied in float16 by tensor cores: codes up to 127 and levels, half-integers below 128, are exact there.
+
+Programs of the first product take the rows of a whole group of the second's columns, so that they can round them. OLMoE
+has 128 of them for a token (8 experts, 1024 rows in groups of 64), which is for the 8 to 24 processors of a Jetson or a
+laptop's GPU several each, and for the 132 of an H100 one. The second product has one for each 16 rows, 128 too, which
+takes the experts one after the other: sums have a fixed order without a launch more, so the same call gives the same
+bits, but an H100 would rather have had more programs.
+
+None of it has run on a device; it compiles for those of compute capability 8.0, 8.7 and 9.0. Importing this module
+needs triton 3.4; with TRITON_INTERPRET=1, set before triton 3.7 is imported, all of it but `_dot4` runs on the CPU. Raw
+weights are not for it: torch multiplies those.
 """
 
-# T tokens, P pairs of a token and an expert, E experts, S slices, N rows (outputs), K columns (inputs), G group size,
-# D hidden, F expert inner size
+# T tokens, P pairs of a token and an expert, E experts, N rows (outputs), K columns (inputs), G group size, D hidden,
+# F expert inner size; of a program: B tokens, R rows, S groups
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,15 +37,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moert.quant.format import TILE_ROWS
+from moert.quant.format import TILE_ROWS, ExpertLayout
 from moert.quant.matmul import placed_planes
-from moert.quant.placed import PlacedExperts, Work, plan_work
+from moert.quant.placed import PlacedExperts, Work, plan_work, starts_of
 
 GATE, UP, DOWN = range(3)
 
-_VECTOR_STEP = 512  # columns that a product with a vector takes at once
-_GEMM_ROWS = 2 * TILE_ROWS
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_STEP_WORDS = 1024  # of a plane, for which a program of a product with a vector asks at once
+_ROUND_NUMBERS = 512  # that a program rounds
+_SUM_ROWS = 32  # of a program of the second product with many tokens
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """What kernels know of a matrix when they are compiled. There is one object for each matrix of a layout.
+
+    planes: for each from the most significant, its slice, offset there, bytes for a group of a tile, and bits.
+    scales: where those of each width begin in its slice. row_bytes: of a row of inputs, as `_round_kernel` has them.
+    """
+
+    planes: tuple[tuple[int, int, int, int], ...]
+    scales: tuple[int, ...]
+    widths: tuple[int, ...]
+    rows: int
+    cols: int
+    tiles: int
+    groups: int
+    group: int
+    row_bytes: int
+
+
+@lru_cache
+def _matrix(layout: ExpertLayout, matrix: int) -> _Matrix:
+    m, starts = layout.matrices[matrix], starts_of(layout)
+    planes, *_ = placed_planes(m, [(index, at[matrix]) for index, at in enumerate(starts)])
+    scales = tuple(at[matrix] + m.codes_bytes(index) for index, at in enumerate(starts))
+    row_bytes = m.groups * (m.group_size + 8)
+    return _Matrix(
+        tuple(plane[:4] for plane in planes),
+        scales,
+        m.widths,
+        m.rows,
+        m.cols,
+        m.tiles,
+        m.groups,
+        m.group_size,
+        row_bytes,
+    )
+
+
+@triton.jit
+def _rounded(x: tl.tensor) -> tl.tuple:
+    """Groups x [., G] as int8 per group: codes, their scale and their sum, all float32.
+
+    Products must not be fused with sums here, or ties would fall differently: launch with enable_fp_fusion=False.
+    """
+    size = tl.abs(x)
+    finite = size < float("inf")
+    peak = tl.max(tl.where(finite, size, 0), axis=1)
+    usable = peak > 1e-36  # 127 / 1e-37 is infinite
+    inverse = tl.div_rn(tl.where(usable, 127.0, 0.0), tl.where(usable, peak, 1.0))
+    code = (tl.where(finite, x, 0) * inverse[:, None] + 12582912.0) - 12582912.0  # to the nearest, ties to even
+    bad = tl.max(tl.where(finite, 0, 1), axis=1) > 0
+    return code, tl.where(bad, float("nan"), tl.div_rn(peak, 127.0)), tl.sum(code, axis=1)
+
+
+@triton.jit
+def _put_rounded(x: tl.tensor, row: tl.tensor, group: tl.tensor, used: tl.tensor, M: tl.constexpr) -> None:
+    """Rounds x [., G] and makes it groups `group` of the rows of inputs that begin at `row`, where `used`."""
+    code, scale, total = _rounded(x)
+    k = group[:, None] * M.group + tl.arange(0, M.group)[None, :]
+    tl.store(row[:, None] + k, code.to(tl.int8), mask=used[:, None])
+    side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32)) + group
+    tl.store(side, scale, mask=used)
+    tl.store(side + M.groups, total, mask=used)
+
+
+@triton.jit
+def _round_kernel(x: tl.tensor, out: tl.tensor, M: tl.constexpr, S: tl.constexpr) -> None:
+    """Rows x [T, K] as inputs of products: int8 [groups * G], then float32 scales and sums of codes [groups] each."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * S + tl.arange(0, S)
+    k = group[:, None] * M.group + tl.arange(0, M.group)[None, :]
+    row = out + token * M.row_bytes + tl.zeros([S], tl.int32)
+    _put_rounded(tl.load(x + token * M.cols + k, mask=k < M.cols, other=0), row, group, group < M.groups, M)
 
 
 @triton.jit
@@ -44,38 +132,128 @@ def _codes(word: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _vector_plane(
-    x: tl.tensor,
-    words: tl.tensor,
-    scales: tl.tensor,
-    tile: tl.tensor,
-    STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEP: tl.constexpr,
-) -> tl.tensor:
-    """What a plane, taken alone and about its own midpoint, makes of x [K]: float32 [16], without its shift.
+def _dot4(codes: tl.tensor, inputs: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """total plus the sum of products of four unsigned bytes and four signed ones."""
+    return tl.inline_asm_elementwise(
+        "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, inputs, total], dtype=tl.int32, is_pure=True, pack=1
+    )
 
-    The midpoints of the planes, shifted, add up to that of the code, so that planes need not meet before the sum.
+
+@triton.jit
+def _dots(
+    q: tl.tensor,
+    words: tl.tensor,
+    there: tl.tensor,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    DP4A: tl.constexpr,
+) -> tl.tensor:
+    """Products of a plane's codes and the inputs over some groups, exactly: int32 [S, R].
+
+    q [S]: where int8 inputs begin. words [S, R]: where the groups of rows begin; there [S, R]: which exist.
     """
-    SPAN: tl.constexpr = 32 // BITS
-    CHUNKS: tl.constexpr = GROUP // SPAN
-    row = tl.arange(0, 16)
-    total = tl.zeros([STEP // SPAN, 16], tl.float32)
-    for first in range(0, GROUPS * CHUNKS, STEP // SPAN):
-        chunk = first + tl.arange(0, STEP // SPAN)
-        there = (chunk < GROUPS * CHUNKS)[:, None]
-        cell = tile * GROUPS + chunk // CHUNKS
-        at = cell * (STRIDE // 4) + chunk % CHUNKS * 16
-        word = tl.load(words + at[:, None] + row[None, :], mask=there, other=0)
-        k = chunk[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-        inputs = tl.load(x + k, mask=k < COLS, other=0).to(tl.float32)
-        level = _codes(word, BITS).to(tl.float32) - ((1 << BITS) - 1) / 2
-        scale = tl.load(scales + cell[:, None] * 16 + row[None, :], mask=there, other=0).to(tl.float32)
-        total += tl.sum(level * inputs[:, :, None], axis=1) * scale
+    if DP4A:
+        UNROLLED: tl.constexpr = 16 if G > 32 else 8  # fours of columns: compiling more takes minutes
+        fours = q.to(tl.pointer_type(tl.int32))
+        total = tl.zeros([S, R], tl.int32)
+        for first in range(0, G // 4, UNROLLED):
+            for k in tl.static_range(UNROLLED):
+                if k % (8 // BITS) == 0:
+                    word = tl.load(words + (first + k) * BITS // 8 * 16, mask=there, other=0)
+                codes = word if BITS == 8 else (word >> k % (8 // BITS) * BITS) & (((1 << BITS) - 1) * 0x01010101)
+                total = _dot4(codes, tl.load(fours + first + k)[:, None], total)
+        return total
+    else:
+        CHUNKS: tl.constexpr = G * BITS // 32
+        at = words[:, None, :] + (tl.arange(0, CHUNKS) * 16)[None, :, None]
+        word = tl.reshape(tl.load(at, mask=there[:, None, :], other=0), [S * CHUNKS, R])
+        inputs = tl.load(q[:, None] + tl.arange(0, G)[None, :]).to(tl.int32)
+        return tl.sum(tl.reshape(_codes(word, BITS), [S, G, R]) * inputs[:, :, None], axis=1)
+
+
+@triton.jit
+def _place(item: tl.tensor, index: tl.constexpr, offset: tl.constexpr) -> tl.tensor:
+    """Where something lies in the arena that begins at `offset` in slice `index` of an item's expert."""
+    return tl.multiple_of(tl.load(item + 3 + index).to(tl.int64) * 64 + offset, 64)
+
+
+@triton.jit
+def _vector_product(
+    row: tl.tensor,
+    item: tl.tensor,
+    arena: tl.tensor,
+    n: tl.tensor,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DP4A: tl.constexpr,
+) -> tl.tensor:
+    """Rows n [R] of a matrix of an item's expert times the inputs that begin at `row`: float32 [R]."""
+    slices = tl.load(item)
+    at = tl.zeros([], tl.int64)
+    middle = tl.zeros([], tl.float32)
+    for c in tl.static_range(len(M.widths)):
+        at += tl.where(slices == c + 1, _place(item, c, M.scales[c]), 0)
+        middle += tl.where(slices == c + 1, ((1 << M.widths[c]) - 1) / 2, 0)
+    scales = (arena + tl.multiple_of(at, 64)).to(tl.pointer_type(tl.float16))
+    side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32))
+    total = tl.zeros([S, R], tl.float32)
+    for first in range(0, M.groups, S):
+        group = first + tl.arange(0, S)
+        there = (group < M.groups)[:, None] & (n // 16 < M.tiles)[None, :]
+        group = tl.minimum(group, M.groups - 1)
+        cell = (n // 16 * M.groups)[None, :] + group[:, None]
+        dot = tl.zeros([S, R], tl.int32)
+        for p in tl.static_range(len(M.planes)):
+            if slices > M.planes[p][0]:  # a whole program goes the same way
+                words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
+                words += cell * (M.planes[p][2] // 4) + (n % 16)[None, :]
+                part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, S, R, DP4A)
+                dot = (dot << M.planes[p][3]) + part
+        level = dot.to(tl.float32) - (tl.load(side + M.groups + group) * middle)[:, None]
+        scale = tl.load(scales + (cell * 16 + (n % 16)[None, :]), mask=there, other=0).to(tl.float32)
+        total += level * (scale * tl.load(side + group)[:, None])
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _block_product(
+    row: tl.tensor,
+    used: tl.tensor,
+    item: tl.tensor,
+    arena: tl.tensor,
+    n: tl.tensor,
+    c: tl.constexpr,
+    M: tl.constexpr,
+    B: tl.constexpr,
+    R: tl.constexpr,
+) -> tl.tensor:
+    """Rows n [R] of a matrix at width c times the inputs that begin at `row` [B], where `used`: float32 [B, R]."""
+    G: tl.constexpr = M.group
+    there = n // 16 < M.tiles
+    side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32))
+    scales = (arena + _place(item, c, M.scales[c])).to(tl.pointer_type(tl.float16)) + n % 16
+    total = tl.zeros([B, R], tl.float32)
+    for group in range(M.groups):
+        cell = n // 16 * M.groups + group
+        code = tl.zeros([G, R], tl.int32)
+        for p in tl.static_range(len(M.planes)):
+            if M.planes[p][0] <= c:
+                words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
+                words += (cell * (M.planes[p][2] // 4) + n % 16)[None, :]
+                chunk = tl.arange(0, G * M.planes[p][3] // 32)
+                word = tl.load(words + (chunk * 16)[:, None], mask=there[None, :], other=0)
+                codes = tl.reshape(_codes(word, M.planes[p][3]), [G, R])
+                code = (code << M.planes[p][3]) + codes
+        level = code.to(tl.float16) - ((1 << M.widths[c]) - 1) / 2
+        k = group * G + tl.arange(0, G)
+        inputs = tl.load(row[:, None] + k[None, :], mask=used[:, None], other=0).to(tl.float16)
+        scale = tl.load(scales + cell * 16, mask=there, other=0).to(tl.float32)
+        scale = tl.load(side + group, mask=used, other=0)[:, None] * scale[None, :]
+        total += tl.dot(inputs, level) * scale
+    return total
 
 
 @triton.jit
@@ -83,312 +261,177 @@ def _product(
     x: tl.tensor,
     index: tl.tensor,
     used: tl.tensor,
-    words: tl.tensor,
-    halves: tl.tensor,
-    entry: tl.tensor,
-    block: tl.tensor,
-    STARTS: tl.constexpr,
-    PLANES: tl.constexpr,
-    SCALES: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    DOT: tl.constexpr,
+    item: tl.tensor,
+    arena: tl.tensor,
+    n: tl.tensor,
+    M: tl.constexpr,
+    B: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DP4A: tl.constexpr,
 ) -> tl.tensor:
-    """Rows of a matrix times rows `index` of x where `used`: float32 [BLOCK, BLOCK_ROWS].
-
-    entry: the expert's line of the table. STARTS: where the matrix begins in each slice; SCALES: its scales from there.
-    PLANES: slice, offset from there, stride, bits and shift at the largest width of each plane.
-    """
-    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    there = n < ROWS
-    slices = tl.load(entry)
-    total = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
-    for c in tl.static_range(len(WIDTHS)):
-        if slices == c + 1:  # a loop for each width, so that its planes are known; a whole program takes the same one
-            scales = halves + (tl.load(entry + 1 + c) + (STARTS[c] + SCALES[c])) // 2
-            if BLOCK == 1:
-                one = tl.zeros([BLOCK_ROWS], tl.float32)
-                v = x + tl.sum(index, axis=0) * COLS
-                for p in tl.static_range(len(PLANES) // 5):
-                    if PLANES[5 * p] <= c:
-                        at = tl.load(entry + 1 + PLANES[5 * p]) + (STARTS[PLANES[5 * p]] + PLANES[5 * p + 1])
-                        part = _vector_plane(
-                            v,
-                            words + tl.multiple_of(at // 4, 16),
-                            scales,
-                            block,
-                            PLANES[5 * p + 2],
-                            PLANES[5 * p + 3],
-                            COLS,
-                            GROUPS,
-                            GROUP,
-                            STEP,
-                        )
-                        one += part * (1 << (PLANES[5 * p + 4] - (WIDTHS[len(WIDTHS) - 1] - WIDTHS[c])))
-                total = one[None, :]
-            else:
-                for group in range(GROUPS):
-                    cell = n // 16 * GROUPS + group
-                    code = tl.zeros([GROUP, BLOCK_ROWS], tl.int32)
-                    for p in tl.static_range(len(PLANES) // 5):
-                        if PLANES[5 * p] <= c:
-                            at = tl.load(entry + 1 + PLANES[5 * p]) + (STARTS[PLANES[5 * p]] + PLANES[5 * p + 1])
-                            inner = tl.arange(0, GROUP * PLANES[5 * p + 3] // 32)[:, None] * 16 + (n % 16)[None, :]
-                            line = words + tl.multiple_of(at // 4, 16) + (cell * (PLANES[5 * p + 2] // 4))[None, :]
-                            word = tl.load(line + inner, mask=there[None, :], other=0)
-                            codes = tl.reshape(_codes(word, PLANES[5 * p + 3]), [GROUP, BLOCK_ROWS])
-                            code += codes << (PLANES[5 * p + 4] - (WIDTHS[len(WIDTHS) - 1] - WIDTHS[c]))
-                    level = (code.to(tl.float32) - ((1 << WIDTHS[c]) - 1) / 2).to(DOT)
-                    k = group * GROUP + tl.arange(0, GROUP)
-                    mask = used[:, None] & (k < COLS)[None, :]
-                    inputs = tl.load(x + index[:, None] * COLS + k[None, :], mask=mask, other=0).to(DOT)
-                    scale = tl.load(scales + cell * 16 + n % 16, mask=there, other=0).to(tl.float32)
-                    total += tl.dot(inputs, level, input_precision="ieee") * scale[None, :]
-    return total
+    """Rows n [R] of a matrix of an item's expert times rows `index` [B] of the inputs, where `used`: float32 [B, R]."""
+    if B == 1:
+        row = x + tl.sum(index, axis=0) * M.row_bytes
+        return _vector_product(row, item, arena, n, M, R, S, DP4A)[None, :]
+    else:
+        slices = tl.load(item)
+        total = tl.zeros([B, R], tl.float32)
+        for c in tl.static_range(len(M.widths)):
+            if slices == c + 1:  # a loop for each width, so that its planes are known and asked for ahead
+                total = _block_product(x + index * M.row_bytes, used, item, arena, n, c, M, B, R)
+        return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _forward_kernel(
     x: tl.tensor,
-    words: tl.tensor,
-    halves: tl.tensor,
-    table: tl.tensor,
-    items: tl.tensor,
-    order: tl.tensor,
+    arena: tl.tensor,
+    work: tl.tensor,
     out: tl.tensor,
+    num_pairs: tl.tensor,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
-    PLANES: tl.constexpr,
-    SCALES: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    DOT: tl.constexpr,
+    NEXT: tl.constexpr,
+    B: tl.constexpr,
+    S: tl.constexpr,
+    DP4A: tl.constexpr,
 ) -> None:
-    """out[p] = w(x[order[p]]), or with SECOND silu(w(x)) * v(x), for the pairs p of an item and a block of rows."""
-    item = items + 3 * tl.program_id(0)
-    block = tl.program_id(1)
+    """out[p] = w(x[order[p]]) for the pairs p of an item and a group of rows; with SECOND silu(w(x)) * v(x), rounded
+    to be inputs of NEXT."""
+    R: tl.constexpr = FIRST.group
+    item = work + 2 * num_pairs + tl.program_id(0) * (3 + len(FIRST.widths))
     first = tl.load(item + 1)
-    position = first + tl.arange(0, BLOCK)
+    position = first + tl.arange(0, B)
     used = position < first + tl.load(item + 2)
-    token = tl.load(order + position, mask=used, other=0).to(tl.int64)
-    entry = table + tl.load(item) * (len(WIDTHS) + 1)
-    result = _product(
-        x,
-        token,
-        used,
-        words,
-        halves,
-        entry,
-        block,
-        FIRST,
-        PLANES,
-        SCALES,
-        WIDTHS,
-        ROWS,
-        COLS,
-        GROUPS,
-        GROUP,
-        BLOCK,
-        BLOCK_ROWS,
-        STEP,
-        DOT,
-    )
-    if SECOND is not None:
-        other = _product(
-            x,
-            token,
-            used,
-            words,
-            halves,
-            entry,
-            block,
-            SECOND,
-            PLANES,
-            SCALES,
-            WIDTHS,
-            ROWS,
-            COLS,
-            GROUPS,
-            GROUP,
-            BLOCK,
-            BLOCK_ROWS,
-            STEP,
-            DOT,
-        )
-        result = result * tl.sigmoid(result) * other
-    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    target = out + position.to(tl.int64)[:, None] * ROWS + n[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=used[:, None] & (n < ROWS)[None, :])
+    token = tl.load(work + position, mask=used, other=0).to(tl.int64)
+    position = position.to(tl.int64)
+    n = tl.program_id(1) * R + tl.arange(0, R)
+    result = _product(x, token, used, item, arena, n, FIRST, B, R, S, DP4A)
+    if SECOND is None:
+        target = out + position[:, None] * FIRST.rows + n[None, :]
+        tl.store(target, result, mask=used[:, None] & (n < FIRST.rows)[None, :])
+    else:
+        result = result / (1 + tl.exp(-result)) * _product(x, token, used, item, arena, n, SECOND, B, R, S, DP4A)
+        group = tl.program_id(1) + tl.zeros([B], tl.int32)
+        _put_rounded(result, out + position * NEXT.row_bytes, group, used, NEXT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_items"])
 def _sum_kernel(
     h: tl.tensor,
-    words: tl.tensor,
-    halves: tl.tensor,
-    table: tl.tensor,
-    items: tl.tensor,
-    starts: tl.tensor,
-    order: tl.tensor,
-    weights: tl.tensor,
+    arena: tl.tensor,
+    work: tl.tensor,
     out: tl.tensor,
-    STARTS: tl.constexpr,
-    PLANES: tl.constexpr,
-    SCALES: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    DOT: tl.constexpr,
+    num_pairs: tl.tensor,
+    num_items: tl.tensor,
+    M: tl.constexpr,
+    B: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DP4A: tl.constexpr,
 ) -> None:
     """out[order[p]] += weights[p] * down(h[p]) for all pairs of a range of tokens and a block of rows.
 
     The program alone owns these sums and takes its items one after the other: no atomics, one order.
     """
-    block = tl.program_id(0)
-    n = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    last = tl.load(starts + tl.program_id(1) + 1)
-    for number in range(tl.load(starts + tl.program_id(1)), last):
-        item = items + 3 * number
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    items = work + 2 * num_pairs
+    starts = items + num_items * (3 + len(M.widths)) + tl.program_id(1)
+    last = tl.load(starts + 1)
+    for number in range(tl.load(starts), last):
+        item = items + number * (3 + len(M.widths))
         first = tl.load(item + 1)
-        position = first + tl.arange(0, BLOCK)
+        position = first + tl.arange(0, B)
         used = position < first + tl.load(item + 2)
-        entry = table + tl.load(item) * (len(WIDTHS) + 1)
-        result = _product(
-            h,
-            position.to(tl.int64),
-            used,
-            words,
-            halves,
-            entry,
-            block,
-            STARTS,
-            PLANES,
-            SCALES,
-            WIDTHS,
-            ROWS,
-            COLS,
-            GROUPS,
-            GROUP,
-            BLOCK,
-            BLOCK_ROWS,
-            STEP,
-            DOT,
-        )
-        token = tl.load(order + position, mask=used, other=0).to(tl.int64)
+        token = tl.load(work + position, mask=used, other=0).to(tl.int64)
+        weights = (work + num_pairs).to(tl.pointer_type(tl.float32))
         weight = tl.load(weights + position, mask=used, other=0)
-        target = out + token[:, None] * ROWS + n[None, :]
-        mask = used[:, None] & (n < ROWS)[None, :]
+        result = _product(h, position.to(tl.int64), used, item, arena, n, M, B, R, S, DP4A)
+        target = out + token[:, None] * M.rows + n[None, :]
+        mask = used[:, None] & (n < M.rows)[None, :]
         tl.store(target, tl.load(target, mask=mask, other=0) + weight[:, None] * result, mask=mask)
         tl.debug_barrier()  # the next item may add to the same token from another thread
 
 
+_INTERPRETED = not isinstance(_dot4, triton.JITFunction)
+
+
 def _check_inputs(x: Tensor, experts: PlacedExperts, cols: int) -> None:
-    if x.ndim != 2 or x.shape[1] != cols or x.dtype not in _DTYPES or not x.is_contiguous():
-        raise ValueError(f"input {tuple(x.shape)} of {x.dtype} is not contiguous floats of {cols} columns")
+    if x.ndim != 2 or x.shape[1] != cols or x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(f"input {tuple(x.shape)} of {x.dtype} is not contiguous float32 of {cols} columns")
     if x.device != experts.arena.device:
         raise ValueError(f"the input is on {x.device}, the experts are on {experts.arena.device}")
 
 
-def _constants(experts: PlacedExperts, matrix: int, work: Work, dtype: torch.dtype) -> dict[str, Any]:
-    layout = experts.layout.matrices[matrix]
-    # The interpreter computes with numpy, which has no bfloat16; what it gets instead holds the same values.
-    upcast = dtype == torch.float32 or not isinstance(_codes, triton.JITFunction)
-    planes, *_ = placed_planes(layout, [(index, 0) for index in range(len(layout.widths))])
-    return {
-        "PLANES": tuple(number for plane in planes for number in plane),
-        "SCALES": tuple(layout.codes_bytes(index) for index in range(len(layout.widths))),
-        "WIDTHS": experts.layout.widths,
-        "ROWS": layout.rows,
-        "COLS": layout.cols,
-        "GROUPS": layout.groups,
-        "GROUP": layout.group_size,
-        "BLOCK": work.block,
-        "BLOCK_ROWS": TILE_ROWS if work.block == 1 else _GEMM_ROWS,
-        "STEP": min(_VECTOR_STEP, triton.next_power_of_2(layout.groups * layout.group_size)),
-        "DOT": tl.float32 if upcast else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
-    }
+def _round(x: Tensor, m: _Matrix) -> Tensor:
+    out = torch.empty(x.shape[0], m.row_bytes, dtype=torch.int8, device=x.device)
+    step = _ROUND_NUMBERS // m.group
+    _round_kernel[x.shape[0], triton.cdiv(m.groups, step)](x, out, M=m, S=step, num_warps=4, enable_fp_fusion=False)
+    return out
 
 
-def _forward(x: Tensor, experts: PlacedExperts, first: int, second: int | None, work: Work, out: Tensor) -> None:
-    constants = _constants(experts, first, work, x.dtype)
-    grid = (work.num_items, triton.cdiv(constants["ROWS"], constants["BLOCK_ROWS"]))
-    arena = experts.arena
+def _blocks(m: _Matrix, work: Work, rows: int) -> dict[str, Any]:
+    """How programs of `rows` rows of a matrix take them."""
+    if work.block > 1:
+        # At most 32 numbers of the sum for each thread: as many again are the other factor of gate and up.
+        warps = 4 if work.block * rows <= 4096 else 8
+        return {"B": work.block, "S": 1, "DP4A": False, "num_warps": warps, "num_stages": 2}
+    step = min(max(_STEP_WORDS // rows, 1), triton.next_power_of_2(m.groups))
+    warps = max(step * rows // 128, 1)  # a thread asks for four words
+    return {"B": 1, "S": step, "DP4A": not _INTERPRETED, "num_warps": warps, "num_stages": 1}
+
+
+def _forward(
+    x: Tensor,
+    experts: PlacedExperts,
+    first: _Matrix,
+    second: _Matrix | None,
+    then: _Matrix | None,
+    work: Work,
+    out: Tensor,
+) -> None:
+    grid = work.num_items, triton.cdiv(first.rows, first.group)
     _forward_kernel[grid](
-        x,
-        arena.view(torch.int32),
-        arena.view(torch.float16),
-        experts.table,
-        work.items,
-        work.order,
-        out,
-        FIRST=experts.starts(first),
-        SECOND=None if second is None else experts.starts(second),
-        **constants,
-    )
+        x, experts.arena, work.numbers, out, work.num_pairs, FIRST=first, SECOND=second, NEXT=then,
+        **_blocks(first, work, first.group), enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def products(x: Tensor, experts: PlacedExperts, matrix: int, tokens_of: Sequence[Tensor]) -> Tensor:
-    """x[tokens_of[e]] @ w.T for one matrix (GATE, UP or DOWN) of every expert e, in one launch.
+    """x[tokens_of[e]] @ w.T for one matrix (GATE, UP or DOWN) of every expert e, x rounded to int8, in two launches.
 
-    x: float16, bfloat16 or float32 [T, K], contiguous. tokens_of[e]: int64, the tokens of expert e, on the CPU at
-    best. Returns float32 [P, N], one expert after the other. Raises ValueError where something does not fit.
+    x: float32 [T, K], contiguous. tokens_of[e]: int64, the tokens of expert e, on the CPU at best. Returns float32
+    [P, N], one expert after the other. Raises ValueError where something does not fit.
     """
-    rows, cols = experts.layout.shapes[matrix]
-    _check_inputs(x, experts, cols)
+    m = _matrix(experts.layout, matrix)
+    _check_inputs(x, experts, m.cols)
     work = plan_work(experts, tokens_of, None, x.shape[0])
-    out = torch.empty(sum(map(len, tokens_of)), rows, device=x.device)
+    out = torch.empty(work.num_pairs, m.rows, device=x.device)
     if work.num_items:
-        _forward(x, experts, matrix, None, work, out)
+        _forward(_round(x, m), experts, m, None, None, work, out)
     return out
 
 
 def add_experts(
     x: Tensor, experts: PlacedExperts, tokens_of: Sequence[Tensor], weights_of: Sequence[Tensor], out: Tensor
 ) -> None:
-    """Add to out[t] the sum of weight * down(silu(gate(x[t])) * up(x[t])) over the experts of token t: two launches.
+    """Add to out[t] the sum of weight * down(silu(gate(x[t])) * up(x[t])) over the experts of token t.
 
-    x: float16, bfloat16 or float32 [T, D], contiguous; so is what lies between the launches. tokens_of[e]: int64, the
-    tokens of expert e, none twice; weights_of[e]: float, their router weights; both on the CPU at best. out: float32
-    [T, D], contiguous. Raises ValueError where something does not fit.
+    One small copy to the device and three launches. x: float32 [T, D], contiguous. tokens_of[e]: int64, the tokens of
+    expert e, none twice; weights_of[e]: float32, their router weights; both on the CPU at best. out: float32 [T, D],
+    contiguous. Raises ValueError where something does not fit.
     """
-    hidden, inner = experts.layout.hidden, experts.layout.inner
-    _check_inputs(x, experts, hidden)
+    gate, up, down = (_matrix(experts.layout, matrix) for matrix in (GATE, UP, DOWN))
+    _check_inputs(x, experts, gate.cols)
     if out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous() or out.device != x.device:
         raise ValueError(f"output {tuple(out.shape)} of {out.dtype} is not contiguous float32 of the input's shape")
     work = plan_work(experts, tokens_of, weights_of, x.shape[0])
     if not work.num_items:
         return
-    h = torch.empty(sum(map(len, tokens_of)), inner, dtype=x.dtype, device=x.device)
-    _forward(x, experts, GATE, UP, work, h)
-    constants = _constants(experts, DOWN, work, x.dtype)
-    arena = experts.arena
-    _sum_kernel[triton.cdiv(hidden, constants["BLOCK_ROWS"]), work.num_ranges](
-        h,
-        arena.view(torch.int32),
-        arena.view(torch.float16),
-        experts.table,
-        work.items,
-        work.starts,
-        work.order,
-        work.weights,
-        out,
-        STARTS=experts.starts(DOWN),
-        **constants,
+    h = torch.empty(work.num_pairs, down.row_bytes, dtype=torch.int8, device=x.device)
+    _forward(_round(x, gate), experts, gate, up, down, work, h)
+    rows = TILE_ROWS if work.block == 1 else _SUM_ROWS
+    _sum_kernel[triton.cdiv(down.rows, rows), work.num_ranges](
+        h, experts.arena, work.numbers, out, work.num_pairs, work.num_items, M=down, R=rows, **_blocks(down, work, rows)
     )
