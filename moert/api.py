@@ -43,9 +43,10 @@ class LLM:
     a bound `",skip=0.1"` leaves out, within it, missing experts of router weights below 0.1; `",route=0.1"` favours
     experts in memory, beyond it.
     kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
-    up to 16 share the KV cache of one context. token_scheduler, cache_policy, load_order, prefetch and overlap: see
-    `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed last. on_status
-    gets lines that say what was chosen.
+    up to 16 share the KV cache of one context. device: `"auto"` takes a GPU that can be used, `"cpu"` none;
+    device_budget: how much of its memory. token_scheduler, cache_policy, load_order, prefetch, overlap, hybrid and
+    dense_quant: see `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed
+    last. on_status gets lines that say what was chosen.
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
@@ -65,6 +66,10 @@ class LLM:
         overlap: bool = True,
         batch_size: int | None = None,
         token_scheduler: str = "first-come",
+        device: str = "auto",
+        device_budget: int | str | None = None,
+        hybrid: bool = True,
+        dense_quant: str = "16",
         warm: bool = False,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
@@ -82,6 +87,10 @@ class LLM:
             overlap=overlap,
             batch_size=batch_size,
             token_scheduler=token_scheduler,
+            device=device,
+            device_budget=None if device_budget is None else parse_bytes(device_budget, "device-budget"),
+            hybrid=hybrid,
+            dense_quant=dense_quant,
         )
         self.description: list[str] = []
         self._say = on_status or (lambda line: None)

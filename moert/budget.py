@@ -19,7 +19,7 @@ _MIB = 1 << 20
 _LIBRARY_STEP = 32 * _MIB
 # Grown later by thread stacks, the allocator's slack and code pages not touched yet.
 _LIBRARY_GROWTH = 48 * _MIB
-_AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
+AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
 
 
 class Sizes(Protocol):
@@ -147,7 +147,7 @@ def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | N
         )
     limit = memory_budget
     if limit is None:
-        limit = needs.libraries + int(available * _AUTO_SHARE)
+        limit = needs.libraries + int(available * AUTO_SHARE)
     arena = min(expert_budget or needs.all_experts, needs.all_experts)
     if expert_budget is None:
         arena = min(arena, max(limit - needs.fixed, 0))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from moert.errors import UsageError
 
+DEVICES = ("auto", "cpu", "cuda", "emulated", "interpreter")
+DENSE_QUANTS = ("16", "int8", "nf4", "off")
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 DEFAULT_CTX_SIZE = 4096
@@ -53,8 +55,11 @@ class EngineConfig:
     KV cache. cache_policy, load_order: which slices go first when room is needed, and in which order they are read.
     prefetch: `auto`, `off`, or for how many layers ahead. overlap: whether experts compute while others are read.
     batch_size: sequences that are decoded together, each with a context of its own; None: up to AUTO_BATCH that share
-    the KV cache of one context. token_scheduler: a policy of `moert.scheduler.batching`. Raises UsageError for bad
-    values.
+    the KV cache of one context. token_scheduler: a policy of `moert.scheduler.batching`. device: `auto` (a GPU where
+    one can be used), `cpu`, `cuda`, or without hardware `emulated` and `interpreter`. device_budget: bytes of its
+    memory. hybrid: whether the host's cores compute experts beside the device. dense_quant: how everything but the
+    experts lies on the device: `16` bits, `int8`, `nf4`, or `off`, which leaves it on the host. Raises UsageError for
+    bad values.
     """
 
     memory_budget: int | None = None
@@ -69,13 +74,20 @@ class EngineConfig:
     overlap: bool = True
     batch_size: int | None = 1
     token_scheduler: str = "first-come"
+    device: str = "auto"
+    device_budget: int | None = None
+    hybrid: bool = True
+    dense_quant: str = "16"
 
     def __post_init__(self) -> None:
-        for name in ("memory_budget", "expert_budget", "ctx_size", "threads", "batch_size"):
+        for name in ("memory_budget", "expert_budget", "ctx_size", "threads", "batch_size", "device_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")
         if self.kv_bits not in (None, 8, 16):
             raise UsageError(f"kv-bits {self.kv_bits} is not 8 or 16.")
+        for name, known in (("device", DEVICES), ("dense_quant", DENSE_QUANTS)):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"{name.replace('_', '-')} {value!r} is none of {', '.join(known)}.")
         if self.prefetch not in ("auto", "off", "1", "2", "3"):
             raise UsageError(f"prefetch {self.prefetch!r} is not auto, off, 1, 2 or 3.")

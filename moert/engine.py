@@ -10,23 +10,29 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
 from torch import Tensor
 
-from moert.budget import Budget, Needs, available_bytes, library_bytes, split_budget, workspace_bytes
+from moert.budget import AUTO_SHARE, Budget, Needs, available_bytes, library_bytes, split_budget, workspace_bytes
 from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
+from moert.dense_quant import host_dense_bytes, load_dense
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.memory import keep_freed_memory
 from moert.models.decoder import Decoder
+from moert.models.device_matrix import DenseQuant
 from moert.models.kv_cache import KVCache, KVMemory
+from moert.models.placed import PlacedDecoder
+from moert.offload import Offload, Run, plan_offload
 from moert.quant import dispatch
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
 from moert.router import bit_router
 from moert.runtime.experts import ExpertRunner, Policies
+from moert.runtime.hybrid import HybridRunner
 from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import direct_io_works
@@ -75,14 +81,25 @@ def needs_of(
     libraries: int,
     batch_size: int | None = 1,
     alive: int = 1,
+    offload: Offload | None = None,
 ) -> Needs:
-    """What an engine with this context needs whose experts have up to `slices` slices, for `alive` sequences."""
-    arch, contexts = store.architecture, batch_size or 1
+    """What an engine with this context needs whose experts have up to `slices` slices, for `alive` sequences.
+
+    Of host memory, where some of it is on a device.
+    """
+    arch, contexts, kv_dtype = store.architecture, batch_size or 1, _kv_dtype(store, kv_bits)
+    dense, kv_cache = store.dense_bytes, contexts * KVCache.bytes_for(arch, ctx_size, kv_dtype)
+    shared = 0, 0, 0
+    if offload is not None:
+        placed, shared = offload.placement, offload.shared_bytes
+        dense = host_dense_bytes(store, placed)
+        positions = contexts * align(ctx_size, KEY_BLOCK)
+        kv_cache = KVMemory.host_bytes_for(arch, positions, kv_dtype, placed.layers, placed.kv_positions)
     return Needs(
         libraries=libraries,
-        dense=store.dense_bytes,
-        kv_cache=contexts * KVCache.bytes_for(arch, ctx_size, _kv_dtype(store, kv_bits)),
-        workspace=workspace_bytes(arch, ctx_size, alive),
+        dense=dense + shared[0],
+        kv_cache=kv_cache + shared[1],
+        workspace=workspace_bytes(arch, ctx_size, alive) + shared[2],
         one_expert=sum(size for i, size in enumerate(store.layout.slice_sizes[:slices]) if store.experts_with(i)),
         all_experts=store.experts_bytes(slices),
     )
@@ -102,12 +119,20 @@ class Engine:
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH
-        self.token_scheduler = config.token_scheduler
+        self.token_scheduler, self.hybrid = config.token_scheduler, config.hybrid
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
         keep_freed_memory()
         self._widths = store.layout.widths
         slices = self.precision.slices(self._widths)
+        alive = most_alive(self.batch_size, config.token_scheduler)
+        positions, kv_dtype = (
+            align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1),
+            _kv_dtype(store, config.kv_bits),
+        )
+        shared = self._shared_room(store, config, slices, alive)
+        run = Run(store, config, self.precision, positions, alive, kv_dtype, shared)
+        self.offload = plan_offload(run, on_status)
         self.budget = self._split(store, config, slices)
         num_experts = len(store.moe_layers) * store.num_experts
         users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
@@ -115,17 +140,46 @@ class Engine:
         self._describe(store, config, slots[0], num_experts, on_status)
         self._store, self._most_slices = store, slices
         predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
-        self._runner = ExpertRunner(store, slots, self.precision, arch.hidden_act, policies, predictor)
-        self._decoder = Decoder(arch, store.load_dense(), self._runner)
+        self._runner = self._make_runner(store, slots, policies, predictor)
+        self._decoder, self._memory = self._load(store, config, positions, kv_dtype)
         if slots[0] < num_experts:
             self._decoder.watch(self._runner)
-        positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
-        self._memory = KVMemory(arch, positions, _kv_dtype(store, config.kv_bits))
         self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
-        self._most_alive = most_alive(self.batch_size, config.token_scheduler)
+        self._most_alive = alive
         # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
         self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
         self.tokens: list[int] = []
+
+    def _make_runner(
+        self, store: Store, slots: Sequence[int], policies: Policies, predictor: Predictor | None
+    ) -> ExpertRunner:
+        activation, offload = store.architecture.hidden_act, self.offload
+        if offload is None:
+            return ExpertRunner(store, slots, self.precision, activation, policies, predictor)
+        return HybridRunner(
+            store, slots, self.precision, activation, policies, predictor,
+            device=offload.device, device_slots=offload.slots, pace=offload.pace, hybrid=self.hybrid,
+        )  # fmt: skip
+
+    def _load(
+        self, store: Store, config: EngineConfig, positions: int, kv_dtype: torch.dtype
+    ) -> tuple[Decoder, KVMemory]:
+        """The dense part and the KV cache, where they are to lie."""
+        arch, offload = store.architecture, self.offload
+        if offload is None or not offload.placement.any:
+            return Decoder(arch, store.load_dense(), self._runner), KVMemory(arch, positions, kv_dtype)
+        placed, device = offload.placement, offload.device
+        with device.guard():
+            dense = load_dense(store, placed, device, cast(DenseQuant, config.dense_quant))
+            decoder = PlacedDecoder(arch, dense, self._runner, placed.layers, placed.head, device)
+            return decoder, KVMemory(arch, positions, kv_dtype, placed.layers, placed.kv_positions, device)
+
+    def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int) -> int:
+        """Of the host's memory, what is left for a device that has no other, if all dense weights go there."""
+        libraries, available = library_bytes(), available_bytes()
+        needs = needs_of(store, config.kv_bits, self.ctx_size, slices, libraries, config.batch_size, alive)
+        limit = config.memory_budget or libraries + int(available * AUTO_SHARE)
+        return limit - libraries - needs.workspace - store.architecture.top_k * needs.one_expert
 
     @staticmethod
     def _predictor(store: Store, on_status: Callable[[str], None]) -> Predictor | None:
@@ -143,7 +197,7 @@ class Engine:
 
         def split(ctx_size: int, slices: int, batch_size: int | None = config.batch_size) -> Budget:
             alive = most_alive(batch_size or AUTO_BATCH, config.token_scheduler)
-            needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries, batch_size, alive)
+            needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries, batch_size, alive, self.offload)
             return split_budget(needs, config.memory_budget, config.expert_budget, available)
 
         try:
@@ -234,7 +288,7 @@ class Engine:
     @property
     def kv_bytes_per_position(self) -> int:
         """Of the KV cache, over all layers."""
-        return KVCache.bytes_per_position(self._decoder.arch, self._cache.layers[0].values.dtype)
+        return KVCache.bytes_per_position(self._decoder.arch, self._memory.dtype)
 
     def slots(self) -> Slots:
         """The KV cache, for several sequences; what it held is forgotten, as these are when `forward` is called."""

@@ -53,3 +53,9 @@ class ProfileError(MoertError):
 
 class DeviceError(MoertError):
     """A device cannot be used, is out of memory, or was lost."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A device has less memory than it was asked for."""
+
+    exit_code = 2

@@ -185,6 +185,7 @@ class Evaluation:
         if window > limit:
             raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was made for.")
         self._store, self._against, self._window, self._one_by_one = store, against, window, one_by_one
+        self._on_status = on_status
         widths = store.layout.widths
         names = precisions or [f"fixed:{width}" for width in reversed(widths)]
         self._precisions = list({str(p): p for p in (read_precision(name, store) for name in names)}.values())
@@ -195,7 +196,7 @@ class Evaluation:
         self._engine = self._open(store, config, str(widest), arena)
         self._lossless: Engine | None = None
         if against is not None:
-            plain = replace(config, kv_bits=None)
+            plain = replace(config, kv_bits=None, device="cpu", device_budget=None)
             self._lossless = self._open(against, plain, None, self.budget.arena - arena)
         self._sums = [Sums() for _ in self._precisions]
         self._lossless_sums = Sums()
@@ -225,7 +226,10 @@ class Evaluation:
 
     def _open(self, store: Store, config: EngineConfig, precision: str | None, arena: int) -> Engine:
         changed = replace(config, memory_budget=None, expert_budget=arena, precision=precision, ctx_size=self._window)
-        return Engine(store, changed, lambda line: None)
+        engine = Engine(store, changed, lambda line: None)
+        if engine.offload is not None:
+            self._on_status(engine.offload.line(self._window))
+        return engine
 
     @property
     def threads(self) -> int:
@@ -241,7 +245,9 @@ class Evaluation:
             targets = torch.tensor(ids[1:])
             true, lossless = None, Sums()
             if self._lossless is not None:
-                with self._layers(new) if measured < LAYER_TOKENS and not self._one_by_one else _nothing():
+                # What a layer on a device makes of something is not to be had apart from the others.
+                apart = measured < LAYER_TOKENS and not self._one_by_one and self._engine.offload is None
+                with self._layers(new) if apart else _nothing():
                     true = self._logits(self._lossless, ids, lossless)
                 lossless.score(true, targets, None)
             for sums, precision in zip(new, self._precisions, strict=True):

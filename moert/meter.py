@@ -19,7 +19,8 @@ class GenerationStats:
     of the whole prompt where nothing was decoded; bytes_read counts both. Where several prompts run together, they are
     those of the steps that this one took part in, and its tokens' share of times and bytes. waited: nothing computed,
     because slices were missing. computed: routed experts did. What is read is read on demand or prefetched; of the
-    latter some is used, some wasted, and some may be used later. width_histogram: share of expert uses at each number
+    latter some is used, some wasted, and some may be used later. moved: from host to device memory. device_share: of
+    expert uses, those that a device computed. width_histogram: share of expert uses at each number
     of bits (0: left out).
     """
 
@@ -43,6 +44,8 @@ class GenerationStats:
     bytes_prefetched_per_token: float
     bytes_prefetched_used_per_token: float
     bytes_prefetched_wasted_per_token: float
+    bytes_moved_per_token: float
+    device_share: float | None
     width_histogram: dict[int, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,10 +120,11 @@ class SharedMeter(Meter):
         phase.expert_uses += step.expert_uses
         phase.expert_hits += step.expert_hits
         phase.width_sum += step.width_sum
+        phase.device_uses += step.device_uses
         phase.token_uses.update(step.token_uses)
         phase.waited_s += share * step.waited_s
         phase.computed_s += share * step.computed_s
-        for name in ("bytes_read", "bytes_prefetched", "bytes_used", "bytes_wasted"):
+        for name in ("bytes_read", "bytes_prefetched", "bytes_used", "bytes_wasted", "bytes_moved"):
             setattr(phase, name, getattr(phase, name) + round(share * getattr(step, name)))
         self._bytes[decoding] += share * step.bytes_read
 

@@ -44,25 +44,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def combine(parts: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum over k of weights[t, k] * parts[rows[t * K + k]].
+def combine(parts: Tensor, rows: Tensor, weights: Tensor, more: Tensor | None = None) -> Tensor:
+    """Sum over k of weights[t, k] * parts[rows[t * K + k]], without those whose row is -1, and `more`.
 
-    parts: float32 [N, D]. rows: int64 [T * K]. weights: float32 [T, K]. Returns float32 [T, D].
+    parts: float32 [N, D]. rows: int64 [T * K]. weights: float32 [T, K]. more: float64 contiguous [T, D]. Returns
+    float32 [T, D], summed in float64, so that the order does not show.
     """
     T, K = weights.shape
     module = compiled()
     if module is None:
-        return torch.bmm(weights.view(T, 1, K), parts[rows].view(T, K, -1)).view(T, -1)
+        found = torch.zeros(T * K, parts.shape[1], dtype=torch.float64)
+        found[rows >= 0] = parts[rows[rows >= 0]].double()
+        sums = torch.bmm(weights.double().view(T, 1, K), found.view(T, K, -1)).view(T, -1)
+        return (sums if more is None else sums + more).float()
     weights, D = weights.contiguous(), parts.shape[1]
     out = torch.empty(T, D)
-    module.combine(parts.data_ptr(), rows.data_ptr(), weights.data_ptr(), T, K, D, out.data_ptr())
+    module.combine(
+        parts.data_ptr(), rows.data_ptr(), weights.data_ptr(), T, K, D, _address(more), out.data_ptr()
+    )  # fmt: skip
     return out
 
 
-def add_rows(parts: Tensor, rows: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
-    """Add sum over i of weights[i] * parts[rows[i]] to out. parts: float32 contiguous [N, D]. out: the same [1, D]."""
+def add_rows(
+    parts: Tensor, rows: Sequence[int], weights: Sequence[float], out: Tensor, more: Tensor | None = None
+) -> None:
+    """Add sum over i of weights[i] * parts[rows[i]], and `more`, to out; summed as in `combine`.
+
+    parts: float32 contiguous [N, D]. out: the same [1, D]. more: float64 contiguous [1, D].
+    """
     module = compiled()
     if module is None:
-        out += torch.tensor(weights) @ parts[list(rows)]
+        sums = torch.tensor(weights, dtype=torch.float32).double() @ parts[list(rows)].double()
+        out += (sums if more is None else sums + more).float()
     else:
-        module.add_rows(rows, weights, parts.data_ptr(), parts.shape[1], out.data_ptr())
+        module.add_rows(rows, weights, parts.data_ptr(), parts.shape[1], _address(more), out.data_ptr())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

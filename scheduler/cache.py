@@ -7,7 +7,7 @@ policies decide what goes first when room is needed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 
 from moert.scheduler.eviction import CachePolicy, LeastRecentlyUsed
 from moert.scheduler.types import ExpertKey, SliceKey
@@ -57,7 +57,7 @@ class SliceCache:
         return room
 
     def insert(
-        self, key: ExpertKey, last: int, keep: Collection[tuple[int, int]], worth: float | None = None
+        self, key: ExpertKey, last: int, keep: Container[ExpertKey], worth: float | None = None
     ) -> list[SliceKey] | None:
         """Give room to the slices of `key` below `last` that have none; returns what had to be evicted.
 

@@ -6,7 +6,7 @@ what it is told, in which order, decides what it says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -33,12 +33,13 @@ def plan_layer(
     read once. underway: what is still being read of resident slices: the last ones. Deterministic. Raises
     ValueError for an expert without tokens or slices, and where the room cannot hold a single one of the experts.
     """
-    _check(layer, routed)
+    check(layer, routed)
     cache.policy.used(layer, routed, tokens)
     return _plan(layer, routed, cache, order, underway)
 
 
-def _check(layer: int, routed: Sequence[RoutedExpert]) -> None:
+def check(layer: int, routed: Sequence[RoutedExpert]) -> None:
+    """Raises ValueError for an expert without tokens or slices."""
     if any(r.tokens < 1 or r.slices < 1 for r in routed):
         raise ValueError(f"layer {layer}: an expert with no tokens or no slices among {list(routed)}")
 
@@ -123,12 +124,11 @@ class Scheduler:
         squares: for each routed expert the sum of its tokens' squared router weights, which `ladder` wants; without
         them all that is wanted is read.
         """
-        _check(layer, routed)
+        check(layer, routed)
         self.used(layer, routed, tokens)
         counts = [r.slices for r in routed]
         if self.ladder is not None and squares:
-            there = [_there(self._underway, layer, r.expert) for r in routed]
-            have = [min(self.cache.resident(layer, r.expert), n) for r, n in zip(routed, there, strict=True)]
+            have = [self.there(layer, r.expert) for r in routed]
             counts = self.settle(layer, routed, squares, have, tokens)
         return self.plan_settled(layer, routed, counts)
 
@@ -168,35 +168,54 @@ class Scheduler:
         `predictions` come layer by layer. Likeliest first; each evicts only what is less likely to be used, and nothing
         that is `busy`.
         """
-        for layer, group in groupby(predictions, key=lambda p: p.layer):
-            self.cache.policy.foreseen(layer, {p.expert: p.probability for p in group})
+        self.foresee(predictions)
         evictions: list[SliceKey] = []
         loads: list[Load] = []
         predictions = [p for p in predictions if p.slices > self.cache.resident(p.layer, p.expert)]
         if not predictions and self.ladder is None:
             return Prefetch((), ())
         keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy)
-        room = self.ahead - sum(map(self._nbytes, self._underway.values()))
         wanted = [
             (p.probability, Load(p.layer, p.expert, self.cache.resident(p.layer, p.expert), p.slices))
             for p in sorted(predictions, key=lambda p: -p.probability)
         ]
         for worth, load in wanted + self._refinements():
-            key = ExpertKey(load.layer, load.expert)
-            if key in self._underway or self._nbytes(load) > room:
-                continue
-            if self.cache.resident(*key) != load.first:  # an earlier one of these evicted its base
-                continue
-            evicted = self.cache.insert(key, load.last, keep, worth)
-            if evicted is None:
-                continue
-            keep.add(key)
-            room -= self._nbytes(load)
-            self._forget(evicted)
-            evictions += evicted
-            loads.append(load)
-            self._underway[key] = load
+            evicted = self.begin(load, worth, keep)
+            if evicted is not None:
+                keep.add(ExpertKey(load.layer, load.expert))
+                evictions += evicted
+                loads.append(load)
         return Prefetch(tuple(evictions), tuple(loads))
+
+    def foresee(self, predictions: Sequence[Prediction]) -> None:
+        """Protect what of this is there; it comes layer by layer."""
+        for layer, group in groupby(predictions, key=lambda p: p.layer):
+            self.cache.policy.foreseen(layer, {p.expert: p.probability for p in group})
+
+    def begin(self, load: Load, worth: float, keep: Container[ExpertKey]) -> list[SliceKey] | None:
+        """Give room to a prefetch, if nothing has to go for it that is worth as much, or in `keep`.
+
+        Returns what is evicted for it, None where it is not begun.
+        """
+        key = ExpertKey(load.layer, load.expert)
+        if key in self._underway or self._nbytes(load) > self.spare:
+            return None
+        if self.cache.resident(*key) != load.first:  # an earlier one evicted its base
+            return None
+        evicted = self.cache.insert(key, load.last, keep, worth)
+        if evicted is not None:
+            self._forget(evicted)
+            self._underway[key] = load
+        return evicted
+
+    @property
+    def spare(self) -> int:
+        """How much more may be on its way that nobody waits for."""
+        return self.ahead - sum(map(self._nbytes, self._underway.values()))
+
+    def there(self, layer: int, expert: int) -> int:
+        """How many slices of an expert are in memory and not on their way any more."""
+        return min(self.cache.resident(layer, expert), _there(self._underway, layer, expert))
 
     def _refinements(self) -> list[tuple[float, Load]]:
         """Slices that the layer just planned did not wait for: the next token may want them."""

@@ -56,7 +56,9 @@ class Profile:
     cached_*: the same overheads, and the time per byte of weights, for a model whose weights in memory are cached_bytes
     at most, so that they stay in the processor's caches, and what Python needs beside them. All or none of these.
 
-    gpu_integrated: one memory with the host; then gpu_memory_bytes does not add to memory_bytes.
+    gpu_integrated: one memory with the host; then gpu_memory_bytes does not add to memory_bytes. gpu_expert_s_per_byte,
+    gpu_prefill_macs_per_s: what the same without gpu_ are for the host. gpu_launch_overhead_s: from asking the GPU to
+    compute some experts until it begins. host_to_device_latency_s: from asking for a copy until its bytes move.
     """
 
     name: str
@@ -91,10 +93,18 @@ class Profile:
     host_to_device_bytes_per_s: float | None = None
     gpu_integrated: bool | None = None
     gpu_expert_s_per_byte: Mapping[int, float] | None = None
+    gpu_prefill_macs_per_s: Mapping[int, float] | None = None
+    gpu_launch_overhead_s: float | None = None
+    host_to_device_latency_s: float | None = None
 
     def expert_cost(self, width: int) -> float:
         """Seconds per byte of an expert at `width`, or at the nearest width of which it is known."""
         return _nearest(self.expert_s_per_byte, width)
+
+    def gpu_expert_cost(self, width: int) -> float:
+        """The same of a GPU, of which it must be known."""
+        assert self.gpu_expert_s_per_byte is not None
+        return _nearest(self.gpu_expert_s_per_byte, width)
 
     def for_weights(self, nbytes: int) -> Profile:
         """What holds for a model with so many bytes of weights in memory."""
@@ -131,6 +141,7 @@ _LIMITS = {
     "_overhead_s": (1e-9, 1.0),
 }
 _MAY_BE_ZERO = ("disk_latency_s", "answer_overhead_s", *_DECODING, *(f"cached_{name}" for name in _DECODING))
+_OF_GPU = ("gpu_expert_s_per_byte", "gpu_prefill_macs_per_s", "gpu_launch_overhead_s", "host_to_device_latency_s")
 _CACHED = ("cached_bytes", "cached_s_per_byte", *(f"cached_{name}" for name in _DECODING))
 _FASTER_THAN_MEMORY = 2.0  # kernels may read faster than what the memory was measured with, but not by this
 
@@ -281,6 +292,7 @@ _READ: dict[str, Callable[[Any, str, str], Any]] = {
     "expert_s_per_byte": _by_width,
     "prefill_macs_per_s": _by_width,
     "gpu_expert_s_per_byte": _by_width,
+    "gpu_prefill_macs_per_s": _by_width,
     "disk_reads": _disk_reads,
 }
 
@@ -298,7 +310,7 @@ def _together(profile: Profile) -> None:
             raise ValueError(
                 f"{name} {cost:g} would be {1 / cost:.3g} bytes per second, but memory_bytes_per_s is less"
             )
-    for group, needed in (((*_GPU, "gpu_expert_s_per_byte"), _GPU), (_CACHED, _CACHED)):
+    for group, needed in (((*_GPU, *_OF_GPU), _GPU), (_CACHED, _CACHED)):
         there = [name for name in group if getattr(profile, name) is not None]
         for name in needed:
             if there and getattr(profile, name) is None:

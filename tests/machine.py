@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moert.profiling import compute, disk, measure, overheads
+from moert.profiling import compute, disk, gpu_kernels, measure, overheads
 from moert.profiling.figure import Measured, Progress
 from moert.runtime import transfer
 from moert.scheduler.profile import DiskReads
@@ -21,6 +21,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         (compute, {"HIDDEN": 64, "INNER": 32, "DENSE_SHAPE": (64, 64), "BUFFER_BYTES": 1 << 18, "SAMPLE_SECONDS": 0.0}),
         (compute, {"TOKENS": 16, "DEPTH": 16, "HEADS": 2, "KEY_HEADS": 1, "HEAD_DIM": 16, "REPETITIONS": 2}),
         (overheads, {"TOKENS": 6, "SHARES": (0.5,), "SWEEP_BYTES": 4096, "LARGE_TOKENS": 24, "LARGE_READS": 0}),
+        (gpu_kernels, {"BUFFER_BYTES": 1 << 18, "MANY_EXPERTS": 4, "PROMPT_TOKENS": 16, "REPETITIONS": 2}),
     ):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)

@@ -19,7 +19,8 @@ from moert.scheduler.profile import FIGURES, REQUIRED, parse_profile, read_profi
 SHIPPED = devices()
 GPU = ("gpu_memory_bytes", "gpu_memory_bytes_per_s", "host_to_device_bytes_per_s", "gpu_integrated")
 NUMBERS = [name for name in FIGURES if name.endswith(("_s", "_bytes", "_per_byte")) and name != "disk_direct"]
-BY_WIDTH = ("expert_s_per_byte", "prefill_macs_per_s", "gpu_expert_s_per_byte")
+OF_GPU = ("gpu_expert_s_per_byte", "gpu_prefill_macs_per_s", "gpu_launch_overhead_s", "host_to_device_latency_s")
+BY_WIDTH = ("expert_s_per_byte", "prefill_macs_per_s", *OF_GPU[:2])
 
 
 def data(name="laptop-rtx-4060-8gb"):
@@ -110,7 +111,7 @@ def test_a_figure_that_is_missing_is_named(name):
 
 def test_figures_of_a_gpu_are_optional_together():
     content = data()
-    for name in (*GPU, "gpu_expert_s_per_byte", "disk_reads"):
+    for name in (*GPU, *OF_GPU, "disk_reads"):
         del content["figures"][name]
     assert parse_profile(content).gpu_memory_bytes is None
 

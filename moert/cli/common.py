@@ -163,6 +163,45 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write which experts every token is routed to (FILE.gz: compressed)",
     )
+    _add_streaming_options(parser)
+    add_device_options(parser, "auto")
+
+
+def add_device_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """What `device_options` reads."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device",
+        default=default,
+        metavar="KIND",
+        help=f"auto (a GPU that can be used), cpu, cuda; slow, without a GPU: emulated, interpreter (default {default})",
+    )
+    group.add_argument("--device-budget", metavar="SIZE", help="memory of the device to use, such as 4GiB")
+    group.add_argument(
+        "--no-hybrid",
+        action="store_true",
+        help="compute all experts on the device: slower, and reproducible to the byte",
+    )
+    group.add_argument(
+        "--dense-quant",
+        default="16",
+        metavar="KIND",
+        help="everything but the experts on the device: 16 (bits, default), int8, nf4, or off to leave it on the host",
+    )
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `EngineConfig` that these options are."""
+    budget = args.device_budget
+    return {
+        "device": args.device,
+        "device_budget": None if budget is None else parse_bytes(budget, "device-budget"),
+        "hybrid": not args.no_hybrid,
+        "dense_quant": args.dense_quant,
+    }
+
+
+def _add_streaming_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("streaming of experts (for experiments)")
     group.add_argument("--cache-policy", default="score", metavar="NAME", help="score (default), lru or lfu")
     group.add_argument("--load-order", default="hottest", metavar="NAME", help="hottest (default) or number")
@@ -210,6 +249,7 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             overlap=not args.no_overlap,
             batch_size=vars(args).get("batch_size", 1),
             token_scheduler=vars(args).get("token_scheduler", "first-come"),
+            **device_options(args),
             warm=vars(args).get("warm", False),
             offline=args.offline,
             on_status=status.say,
@@ -300,5 +340,8 @@ def speeds(stats: GenerationStats) -> str:
     if stats.hit_ratio is not None:
         parts.append(f"cache hits {stats.hit_ratio:.0%}")
     parts.append(f"read {format_bytes(round(stats.bytes_read_per_token or 0))}/token")
+    if stats.device_share:
+        moved = format_bytes(round(stats.bytes_moved_per_token))
+        parts.append(f"device computed {stats.device_share:.0%}, moved {moved}/token")
     parts.append(f"peak memory {format_bytes(stats.peak_rss_bytes)}")
     return " · ".join(parts)

@@ -18,8 +18,9 @@ from rich.console import Console
 
 from moert import __version__, source
 from moert.config import format_bytes
-from moert.devices import this_machine
+from moert.devices import NVIDIA, this_machine
 from moert.errors import MoertError
+from moert.jetson import read_jetson
 
 OPTIONAL = ("bitsandbytes", "triton", "matplotlib", "transformers")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    findings = [check() for check in CHECKS]
+    findings = [found for check in CHECKS if (found := check()) is not None]
     usable = all(f.state != "broken" for f in findings)
     if args.json:
         print(json.dumps({"usable": usable, "findings": [asdict(f) for f in findings]}))
@@ -136,13 +137,43 @@ def _direct_reads() -> Finding:
 
 def _gpu() -> Finding:
     try:
-        import torch
+        from moert.runtime.cuda import describe_cuda
 
-        if torch.cuda.is_available():
-            return Finding("GPU", f"{torch.cuda.get_device_name(0)} (not used by this version)")
-    except (ImportError, OSError, RuntimeError):
-        pass
+        line, reason = describe_cuda()
+    except (ImportError, OSError) as error:
+        return Finding("GPU", f"not known: torch or the kernels cannot be loaded ({error})", "note")
+    if line:
+        return Finding("GPU", f"{line}: cannot be used, since {reason}", "note") if reason else Finding("GPU", line)
+    if NVIDIA.exists() or read_jetson() is not None:
+        return Finding("GPU", f"cannot be used, since {reason}", "note")
     return Finding("GPU", "none")
+
+
+def _board() -> Finding | None:
+    board = read_jetson()
+    if board is None:
+        return None
+    pack = f" (JetPack {board.jetpack})" if board.jetpack else ""
+    return Finding("board", board.model + (f", Jetson Linux {board.release}{pack}" if board.release else ""))
+
+
+def _power_mode() -> Finding | None:
+    board = read_jetson()
+    if board is None:
+        return None
+    if board.mode is None or board.fastest is None:
+        return Finding("power mode", "not known: sudo nvpmodel -q shows it")
+    if board.mode.speed >= board.fastest.speed:
+        return Finding("power mode", f"{board.mode.name}, the fastest")
+    faster = f"{board.fastest.name} is faster: sudo nvpmodel -m {board.fastest.number}"
+    return Finding("power mode", f"{board.mode.name}; {faster}", "note")
+
+
+def _clocks() -> Finding | None:
+    board = read_jetson()
+    clocks = {} if board is None else {"GPU": board.gpu_hz, "memory": board.emc_hz}
+    known = [f"{name} {c[0] // 10**6} of {c[1] // 10**6} MHz" for name, c in clocks.items() if c]
+    return Finding("clocks", ", ".join(known)) if known else None
 
 
 def _profile() -> Finding:
@@ -175,9 +206,12 @@ def _model() -> Finding:
         return Finding("shipped model", str(error), "note")
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
+CHECKS: tuple[Callable[[], Finding | None], ...] = (
     _version,
     _torch,
+    _board,
+    _power_mode,
+    _clocks,
     _cpu,
     _kernel,
     _cores,

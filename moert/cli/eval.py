@@ -63,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--expert-budget", metavar="SIZE", help="memory for the store's experts (for experiments)")
     group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
+    common.add_device_options(parser, "cpu")
     common.add_conversion_options(parser)
 
 
@@ -70,7 +71,13 @@ def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     budget = parse_budget(args.memory_budget)
     experts = None if args.expert_budget is None else parse_bytes(args.expert_budget, "expert-budget")
-    config = EngineConfig(memory_budget=budget, expert_budget=experts, threads=args.threads, kv_bits=args.kv_bits)
+    config = EngineConfig(
+        memory_budget=budget,
+        expert_budget=experts,
+        threads=args.threads,
+        kv_bits=args.kv_bits,
+        **common.device_options(args),
+    )
     if args.plot is not None:
         from moert import plot
 

@@ -89,7 +89,10 @@ def table(what: str, layers: Mapping[int, Counters], widths: tuple[int, ...], to
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{what}: {tokens} tokens; of each token:"]
     lines += ["  ".join(cell.rjust(size) for cell, size in zip(row, sizes, strict=True)) for row in rows]
-    shares = (f"{share:.1%} at {width} bits" for width, share in everything.width_histogram(widths).items())
+    shares = [f"{share:.1%} at {width} bits" for width, share in everything.width_histogram(widths).items()]
+    if everything.device_uses:
+        shares.append(f"{everything.device_uses / everything.expert_uses:.1%} on the device")
+        lines.append(f"moved to the device: {format_bytes(round(everything.bytes_moved / tokens))}")
     return [*lines, f"expert uses: {', '.join(shares)}"]
 
 

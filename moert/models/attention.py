@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,19 +50,22 @@ def span(past: int, count: int, window: int | None) -> Span:
 class Attention(nn.Module):
     """Self-attention of one layer: [T, D] -> [T, D]."""
 
+    linear: ClassVar[type[Linear]] = Linear
+    norm: ClassVar[type[RMSNorm]] = RMSNorm
+
     def __init__(self, arch: Architecture, dense: DenseTensors, layer: int) -> None:
         super().__init__()
         name = f"model.layers.{layer}.self_attn"
         self.layer, self.window = layer, arch.sliding_windows[layer]
         self.num_heads, self.num_kv_heads, self.head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
         self.qk_norm, self.clip_qkv = arch.qk_norm, arch.clip_qkv
-        self.q_proj = Linear(dense, f"{name}.q_proj", arch.qkv_bias)
-        self.k_proj = Linear(dense, f"{name}.k_proj", arch.qkv_bias)
-        self.v_proj = Linear(dense, f"{name}.v_proj", arch.qkv_bias)
-        self.o_proj = Linear(dense, f"{name}.o_proj", arch.o_bias)
+        self.q_proj = self.linear(dense, f"{name}.q_proj", arch.qkv_bias)
+        self.k_proj = self.linear(dense, f"{name}.k_proj", arch.qkv_bias)
+        self.v_proj = self.linear(dense, f"{name}.v_proj", arch.qkv_bias)
+        self.o_proj = self.linear(dense, f"{name}.o_proj", arch.o_bias)
         if arch.qk_norm != "none":
-            self.q_norm = RMSNorm(dense, f"{name}.q_norm", arch.rms_norm_eps)
-            self.k_norm = RMSNorm(dense, f"{name}.k_norm", arch.rms_norm_eps)
+            self.q_norm = self.norm(dense, f"{name}.q_norm", arch.rms_norm_eps)
+            self.k_norm = self.norm(dense, f"{name}.k_norm", arch.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Span, cache: KVCache) -> Tensor:
         q, k, v = self._heads(*self._project(x))

@@ -100,16 +100,20 @@ class Decoder(nn.Module):
         check_tensors(arch, dense)
         self.arch = arch
         self.rotation = Rotation(arch.rope, arch.head_dim)
-        self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
-        self.layers = nn.ModuleList(DecoderLayer(arch, dense, layer, experts) for layer in range(arch.num_layers))
-        layers = [cast(DecoderLayer, layer) for layer in self.layers]
-        self._layers, self._steps = layers, [layer.decode for layer in layers]
-        self._most_tokens = min(layer.step.most_tokens for layer in layers)
-        self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
-        self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
+        self._make(arch, dense, experts)
+        self._layers = [cast(DecoderLayer, layer) for layer in self.layers]
+        steppers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        self._steps = [layer.decode for layer in steppers]
+        self._most_tokens = min((layer.step.most_tokens for layer in steppers), default=math.inf)
         # Called before a pass with each sequence in it: its tokens int64 [T] and the cache that they come behind.
         self.on_pass: list[Callable[[Sequence[tuple[Tensor, KVCache]]], object]] = []
         self._watched: tuple[Watcher, Foresight] | None = None
+
+    def _make(self, arch: Architecture, dense: DenseTensors, experts: Experts) -> None:
+        self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
+        self.layers = nn.ModuleList(DecoderLayer(arch, dense, layer, experts) for layer in range(arch.num_layers))
+        self.norm = RMSNorm(dense, "model.norm", arch.rms_norm_eps)
+        self.lm_head = self.embed_tokens if arch.tie_word_embeddings else Linear(dense, "lm_head")
 
     def wrap_experts(self, wrapper: Callable[[Experts], Experts]) -> None:
         """Put what `wrapper` makes of the experts in their place."""

@@ -47,7 +47,8 @@ class Gate:
 
     @cached_property
     def folded(self) -> PackedMatrix:
-        return fold(self._norm.weight, self._block.gate.weight)
+        router = self._block.gate.weight
+        return fold(self._norm.weight.cpu(), router.cpu() if isinstance(router, Tensor) else router)
 
 
 class Foresight:

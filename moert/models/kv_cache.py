@@ -8,44 +8,111 @@ interrupted leaves the cache as it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from moert.errors import UsageError
 from moert.models.architecture import Architecture, kv_bytes
+from moert.models.link import Link
+from moert.models.split_cache import Part, SplitCache, to_int8
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.layer_step import LayerCache
+
+_Flat = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
 
 
 class KVMemory:
     """Room for the keys and values of `positions` positions (rounded up to a block), of one sequence or of several.
 
     float16, float32, or int8: then each key and each value has a float32 scale of its own. Pages are touched only as
-    sequences grow.
+    sequences grow. Layers that are `on_device` have theirs of the first `kv_positions` (a multiple of a block) in
+    memory of `device`, and the rest in host memory too.
     """
 
-    def __init__(self, arch: Architecture, positions: int, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        positions: int,
+        dtype: torch.dtype = torch.float16,
+        on_device: Sequence[bool] = (),
+        kv_positions: int = 0,
+        device: Link | None = None,
+    ) -> None:
         self.positions, self.dtype = align(positions, KEY_BLOCK), dtype
-        self._shape = J, d = arch.num_kv_heads, arch.head_dim
-        sizes = [J * d * self.positions] * 2
-        self._numbers = [[torch.empty(size, dtype=dtype) for size in sizes] for _ in range(arch.num_layers)]
-        scales = 2 * J * self.positions if dtype == torch.int8 else 0
-        self._scales = [torch.empty(scales) for _ in range(arch.num_layers)]
+        self._shape = arch.num_kv_heads, arch.head_dim
+        self._device, self._border = device, min(kv_positions, self.positions)
+        placed = [*on_device] or [False] * arch.num_layers
+        self._host = [self._room(self.positions - (self._border if far else 0)) for far in placed]
+        self._near: list[_Flat | None] = [None] * arch.num_layers
+        if device is not None:
+            size = kv_bytes(2 * self._shape[0] * self._border, arch.head_dim, 8 * dtype.itemsize)
+            arenas = iter(torch.split(device.allocate(sum(placed) * size), size) if size else [])
+            self._near = [self._room(self._border, next(arenas)) if near and size else None for near in placed]
+        self._placed = placed
+
+    def _room(self, positions: int, arena: Tensor | None = None) -> _Flat:
+        """Flat keys, values and scales of a layer, in `arena` or in host memory of their own."""
+        J, d = self._shape
+        sizes = [J * d * positions] * 2 + [2 * J * positions if self.dtype == torch.int8 else 0]
+        dtypes = [self.dtype, self.dtype, torch.float32]
+        if arena is None:
+            keys, values, scales = (torch.empty(size, dtype=kind) for size, kind in zip(sizes, dtypes, strict=True))
+        else:
+            pieces = torch.split(arena, [size * kind.itemsize for size, kind in zip(sizes, dtypes, strict=True)])
+            keys, values, scales = (piece.view(kind) for piece, kind in zip(pieces, dtypes, strict=True))
+        return keys, values, scales
+
+    @staticmethod
+    def host_bytes_for(
+        arch: Architecture, positions: int, dtype: torch.dtype, on_device: Sequence[bool], kv_positions: int
+    ) -> int:
+        """Bytes of host memory that such a memory takes; the rest of `KVCache.bytes_for` is on the device."""
+        positions = align(positions, KEY_BLOCK)
+        held = arch.num_layers * positions - sum(on_device) * min(kv_positions, positions)
+        return kv_bytes(2 * arch.num_kv_heads * held, arch.head_dim, 8 * dtype.itemsize)
 
     def layers(self, start: int, count: int) -> list[LayerCache]:
-        """A cache per layer in positions start .. start + count, both multiples of a block."""
-        (J, d), C = self._shape, count
-        first, last = J * d * start, J * d * (start + count)
+        """A cache per layer in positions start .. start + count, both multiples of a block.
+
+        Those of layers on the device have no room: see `split`.
+        """
         result = []
-        for (keys, values), scales in zip(self._numbers, self._scales, strict=True):
-            own = scales[2 * J * start : 2 * J * (start + C)].view(2, J, C) if len(scales) else None
-            blocks = keys[first:last].view(J, C // KEY_BLOCK, d, KEY_BLOCK)
-            result.append(LayerCache(blocks, values[first:last].view(J, C, d), own))
+        for flat, placed in zip(self._host, self._placed, strict=True):
+            C = 0 if placed else count
+            keys, values, scales = self._cut(flat, start, C)
+            blocks = keys.view(len(keys), C // KEY_BLOCK, self._shape[1], KEY_BLOCK)
+            result.append(LayerCache(blocks, values, scales))
         return result
+
+    def split(self, start: int, count: int) -> list[SplitCache | None]:
+        """The same for the layers on the device, None for the others."""
+        if self._device is None:
+            return [None] * len(self._host)
+        border = min(max(self._border - start, 0), count)  # of these positions, how many are in device memory
+        result: list[SplitCache | None] = []
+        for host, device, placed in zip(self._host, self._near, self._placed, strict=True):
+            near = Part(0, *self._cut(device, start, border)) if device is not None and border else None
+            behind = max(start - self._border, 0)
+            far = Part(border, *self._cut(host, behind, count - border)) if placed and border < count else None
+            result.append(SplitCache(near, far, self._device) if placed else None)
+        return result
+
+    def _cut(self, flat: _Flat, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
+        keys, values, scales = flat
+        J, d = self._shape
+        numbers = slice(J * d * start, J * d * (start + count))
+        own = scales[2 * J * start : 2 * J * (start + count)].view(2, J, count) if len(scales) else None
+        return keys[numbers].view(J, count, d), values[numbers].view(J, count, d), own
 
 
 class KVCache:
-    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own."""
+    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own.
+
+    `split` has those of the layers on a device, which `append` and `read` do not know.
+    """
 
     def __init__(
         self,
@@ -58,6 +125,7 @@ class KVCache:
         self.ctx_size, self.length = ctx_size, 0
         memory = memory or KVMemory(arch, ctx_size, dtype)
         self.layers = memory.layers(start, align(ctx_size, KEY_BLOCK))
+        self.split = memory.split(start, align(ctx_size, KEY_BLOCK))
 
     @property
     def steppable(self) -> bool:
@@ -86,11 +154,8 @@ class KVCache:
         """Write [J, T, d] each behind the current length, which `advance` moves."""
         cache, at = self.layers[layer], torch.arange(self.length, self.length + keys.shape[1])
         if cache.scales is not None:
-            scales = [x.abs().amax(-1, keepdim=True) / 127 for x in (keys, values)]
-            cache.scales[:, :, at] = torch.stack(scales)[..., 0]
-            keys, values = (
-                torch.where(scale > 0, x / scale, 0.0).round_() for x, scale in zip((keys, values), scales, strict=True)
-            )
+            (keys, of_keys), (values, of_values) = to_int8(keys), to_int8(values)
+            cache.scales[:, :, at] = torch.stack((of_keys, of_values))[..., 0]
         dtype = cache.values.dtype
         cache.keys[:, at // KEY_BLOCK, :, at % KEY_BLOCK] = keys.transpose(0, 1).to(dtype)
         cache.values[:, at] = values.to(dtype)

@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moert.errors import CheckpointError
 from moert.models.architecture import Architecture
+from moert.models.device_matrix import DeviceMatrix
 from moert.quant import matmul, rows
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
-DenseTensors = Mapping[str, Tensor | PackedMatrix]
+DenseTensors = Mapping[str, Tensor | PackedMatrix | DeviceMatrix]
 
 
 def vector(dense: DenseTensors, name: str) -> nn.Parameter:
@@ -44,7 +46,8 @@ class Linear(nn.Module):
     def __init__(self, dense: DenseTensors, name: str, bias: bool = False) -> None:
         super().__init__()
         weight = dense[f"{name}.weight"]
-        self.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
+        # That of a device is for those who know it: `placed.DeviceLinear`.
+        self.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight  # type: ignore[assignment]
         self.bias = vector(dense, f"{name}.bias") if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,12 +67,14 @@ def linear_many(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)), [T, D] -> [T, D]; SwiGLU where the activation is silu."""
 
+    linear: ClassVar[type[Linear]] = Linear
+
     def __init__(self, dense: DenseTensors, name: str, activation: str) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_proj = Linear(dense, f"{name}.gate_proj")
-        self.up_proj = Linear(dense, f"{name}.up_proj")
-        self.down_proj = Linear(dense, f"{name}.down_proj")
+        self.gate_proj = self.linear(dense, f"{name}.gate_proj")
+        self.up_proj = self.linear(dense, f"{name}.up_proj")
+        self.down_proj = self.linear(dense, f"{name}.down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = linear_many(x, (self.gate_proj, self.up_proj))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,16 +60,19 @@ def route(logits: Tensor, top_k: int, normalise: bool, bonus: Tensor | None = No
 class MoEBlock(nn.Module):
     """[T, D] -> [T, D]: the routed experts of `layer` plus the gated shared expert, if there is one."""
 
+    linear: ClassVar[type[Linear]] = Linear
+    gated_mlp: ClassVar[type[GatedMLP]] = GatedMLP
+
     def __init__(self, arch: Architecture, dense: DenseTensors, layer: int, experts: Experts) -> None:
         super().__init__()
         name = f"model.layers.{layer}.mlp"
         self.layer, self.top_k, self.norm_topk_prob = layer, arch.top_k, arch.norm_topk_prob
         self.experts = experts
-        self.gate = Linear(dense, f"{name}.gate")
+        self.gate = self.linear(dense, f"{name}.gate")
         self.shared_expert: GatedMLP | None = None
         if arch.shared_inner:
-            self.shared_expert = GatedMLP(dense, f"{name}.shared_expert", arch.hidden_act)
-            self.shared_expert_gate = Linear(dense, f"{name}.shared_expert_gate")
+            self.shared_expert = self.gated_mlp(dense, f"{name}.shared_expert", arch.hidden_act)
+            self.shared_expert_gate = self.linear(dense, f"{name}.shared_expert_gate")
 
     def forward(self, x: Tensor, chosen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`chosen`: what `route` says, where it is known already."""

@@ -21,6 +21,7 @@ from moert.profiling.compute import DENSE_BITS, TOKENS, ComputeFigures, default_
 from moert.profiling.disk import READERS, DiskFigures, Target, measure_disk, store_target, written_target
 from moert.profiling.figure import Measured, Progress, measured
 from moert.profiling.gpu import GpuFigures, find_gpu, measure_gpu
+from moert.profiling.gpu_kernels import PROMPT_TOKENS, KernelFigures, find_kernels
 from moert.profiling.overheads import Overheads, measure_answer, measure_cached, measure_overheads
 from moert.quant.dispatch import kernel_name, set_num_threads
 from moert.runtime.transfer import CHUNK_BYTES
@@ -55,6 +56,7 @@ def measure_device(
     shipped = Store.open(shipped_model())
     overheads = measure_overheads(opened or shipped, shipped, threads, progress)
     gpu = find_gpu()
+    own = None if gpu is None else find_kernels(layouts[0], progress, on_status)
     figures = {
         **_disk_figures(disk, target, memory.value),
         **_memory_figures(memory, libraries, threads),
@@ -62,7 +64,7 @@ def measure_device(
         **_overhead_figures(overheads),
         **_cached_figures(measure_cached(shipped, threads, progress)),
         "answer_overhead_s": _of(measure_answer(threads, progress), "answers of the model that ships"),
-        **({} if gpu is None else _gpu_figures(measure_gpu(gpu, total_bytes(), progress))),
+        **({} if gpu is None else _gpu_figures(measure_gpu(gpu, total_bytes(), progress), own)),
     }
     description = f"{_processor()}, {threads} threads, {format_bytes(total_bytes())} of memory"
     description += "" if gpu is None else f", {gpu.name}"
@@ -217,16 +219,30 @@ def _cached_figures(found: tuple[int, Measured, Overheads] | None) -> dict[str, 
     }
 
 
-def _gpu_figures(gpu: GpuFigures) -> dict[str, Any]:
+def _gpu_figures(gpu: GpuFigures, own: KernelFigures | None) -> dict[str, Any]:
     shared = "memory that it shares with the host, as the system reports it"
     return {
         "gpu_memory_bytes": _figure(gpu.memory_bytes, shared if gpu.integrated else "what CUDA reports"),
         "gpu_memory_bytes_per_s": _of(gpu.memory_bytes_per_s, f"{gpu.name}: a copy in its memory, read and written"),
         "host_to_device_bytes_per_s": _of(gpu.host_to_device_bytes_per_s, f"{gpu.name}: copies of pinned memory"),
         "gpu_integrated": _figure(gpu.integrated, "what CUDA reports"),
-        "gpu_expert_s_per_byte": _by_width(
-            gpu.expert_s_per_byte, gpu.expert_spread, f"{gpu.name}: torch's product with a vector, half precision"
-        ),
+        **(_torch_figures(gpu) if own is None else _kernel_figures(gpu.name, own)),
+    }
+
+
+def _torch_figures(gpu: GpuFigures) -> dict[str, Any]:
+    how = f"{gpu.name}: torch's product with a vector, half precision; moert's kernels do not run on it"
+    return {"gpu_expert_s_per_byte": _by_width(gpu.expert_s_per_byte, gpu.expert_spread, how)}
+
+
+def _kernel_figures(name: str, own: KernelFigures) -> dict[str, Any]:
+    how = f"{name}: moert's kernels, weights beyond the caches"
+    prompt = f"{how}, {PROMPT_TOKENS} tokens"
+    return {
+        "gpu_expert_s_per_byte": _by_width(own.expert_s_per_byte, own.expert_spread, f"{how}, 1 token"),
+        "gpu_prefill_macs_per_s": _by_width(own.prefill_macs_per_s, own.prefill_spread, prompt),
+        "gpu_launch_overhead_s": _of(own.launch_s, f"{name}: one expert of one token, beyond what its bytes take"),
+        "host_to_device_latency_s": _of(own.copy_latency_s, f"{name}: a copy of 4 KiB, waited for"),
     }
 
 

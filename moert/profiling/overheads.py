@@ -91,6 +91,12 @@ class _Sweeper(Spans):
     def read(self, name: str, begin: float, end: float, nbytes: int, ahead: bool) -> None:
         pass
 
+    def device(self, name: str, begin: float, end: float) -> None:
+        pass
+
+    def move(self, name: str, begin: float, end: float) -> None:
+        pass
+
 
 def measure_overheads(store: Store, shipped: Store, threads: int, progress: Progress) -> Overheads:
     """Decode with `store` where its experts are large and those of three tokens fit into memory, else with `shipped`.
@@ -252,7 +258,7 @@ class _Run:
 def _decoding(store: Store, threads: int, arena: int, sweep: int) -> Iterator[_Run]:
     """Runs with so many bytes of experts in memory; the first tokens are decoded already."""
     context = 64 + (_PARTS + 2) * max(TOKENS, LARGE_TOKENS)
-    config = EngineConfig(expert_budget=arena, ctx_size=context, threads=threads, prefetch="off")
+    config = EngineConfig(expert_budget=arena, ctx_size=context, threads=threads, prefetch="off", device="cpu")
     engine = Engine(store, config, lambda text: None)
     try:
         engine.preload()

@@ -9,9 +9,13 @@ protocol allows, so that computing before a copy is waited for, or reusing its s
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +28,13 @@ from moert.quant.matmul import ACTIVATIONS, PackedExpert, experts_ffn
 
 
 class Copy(Protocol):
-    """A copy to the device on its way."""
+    """A copy to the device on its way. span: when it began and ended, in `perf_counter`'s time; None before."""
 
     @property
     def done(self) -> bool: ...
+
+    @property
+    def span(self) -> tuple[float, float] | None: ...
 
     def wait(self) -> None:
         """Block until the source may be overwritten. Raises DeviceError where the device was lost."""
@@ -47,19 +54,30 @@ class DeviceExperts(Protocol):
         """Add weights_of[e] * expert_ffn(x[tokens_of[e]]) to out[tokens_of[e]] for all e.
 
         offsets[e]: where the first slices of expert e begin in device memory; it is used with as many. tokens_of[e]:
-        int64, none twice, weights_of[e]: float32 of that length, both on the host. x, out: float32 contiguous [T, D]
-        on the device. Does not wait for the result.
+        int64, none twice, weights_of[e]: float32 of that length, both on the host. x: float32 contiguous [T, D] on the
+        device; out: the same of the device's `sum_dtype`. Does not wait for the result.
         """
 
 
 class Device(Protocol):
-    """A device whose memory is a tier of its own, or the host's (`integrated`)."""
+    """A device whose memory is a tier of its own, or the host's (`integrated`).
+
+    sum_dtype: of what its experts add up to. overhead_bytes: what the device takes of its memory by itself.
+    """
 
     name: str
     kind: str
     integrated: bool
     torch_device: torch.device
     total_bytes: int
+    overhead_bytes: int
+    sum_dtype: torch.dtype
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Around anything that uses the device: its errors become DeviceError."""
+
+    def limit(self, nbytes: int) -> None:
+        """Let all that is allocated from here on take no more. Raises DeviceError where nothing would be left."""
 
     def available_bytes(self) -> int:
         """Of its memory, what can still be had."""
@@ -79,6 +97,15 @@ class Device(Protocol):
 
     def after(self, copies: Sequence[Copy]) -> None:
         """What is computed from here on waits, on the device, for these copies."""
+
+    def fence(self) -> None:
+        """Copies begun from here on wait, on the device, for what is computed so far."""
+
+    def mark(self) -> Any:
+        """This point of what is computed, for `when`."""
+
+    def when(self, mark: Any) -> float | None:
+        """When a mark was reached, in `perf_counter`'s time; None before."""
 
     def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
         """Raises DeviceError where the device cannot compute such experts."""
@@ -100,8 +127,12 @@ class _LateCopy:
     def __init__(self, queue: deque[_LateCopy], source: Tensor, target: Tensor) -> None:
         self._queue, self._source, self._target = queue, source, target
 
+        self.span: tuple[float, float] | None = None
+
     def run(self) -> None:
+        before = time.perf_counter()
         self._target.copy_(self._source)
+        self.span = before, time.perf_counter()
 
     @property
     def done(self) -> bool:
@@ -128,16 +159,18 @@ class HostExperts:
         x: Tensor,
         out: Tensor,
     ) -> None:
-        sizes = self._layout.slice_sizes
+        layout, memory = self._layout, self._memory
         packed = [
             PackedExpert.from_slices(
-                [self._memory[at : at + size] for at, size in zip(starts, sizes, strict=False)], self._layout
+                [memory[at : at + size] for at, size in zip(starts, layout.slice_sizes, strict=False)], layout
             )
             for starts in offsets
         ]
         parts = torch.empty(sum(map(len, tokens_of)), x.shape[1])
         experts_ffn(x, packed, tokens_of, parts, self._activation)
-        out.index_add_(0, torch.cat(list(tokens_of)), parts.mul_(torch.cat(list(weights_of))[:, None]))
+        sizes = [len(tokens) for tokens in tokens_of]
+        for tokens, weights, part in zip(tokens_of, weights_of, torch.split(parts, sizes), strict=True):
+            out[tokens] += part.double() * weights[:, None]
 
 
 class TritonExperts:
@@ -168,14 +201,22 @@ class EmulatedDevice:
     """Host memory in the place of a device's. capacity: bytes that it pretends to have, None for the machine's."""
 
     kind = "emulated"
+    sum_dtype = torch.float64  # as the host sums, so that nothing shows where an expert was computed
 
     def __init__(self, capacity: int | None = None, integrated: bool = False) -> None:
         self.integrated = integrated
         self.name = f"emulated device ({'one memory with the host' if integrated else 'memory of its own'}, no GPU)"
         self.torch_device = torch.device("cpu")
-        self.total_bytes = total_bytes() if capacity is None else capacity
-        self._capacity, self._taken = capacity, 0
+        self.total_bytes, self.overhead_bytes = total_bytes() if capacity is None else capacity, 0
+        self._own = self._capacity = capacity
+        self._taken = 0
         self._copies: deque[_LateCopy] = deque()
+
+    def guard(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def limit(self, nbytes: int) -> None:
+        self._capacity = nbytes + self._taken
 
     def available_bytes(self) -> int:
         return available_bytes() if self._capacity is None else self._capacity - self._taken
@@ -200,6 +241,15 @@ class EmulatedDevice:
         for copy in copies:
             copy.wait()
 
+    def fence(self) -> None:
+        """What is computed here has ended when it comes back."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def when(self, mark: float) -> float | None:
+        return mark
+
     def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
         if activation not in ACTIVATIONS:
             raise DeviceError(f"The activation {activation} is not known.")
@@ -217,12 +267,14 @@ class EmulatedDevice:
 
     def close(self) -> None:
         self._copies.clear()
+        self._capacity, self._taken = self._own, 0
 
 
 class InterpretedDevice(EmulatedDevice):
-    """The same with the GPU's kernels in Triton's interpreter; TRITON_INTERPRET=1 must be set before triton is loaded."""
+    """The same with the GPU's kernels in Triton's interpreter: TRITON_INTERPRET=1, set before triton is loaded."""
 
     kind = "interpreter"
+    sum_dtype = torch.float32
 
     def __init__(self, capacity: int | None = None, integrated: bool = False) -> None:
         super().__init__(capacity, integrated)
@@ -230,3 +282,39 @@ class InterpretedDevice(EmulatedDevice):
 
     def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
         return TritonExperts(layout, activation, memory)
+
+
+def open_device(kind: str, on_status: Callable[[str], None]) -> Device | None:
+    """The device of a kind, as `EngineConfig` names them; None for `cpu`.
+
+    `auto` is a GPU that can be used, or else None, with a line where there is one that cannot. Raises DeviceError where
+    a kind that was asked for cannot be used.
+    """
+    if kind == "emulated":
+        return EmulatedDevice()
+    if kind == "interpreter":
+        return _interpreter()
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return None
+    from moert.runtime.cuda import open_cuda
+
+    try:
+        return open_cuda()
+    except DeviceError as error:
+        if kind == "cuda":
+            raise
+        on_status(f"the GPU is not used: {error}")
+        return None
+
+
+def _interpreter() -> Device:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise DeviceError("Triton was loaded before its interpreter was asked for: set TRITON_INTERPRET=1 first.")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import moert.quant.triton_kernels  # noqa: F401
+    except ImportError as error:
+        raise DeviceError(
+            f"Triton's interpreter cannot be used ({error}): install moert[cuda], or use --device emulated."
+        ) from None
+    return InterpretedDevice()

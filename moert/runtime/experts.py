@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moert.quant.format import MAX_WIDTH
 from moert.quant.rows import add_rows, combine
+from moert.runtime.asked import Places, ask_many, ask_one, sums_by_expert
 from moert.runtime.loading import Loader
 from moert.runtime.lookahead import Guess, LookAhead
 from moert.runtime.telemetry import Counters, Telemetry
@@ -34,7 +34,11 @@ from moert.store.reader import Store
 _AHEAD_BYTES = 12 << 20  # prefetches on their way: about what a fast disk reads while two layers compute
 
 
-_Places: TypeAlias = dict[int, dict[int, Tensor]]
+More: TypeAlias = Callable[[], Tensor | None]
+
+
+def nothing_more() -> None:
+    """Beside what is computed here."""
 
 
 @dataclass(slots=True)
@@ -47,7 +51,7 @@ class _Step:
 
     plan: Plan
     x: Tensor
-    places: _Places
+    places: Places
     parts: Tensor
     filled: int = 0
     computed: list[Tensor] = field(default_factory=list)
@@ -132,19 +136,28 @@ class ExpertRunner:
 
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them at the width in use; else nothing happens."""
-        most = self._precision.slices(self._layout.widths)
-        wanted = {layer: [min(n, most) for n in kept] for layer, kept in self._store.kept.items()}
-        needed = [sum(n > i for counts in wanted.values() for n in counts) for i in range(most)]
-        if any(slots < count for slots, count in zip(self._slots, needed, strict=False)):
+        if not self._holds_all(self._slots):
             return
         try:
-            for layer, slices in wanted.items():
-                routed = [RoutedExpert(e, 1, 0.0, n) for e, n in enumerate(slices)]
+            for layer, routed in self._all().items():
                 for wave in self._scheduler.plan(layer, routed).waves:
                     self._loader.run(wave, layer, lambda ready: None)
         except BaseException:
             self._recover()
             raise
+
+    def _all(self) -> dict[int, list[RoutedExpert]]:
+        """Every expert of each layer, as wide as it is wanted and kept."""
+        most = self._precision.slices(self._layout.widths)
+        return {
+            layer: [RoutedExpert(e, 1, 0.0, min(n, most)) for e, n in enumerate(kept)]
+            for layer, kept in self._store.kept.items()
+        }
+
+    def _holds_all(self, slots: Sequence[int]) -> bool:
+        """Whether so many slots of each slice index are enough for all experts at the width in use."""
+        every = [r.slices for routed in self._all().values() for r in routed]
+        return all(sum(n > index for n in every) <= count for index, count in enumerate(slots))
 
     def remember(self) -> Memory:
         """What the arena holds, for a later run."""
@@ -177,14 +190,10 @@ class ExpertRunner:
         self.telemetry.reached(layer)
         self.foresight.pause()
         counts = torch.from_numpy(self._chooser.many(layer, indices.numpy(), weights.numpy()))
-        places, sums = _places_by_expert(indices, counts), _sum_by_expert(indices, weights)
-        routed = [
-            RoutedExpert(e, sum(at.shape[0] for at in groups.values()), sums[e], max(groups), _waiting(groups))
-            for e, groups in places.items()
-        ]
+        places, routed = ask_many(indices, weights, counts)
         squares: list[float] = []
         if self._scheduler.ladder is not None:
-            sums = _sum_by_expert(indices, weights.square())
+            sums = sums_by_expert(indices, weights.square())
             squares = [sums[e] for e in places]
         try:
             self._arrived()
@@ -220,7 +229,7 @@ class ExpertRunner:
             counts = wanted
             if self._scheduler.ladder is not None:
                 held, squares = table.held(layer, experts), [w * w for w in weights]
-                counts = self._scheduler.settle(layer, _routed(experts, weights, wanted), squares, held)
+                counts = self._scheduler.settle(layer, ask_one(experts, weights, wanted), squares, held)
             if self.foresight.guesses and not table.missing(layer, experts, counts):
                 self._look_ahead(layer, experts)
             if table.add(layer, experts, counts, weights, x, out):
@@ -228,7 +237,7 @@ class ExpertRunner:
                 self._unplanned.append((layer, experts, weights, wanted, counts))
                 return
             self._catch_up()
-            routed = _routed(experts, weights, wanted)
+            routed = ask_one(experts, weights, wanted)
             self._scheduler.used(layer, routed)
             plan = self._scheduler.plan_settled(layer, routed, counts)
             self.telemetry.planned(layer, plan.slices, len(plan.waves[0].resident), ((n, 1) for n in counts))
@@ -288,22 +297,37 @@ class ExpertRunner:
         """Take note of the layers that were computed at once: nothing is loaded, but the cache learns of the use."""
         while self._unplanned:
             layer, experts, weights, wanted, counts = self._unplanned.popleft()
-            self._scheduler.used(layer, _routed(experts, weights, wanted))
+            self._scheduler.used(layer, ask_one(experts, weights, wanted))
             slices = dict(zip(experts, counts, strict=True))
             self.telemetry.planned(layer, slices, len(slices), ((n, 1) for n in counts))
 
-    def _run(self, plan: Plan, x: Tensor, places: _Places, weights: Tensor) -> Tensor:
-        """Wave by wave."""
+    def _run(self, plan: Plan, x: Tensor, places: Places, weights: Tensor, more: More = nothing_more) -> Tensor:
+        """Wave by wave. more: what is added in the end, float64 [T, D]."""
+        places = {e: groups for e, groups in places.items() if plan.slices[e]}
         step = _Step(plan, x, places, self._room(weights.numel(), x.shape[1]))
-        self._leave_out(step)
-        for wave in plan.waves:
-            self._loader.run(wave, plan.layer, functools.partial(self._compute, step))
-        # The contributions stand in the order in which they were computed; they are added in the order of their rank,
-        # so that the result does not depend on what was in memory.
-        order = torch.cat(step.computed)
-        return combine(step.parts, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))), weights)
+        self._waves(plan, functools.partial(self._compute, step))
+        # They stand in the order in which they were computed. What the plan leaves out has no row.
+        rows = torch.full((weights.numel(),), -1)
+        if step.computed:
+            order = torch.cat(step.computed)
+            rows[order] = torch.arange(len(order))
+        return combine(step.parts[: step.filled], rows, weights, more())
 
-    def _run_one(self, plan: Plan, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+    def _waves(
+        self, plan: Plan, compute: Callable[[dict[int, int]], None], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        for wave in plan.waves:
+            self._loader.run(wave, plan.layer, compute, meanwhile)
+
+    def _run_one(
+        self,
+        plan: Plan,
+        x: Tensor,
+        experts: Sequence[int],
+        weights: Sequence[float],
+        out: Tensor,
+        more: More = nothing_more,
+    ) -> None:
         """The same for a single token, without a tensor for each expert."""
         layer, slices = plan.layer, plan.slices
         parts = self._room(len(experts), x.shape[1])
@@ -318,24 +342,18 @@ class ExpertRunner:
                 self._loader.table.compute_one(layer, now, [slices[e] for e in now], ranks, x, parts)
                 self.telemetry.computed(layer, len(now), before)
 
-        look = functools.partial(self._look_ahead, layer, experts)  # once: it takes the guesses
-        for wave in plan.waves:
-            self._loader.run(wave, layer, compute, look if self.foresight.guesses else None)
-        add_rows(parts, rows, [weights[rank] for rank in rows], out)
+        def look() -> None:
+            if self.foresight.guesses:  # once: it takes them
+                self._look_ahead(layer, experts)
+
+        self._waves(plan, compute, look)
+        add_rows(parts, rows, [weights[rank] for rank in rows], out, more())
 
     def _room(self, rows: int, size: int) -> Tensor:
         """Float32 [rows, size], valid until the next call: kept, because new pages cost more than what is written."""
         if self._parts.numel() < rows * size:
             self._parts = torch.empty(rows * size)
         return self._parts[: rows * size].view(rows, size)
-
-    def _leave_out(self, step: _Step) -> None:
-        """What the plan leaves out contributes nothing."""
-        for e in [e for e, n in step.plan.slices.items() if n == 0]:
-            for at in step.places.pop(e).values():
-                step.parts[step.filled : step.filled + len(at)] = 0
-                step.computed.append(at)
-                step.filled += len(at)
 
     def _compute(self, step: _Step, ready: dict[int, int]) -> None:
         """Compute what waits for experts of which so many slices are there by now."""
@@ -367,34 +385,3 @@ class ExpertRunner:
         self._scheduler = Scheduler(self._new_cache(), self._scheduler.order, self._scheduler.ladder, _AHEAD_BYTES)
         for expert, count in prefixes.items():
             self._scheduler.cache.insert(expert, count, ())
-
-
-def _routed(experts: Sequence[int], weights: Sequence[float], slices: Sequence[int]) -> list[RoutedExpert]:
-    """What a single token asks of a layer."""
-    return [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, slices, strict=True)]
-
-
-def _places_by_expert(indices: Tensor, counts: Tensor) -> _Places:
-    """Positions in the flattened [T, K] indices at which each expert stands with each number of slices, ascending."""
-    most = MAX_WIDTH + 1  # above any number of slices
-    flat = (indices * most + counts).flatten()
-    order = flat.argsort(stable=True)
-    sizes = torch.bincount(flat)
-    found = sizes.nonzero().flatten()
-    result: _Places = {}
-    for key, at in zip(found.tolist(), torch.split(order, sizes[found].tolist()), strict=True):
-        result.setdefault(key // most, {})[key % most] = at
-    return result
-
-
-def _waiting(groups: dict[int, Tensor]) -> tuple[int, ...]:
-    """For each slice the number of tokens that need it; empty where all need all of them."""
-    if len(groups) == 1:
-        return ()
-    return tuple(sum(len(at) for n, at in groups.items() if n > index) for index in range(max(groups)))
-
-
-def _sum_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
-    flat = indices.flatten()
-    sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
-    return dict(enumerate(sums.tolist()))

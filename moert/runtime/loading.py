@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Loader:
         self._underway: dict[SliceKey, Read] = {}  # slices whose bytes are not there yet
         self._ahead: dict[Load, Read] = {}  # reads of them that nobody asked for yet
         self._finished: list[Load] = []  # of these, those that have ended
+        # Told which slots may be overwritten from now on.
+        self.leaving: Callable[[Iterable[SliceKey]], None] = lambda keys: None
 
     def start(self, load: Load, ahead: bool = False) -> Read:
         """Begin to read; `arrived` when it is done."""
@@ -86,6 +88,7 @@ class Loader:
     def release(self, keys: Sequence[SliceKey]) -> None:
         """Free the slots of slices that were evicted; a prefetch that was to fill one is dropped or waited for."""
         evicted = set(keys)
+        self.leaving(keys)
         for key in keys:
             if key in self._underway:
                 load = next(load for load, read in self._ahead.items() if read is self._underway[key])

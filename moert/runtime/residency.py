@@ -1,21 +1,25 @@
-"""The expert arena: preallocated slots in host memory, so that it cannot grow."""
+"""The expert arena: preallocated slots in the memory of host or device, so that it cannot grow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from moert.memory import allocate
 from moert.scheduler.types import SliceKey
 
 
 class Arena:
-    """Slots of each slice size in one anonymous mapping, aligned for O_DIRECT. Pages cost memory once written.
+    """Slots of each slice size in one block, which in host memory is aligned for O_DIRECT and costs pages once written.
 
     slots[i]: number of slots for slices of index i, each sizes[i] bytes (a multiple of 4096). memory: uint8
-    [total_bytes].
+    [total_bytes], made by `allocate`.
     """
 
-    def __init__(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
+    def __init__(
+        self, slots: Sequence[int], sizes: Sequence[int], allocate: Callable[[int], Tensor] = allocate
+    ) -> None:
         self.slots = tuple(slots)
         self.sizes = tuple(sizes)
         self.total_bytes = sum(n * size for n, size in zip(slots, sizes, strict=True))

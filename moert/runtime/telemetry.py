@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from moert.runtime.device import Copy
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import Read
 from moert.scheduler.types import Load, SliceKey
@@ -26,7 +27,8 @@ class Counters:
     would take one at a time, however many of them a step had. bytes_read: all of them; bytes_prefetched: those that
     nobody waited for when they were asked for, of which bytes_used were wanted afterwards, bytes_wasted were evicted or
     dropped without, and others may still be. waited_s: time in which nothing computed because slices were missing.
-    computed_s: time in which routed experts computed.
+    computed_s: time in which routed experts computed on the host. device_uses: expert uses that a device computed;
+    bytes_moved: from host to device memory.
     """
 
     expert_uses: int = 0
@@ -39,6 +41,8 @@ class Counters:
     bytes_wasted: int = 0
     waited_s: float = 0.0
     computed_s: float = 0.0
+    device_uses: int = 0
+    bytes_moved: int = 0
     token_uses: Counter[int] = field(default_factory=Counter)
 
     def copy(self) -> Counters:
@@ -73,6 +77,8 @@ class Counters:
             "bytes_prefetched_per_token": self.bytes_prefetched / tokens,
             "bytes_prefetched_used_per_token": self.bytes_used / tokens,
             "bytes_prefetched_wasted_per_token": self.bytes_wasted / tokens,
+            "bytes_moved_per_token": self.bytes_moved / tokens,
+            "device_share": self.device_uses / self.expert_uses if self.expert_uses else None,
             "width_histogram": self.width_histogram(widths),
         }
 
@@ -120,6 +126,10 @@ class Telemetry:
     def counters(self) -> Counters:
         """Sums over all layers."""
         return total(part for layers in self._phases.values() for part in layers.values())
+
+    def of(self, layer: int) -> Counters:
+        """What is counted now for a layer."""
+        return self._layers[layer]
 
     def layers(self, decoding: bool) -> dict[int, Counters]:
         """What was counted for the experts of each layer while decoding, or for prompts."""
@@ -174,6 +184,21 @@ class Telemetry:
     def evicted(self, key: SliceKey) -> None:
         if self._unused:
             self._layers[key.layer].bytes_wasted += self._unused.pop(key, 0)
+
+    def moved(self, key: SliceKey, nbytes: int) -> None:
+        """A slice begins to be copied to the device."""
+        self._layers[key.layer].bytes_moved += nbytes
+
+    def on_device(
+        self, layer: int, computed: Iterable[tuple[float, float]], copied: Iterable[tuple[SliceKey, Copy]]
+    ) -> None:
+        """What a device did for a layer, known afterwards."""
+        if self.timeline is not None:
+            for begin, end in computed:
+                self.timeline.device(f"experts, layer {layer}", begin, end)
+            for key, copy in copied:
+                if copy.span is not None:
+                    self.timeline.move(f"expert {key.layer}.{key.expert}, slice {key.slice}", *copy.span)
 
     def waited(self, layer: int, since: float) -> None:
         now = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from moert.errors import UsageError
 
 MOST_EVENTS = 2_000_000  # some 250 MB: longer runs keep their beginning
-_COMPUTE, _DEMAND, _AHEAD = 0, 1, 1000  # first number of the lanes of each kind
+_COMPUTE, _DEMAND, _AHEAD, _DEVICE, _MOVES = 0, 1, 1000, 2000, 2001  # first number of the lanes of each kind
 
 
 class Spans(Protocol):
@@ -28,12 +28,17 @@ class Spans(Protocol):
 
     def read(self, name: str, begin: float, end: float, nbytes: int, ahead: bool) -> None: ...
 
+    def device(self, name: str, begin: float, end: float) -> None: ...
+
+    def move(self, name: str, begin: float, end: float) -> None: ...
+
 
 class Timeline:
     """Writes spans of time to a file as they end, so that they take no memory. Times: `time.perf_counter`, in seconds.
 
     What computes is one lane: passes, and within them attention, waiting and experts, one after the other. Reads
-    overlap, so they are put on as many lanes as it takes, those on demand and those ahead apart. Raises UsageError
+    overlap, so they are put on as many lanes as it takes, those on demand and those ahead apart. What a device computes
+    and what is copied to it are a lane each. Raises UsageError
     where the file cannot be written. error: what went wrong later, or None; then the file ends before that.
     """
 
@@ -96,6 +101,20 @@ class Timeline:
             begins.insert(at, first)
             ends.insert(at, last)
         self._add(lane, name, begin, end, f',"args":{{"bytes":{nbytes}}}')
+
+    def device(self, name: str, begin: float, end: float) -> None:
+        """Something that a device computed."""
+        self._one_by_one(_DEVICE, "device", name, begin, end)
+
+    def move(self, name: str, begin: float, end: float) -> None:
+        """A copy from host to device memory."""
+        self._one_by_one(_MOVES, "moves to the device", name, begin, end)
+
+    def _one_by_one(self, lane: int, title: str, name: str, begin: float, end: float) -> None:
+        if lane not in self._lanes:
+            self._lanes[lane] = array("q"), array("q")
+            self._put(",\n" + json.dumps(_named(lane, title)))
+        self._add(lane, name, begin, end)
 
     def close(self) -> None:
         """The file is complete then."""

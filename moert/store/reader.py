@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,16 +137,26 @@ class Store:
         """zlib.crc32 of a padded slice."""
         return self.meta.checksums[layer][expert][index]
 
-    def load_dense(self) -> dict[str, Tensor | PackedMatrix]:
-        """All tensors but the experts', by canonical name, in memory of their own. StoreError names a damaged one."""
-        result: dict[str, Tensor | PackedMatrix] = {}
-        places = torch.split(allocate(self.dense_bytes), [t.nbytes for t in self.meta.dense])
+    def load_dense(self, but: Container[str] = ()) -> dict[str, Tensor | PackedMatrix]:
+        """All tensors but the experts' and those named, by canonical name, in memory of their own.
+
+        StoreError names a damaged one.
+        """
+        chosen = [t.name for t in self.meta.dense if t.name not in but]
+        sizes = [t.nbytes for t in self.meta.dense if t.name not in but]
+        places = iter(torch.split(allocate(sum(sizes)), sizes) if sizes else ())
+        return dict(self.read_dense(chosen, lambda nbytes: next(places)))
+
+    def read_dense(
+        self, names: Container[str], room: Callable[[int], Tensor] = allocate
+    ) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
+        """These of the tensors but the experts', one after the other, each in memory that `room` gives for it."""
         offset = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
-            for tensor, crc, place in zip(self.meta.dense, self.meta.dense_checksums, places, strict=True):
-                result[tensor.name] = self._read_dense(fd, tensor, offset, crc, place)
+            for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
+                if tensor.name in names:
+                    yield tensor.name, self._read_dense(fd, tensor, offset, crc, room(tensor.nbytes))
                 offset += tensor.nbytes
-        return result
 
     def _read_dense(self, fd: int, tensor: DenseTensor, offset: int, crc: int, place: Tensor) -> Tensor | PackedMatrix:
         data = place[: tensor.nbytes]

@@ -166,11 +166,11 @@ void table_compute_one(ExpertTable& table, int layer, const std::vector<int>& ex
 
 // out [size] += sum over i of weights[i] * row rows[i] of parts, in their order.
 void add_rows(const std::vector<int64_t>& rows, const std::vector<float>& weights, uintptr_t parts, int64_t size,
-              uintptr_t out) {
-  if (rows.empty() || rows.size() != weights.size()) throw std::invalid_argument("one weight for each row is needed");
+              uintptr_t more, uintptr_t out) {
+  if (rows.size() != weights.size()) throw std::invalid_argument("one weight for each row is needed");
   std::vector<const float*> terms;
   for (int64_t row : rows) terms.push_back(at<const float>(parts) + row * size);
-  add_weighted(terms.data(), weights.data(), int64_t(rows.size()), size, at<float>(out));
+  add_weighted(terms.data(), weights.data(), int64_t(rows.size()), size, at<float>(out), at<const double>(more));
 }
 
 void dequantise(const Matrix& matrix, int64_t cols, uintptr_t out, int64_t out_stride, int64_t first_row,
@@ -368,11 +368,11 @@ NB_MODULE(_native, m) {
                  at<float>(out));
   });
   m.def("combine", [](uintptr_t parts, uintptr_t rows, uintptr_t weights, int64_t tokens, int64_t top_k, int64_t size,
-                      uintptr_t out) {
+                      uintptr_t more, uintptr_t out) {
     const Busy busy;
     nb::gil_scoped_release release;
     combine(pool(), at<const float>(parts), at<const int64_t>(rows), at<const float>(weights), tokens, top_k, size,
-            at<float>(out));
+            at<const double>(more), at<float>(out));
   });
   m.def("dequantise", &dequantise);
   m.def("search_codes", &search_codes);

@@ -205,11 +205,12 @@ void Products::add_experts(const Kernel& kernel, const std::vector<ExpertMatrice
   add_weighted(terms.data(), weights, num, hidden, out);
 }
 
-void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out) {
+void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out,
+                  const double* more) {
   for (int64_t i = 0; i < size; i++) {
-    float sum = weights[0] * terms[0][i];
-    for (int64_t e = 1; e < count; e++) sum += weights[e] * terms[e][i];
-    out[i] += sum;
+    double sum = more == nullptr ? 0.0 : more[i];
+    for (int64_t e = 0; e < count; e++) sum += double(weights[e]) * double(terms[e][i]);
+    out[i] += float(sum);
   }
 }
 

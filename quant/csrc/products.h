@@ -89,7 +89,9 @@ class Products {
   Buffer gate_, up_, parts_;
 };
 
-// out [size] += sum over i of weights[i] * terms[i], in their order.
-void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out);
+// out [size] += sum over i of weights[i] * terms[i], and more unless that is null; summed in double, so that the order
+// does not show.
+void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out,
+                  const double* more = nullptr);
 
 }  // namespace moert

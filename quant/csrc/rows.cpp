@@ -1,5 +1,8 @@
 #include "rows.h"
 
+#include <algorithm>
+#include <vector>
+
 namespace moert {
 
 namespace {
@@ -32,15 +35,23 @@ void rotate_heads(ThreadPool& pool, const float* x, int64_t tokens, int64_t head
 }
 
 void combine(ThreadPool& pool, const float* parts, const int64_t* rows, const float* weights, int64_t tokens,
-             int64_t top_k, int64_t size, float* out) {
+             int64_t top_k, int64_t size, const double* more, float* out) {
   pool.parallel_for(tokens, grain_for(top_k * size), [&](int64_t first, int64_t last) {
+    std::vector<double> sums(size);
     for (int64_t t = first; t < last; t++) {
-      float* sum = out + t * size;
-      for (int64_t k = 0; k < top_k; k++) {
-        const float* part = parts + rows[t * top_k + k] * size;
-        const float weight = weights[t * top_k + k];
-        for (int64_t i = 0; i < size; i++) sum[i] = k == 0 ? weight * part[i] : sum[i] + weight * part[i];
+      if (more == nullptr) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+      } else {
+        std::copy(more + t * size, more + (t + 1) * size, sums.begin());
       }
+      for (int64_t k = 0; k < top_k; k++) {
+        const int64_t row = rows[t * top_k + k];
+        if (row < 0) continue;
+        const float* part = parts + row * size;
+        const double weight = weights[t * top_k + k];
+        for (int64_t i = 0; i < size; i++) sums[i] += weight * double(part[i]);
+      }
+      for (int64_t i = 0; i < size; i++) out[t * size + i] = float(sums[i]);
     }
   });
 }

@@ -17,8 +17,9 @@ void rms_norm_rows(const Kernel& kernel, ThreadPool& pool, const float* x, const
 void rotate_heads(ThreadPool& pool, const float* x, int64_t tokens, int64_t heads, int64_t d, const float* cos,
                   const float* sin, float* out);
 
-// out [tokens][size] = sum over k of weights [tokens][top_k] times the rows of parts that `rows` [tokens][top_k] names.
+// out [tokens][size] = sum over k of weights [tokens][top_k] times the rows of parts that `rows` [tokens][top_k] names
+// (-1: none), and more [tokens][size] unless that is null; summed in double, so that the order does not show.
 void combine(ThreadPool& pool, const float* parts, const int64_t* rows, const float* weights, int64_t tokens,
-             int64_t top_k, int64_t size, float* out);
+             int64_t top_k, int64_t size, const double* more, float* out);
 
 }  // namespace moert

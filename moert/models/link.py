@@ -1,0 +1,23 @@
+"""What a model needs of the device that some of its layers are on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Link(Protocol):
+    """A device, as torch computes on it; `moert.runtime.device` has them."""
+
+    torch_device: torch.device
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of its memory that begin on a page. Raises DeviceError where there is not so much."""
+
+    def send(self, x: Tensor) -> Tensor:
+        """x of the host on the device; for what is computed behind it."""
+
+    def fetch(self, x: Tensor) -> Tensor:
+        """x of the device on the host, once it is computed."""

@@ -1,0 +1,310 @@
+"""Host memory and device memory together: where the experts of a layer compute, and what is moved between the two.
+
+`Tiers` drives a `Scheduler` for each of the two memories and joins what they plan. What is moved to the device comes
+out of host memory, so it is read into that first. Like `Scheduler` it knows no clock, no file, no thread, and no device
+but by what `Pace` says of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Container, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from moert.scheduler.assign import Pace, Part, Split, Task, all_on_device, gains, split
+from moert.scheduler.planner import Scheduler, check
+from moert.scheduler.types import ExpertKey, Load, Plan, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Part of a plan: what one wave of the host tier brings, and what the device does with it.
+
+    host: evict, load, wait for what is awaited, as in `Plan`. `resident`: experts that the host computes at once; of
+    those with loads or awaited it computes what `TieredPlan.host` names, the others are there to be moved. device: one
+    after the other, each: evict, begin the moves `loads` (out of host memory, where their slices are before the stage
+    or come with its host wave), compute `resident`, compute what is moved or awaited as it arrives. In one memory
+    there are no moves: what the host wave loads or awaits for the device is `awaited`.
+
+    Host and device waves of a stage run side by side; the device waves are done before the next stage evicts anything.
+    """
+
+    host: Wave
+    device: tuple[Wave, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TieredPlan:
+    """What happens in one layer of one step. Every expert is computed once, in one place, in one stage.
+
+    host, device: experts computed there, with their numbers of slices (0, in `host`: left out). predicted: seconds
+    that host and device were expected to compute, moves and reads to take. seconds: when all was expected to end.
+    """
+
+    layer: int
+    host: dict[int, int]
+    device: dict[int, int]
+    stages: tuple[Stage, ...]
+    predicted: dict[Part, float]
+    seconds: float
+
+    @property
+    def slices(self) -> dict[int, int]:
+        """Of all routed experts."""
+        return self.host | self.device
+
+
+@dataclass(frozen=True, slots=True)
+class TieredPrefetch:
+    """host: from disk to host memory. device: from there to the device."""
+
+    host: Prefetch
+    device: Prefetch
+
+
+_NONE = Prefetch((), ())
+
+
+@dataclass
+class Tiers:
+    """device: None where host and device are one memory, which `host` then stands for.
+
+    hybrid: whether the host computes too; without it, the baseline, every expert is computed on the device. `ahead` of
+    the device's scheduler bounds the moves on their way that nobody waits for.
+    """
+
+    host: Scheduler
+    device: Scheduler | None
+    pace: Pace
+    hybrid: bool = True
+    _at_host: list[RoutedExpert] = field(default_factory=list)  # what the host computed in the last plan
+    _planned: int = 0  # the layer of the last plan
+
+    def have(self, layer: int, expert: int) -> int:
+        """How many slices of an expert are in the tier that has more of them, and not on their way any more."""
+        found = self.host.there(layer, expert)
+        return found if self.device is None else max(found, self.device.there(layer, expert))
+
+    def plan(
+        self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()
+    ) -> TieredPlan:
+        """Plan a layer of a step of `tokens` tokens, and advance both caches to the state behind it.
+
+        squares: as of `Scheduler.plan`. Raises ValueError as that.
+        """
+        check(layer, routed)
+        left_out: dict[int, int] = {}
+        asked = routed
+        if self.host.ladder is not None and squares:
+            have = [self.have(layer, r.expert) for r in routed]
+            counts = self.host.settle(layer, routed, squares, have, tokens)
+            left_out = {r.expert: 0 for r, n in zip(routed, counts, strict=True) if not n}
+            routed = [
+                r if n == r.slices else RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
+                for r, n in zip(routed, counts, strict=True)
+                if n
+            ]
+        tasks = [self._task(layer, r) for r in routed]
+        chosen = self._decide(tasks, self.pace.launch_s, self._fetch_s(tasks))
+        if self.device is not None and self.hybrid:
+            chosen = self._fitting(layer, routed, tasks, chosen)
+        on_device = set(chosen.device)
+        if self.device is None:
+            self.host.used(layer, asked, tokens)
+            stages = _in_one_memory(self.host.plan_settled(layer, routed, [r.slices for r in routed]), on_device)
+        else:
+            stages = self._in_two(layer, asked, routed, on_device, tokens)
+        self._planned, self._at_host = layer, [r for r in routed if r.expert not in on_device]
+        return TieredPlan(
+            layer,
+            {r.expert: r.slices for r in self._at_host} | left_out,
+            {r.expert: r.slices for r in routed if r.expert in on_device},
+            stages,
+            _predicted(tasks, on_device, self.pace.launch_s),
+            chosen.seconds,
+        )
+
+    def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> TieredPrefetch:
+        """What to read into host memory and what to move to the device, ahead of the layers to come.
+
+        predictions: layer by layer, of all experts expected with the slices wanted, also of those that host memory has:
+        these can be moved. What the device has is not read. Moves go by gain: see `gains`; behind them comes what the
+        host just computed and what is likely to be used again. Nothing that is `busy` is evicted anywhere.
+        """
+        if self.device is None:
+            return TieredPrefetch(self.host.prefetch(predictions, busy), _NONE)
+        resident = self.device.cache.resident
+        lacking = [p for p in predictions if resident(p.layer, p.expert) < max(p.slices, 1)]
+        reads = self.host.prefetch(lacking, busy)
+        self.device.foresee(predictions)
+        keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy)
+        evictions: list[SliceKey] = []
+        loads: list[Load] = []
+
+        def move(layer: int, expert: int, slices: int, worth: float, gain: float) -> bool:
+            assert self.device is not None
+            load = Load(layer, expert, resident(layer, expert), slices)
+            evicted = self.device.begin(load, worth, _Lasting(keep, self.host, self.device, gain, self.pace))
+            if evicted is not None:
+                evictions.extend(evicted)
+                loads.append(load)
+                keep.add(ExpertKey(layer, expert))
+            return evicted is not None
+
+        for layer, group in groupby(lacking, key=lambda p: p.layer):
+            every = [p for p in predictions if p.layer == layer and p.slices]
+            self._move_ahead(layer, every, [p for p in group if p.slices], move)
+        for worth, gain, expert, n in self._worth_keeping():
+            move(self._planned, expert, n, worth, gain)
+        return TieredPrefetch(reads, Prefetch(tuple(evictions), tuple(loads)))
+
+    def arrived(self, load: Load) -> None:
+        """A prefetch from disk has been read."""
+        self.host.arrived(load)
+
+    def cancel(self, load: Load) -> None:
+        """A prefetch from disk will not be read: its room is free again."""
+        self.host.cancel(load)
+
+    def moved(self, load: Load) -> None:
+        """A prefetch to the device has been copied."""
+        if self.device is not None:
+            self.device.arrived(load)
+
+    def _decide(self, tasks: Sequence[Task], launch_s: float, fetch_s: float) -> Split:
+        return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
+
+    def _fetch_s(self, tasks: Sequence[Task]) -> float:
+        """Where the device has all, nothing need be planned, so the host must save that too."""
+        ready = not any(t.move_s or t.device_read_s for t in tasks)
+        return self.pace.fetch_s + (self.pace.plan_s if ready else 0.0)
+
+    def _task(self, layer: int, r: RoutedExpert) -> Task:
+        """What is on its way counts as there: it will be, before what has not begun."""
+        on_host = self.host.cache.resident(layer, r.expert)
+        on_device = on_host if self.device is None else self.device.cache.resident(layer, r.expert)
+        return self.pace.task(r.expert, r.tokens, r.slices, on_device, on_host)
+
+    def _fitting(self, layer: int, routed: Sequence[RoutedExpert], tasks: Sequence[Task], chosen: Split) -> Split:
+        """Experts with more slices than the device ever has room for stay on the host."""
+        assert self.device is not None
+        cache = self.device.cache
+        sizes = cache.sizes(layer)
+        room = next((n for n, size in enumerate(sizes) if size > cache.capacity[n]), len(sizes))
+        large = tuple(r.expert for r in routed if r.slices > room)
+        if not large:
+            return chosen
+        fits = split([t for t in tasks if t.expert not in large], self.pace.launch_s, self.pace.fetch_s)
+        host_s = sum(t.host_s + t.host_read_s for t in tasks if t.expert in large)
+        return Split(fits.device, fits.host + large, fits.seconds + host_s)
+
+    def _in_two(
+        self,
+        layer: int,
+        asked: Sequence[RoutedExpert],
+        routed: Sequence[RoutedExpert],
+        on_device: Container[int],
+        tokens: int,
+    ) -> tuple[Stage, ...]:
+        assert self.device is not None
+        there = {
+            r.expert
+            for r in routed
+            if r.expert in on_device and self.device.cache.resident(layer, r.expert) >= r.slices
+        }
+        # The host is not told of what the device has, so that it does not keep that too.
+        self.host.used(layer, [r for r in asked if r.expert not in there], tokens)
+        self.device.used(layer, asked, tokens)
+        by_host = [r for r in routed if r.expert not in there]
+        waves = self.host.plan_settled(layer, by_host, [r.slices for r in by_host]).waves
+        stages = []
+        for number, wave in enumerate(waves):
+            brought = {*wave.resident, *wave.awaited, *(load.expert for load in wave.loads)}
+            if number == 0:
+                brought |= there
+            group = [r for r in routed if r.expert in on_device and r.expert in brought]
+            device = self.device.plan_settled(layer, group, [r.slices for r in group]).waves if group else ()
+            at_once = tuple([e for e in wave.resident if e not in on_device])
+            stages.append(Stage(Wave(wave.evictions, wave.loads, at_once, wave.awaited), device))
+        return tuple(stages)
+
+    def _worth_keeping(self) -> list[tuple[float, float, int, int]]:
+        """Of what the host just computed the two that are used most: worth, gain for a token, expert, slices."""
+        assert self.device is not None
+        layer, device, found = self._planned, self.device.cache, []
+        for r in self._at_host if self.device.spare > 0 else ():
+            if device.resident(layer, r.expert) < r.slices <= self.host.there(layer, r.expert):
+                worth = _CAUTION * device.policy.worth(ExpertKey(layer, r.expert), r.slices - 1)
+                task = self.pace.task(r.expert, 1, r.slices, r.slices, r.slices)
+                gain = worth * (task.host_s - task.device_s)
+                if gain > 0:
+                    found.append((worth, gain, r.expert, r.slices))
+        return sorted(found, key=lambda item: (-item[1], item[2]))[:2]
+
+    def _move_ahead(
+        self,
+        layer: int,
+        predicted: Sequence[Prediction],
+        lacking: Sequence[Prediction],
+        move: Callable[[int, int, int, float, float], bool],
+    ) -> None:
+        """Move what of a layer is in host memory, what gains most first, as long as that gains anything."""
+        assert self.device is not None
+        likely = {p.expert: p.probability for p in lacking if self.host.there(layer, p.expert) >= p.slices}
+        tasks = [self._task(layer, RoutedExpert(p.expert, 1, 0.0, p.slices)) for p in predicted]
+        slices = {p.expert: p.slices for p in predicted}
+        while likely and self.device.spare > 0:
+            found = gains(tasks, likely, self.pace.launch_s, self.pace.fetch_s, self._decide)
+            expert = max(found, key=lambda e: (found[e], -e), default=-1)
+            if expert < 0 or found[expert] <= 0:
+                return
+            if move(layer, expert, slices[expert], likely.pop(expert), found[expert]):
+                tasks = [t if t.expert != expert else t._replace(move_s=0.0) for t in tasks]
+
+
+# What the host computed is moved for good only where it is worth so much more than what it takes the place of.
+_CAUTION = 0.7
+# What the device loses and host memory has not is read from disk when it is wanted next: within so many tokens.
+_TOKENS = 10
+
+
+class _Lasting:
+    """What no prefetch to the device evicts: what is kept, and what costs more to lose than the prefetch gains.
+
+    In host memory it can be had again; from disk it is read when it is used next.
+    """
+
+    def __init__(self, keep: Container[ExpertKey], host: Scheduler, device: Scheduler, gain: float, pace: Pace) -> None:
+        self._keep, self._host, self._device, self._gain, self._pace = keep, host.cache, device.cache, gain, pace
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, ExpertKey)
+        if key in self._keep:
+            return True
+        had, there = self._device.resident(*key), self._host.resident(*key)
+        if there >= had:
+            return False
+        task = self._pace.task(key.expert, 1, had, had, there)
+        return self._device.policy.worth(key, 0) * _TOKENS * task.host_read_s >= self._gain
+
+
+def _in_one_memory(plan: Plan, on_device: Container[int]) -> tuple[Stage, ...]:
+    stages = []
+    for wave in plan.waves:
+        coming = dict.fromkeys([*wave.awaited, *(load.expert for load in wave.loads)])
+        resident = tuple([e for e in wave.resident if e in on_device])
+        awaited = tuple([e for e in coming if e in on_device])
+        host = Wave(wave.evictions, wave.loads, tuple([e for e in wave.resident if e not in on_device]), wave.awaited)
+        stages.append(Stage(host, (Wave((), (), resident, awaited),) if resident or awaited else ()))
+    return tuple(stages)
+
+
+def _predicted(tasks: Sequence[Task], on_device: Container[int], launch_s: float) -> dict[Part, float]:
+    there = [t for t in tasks if t.expert in on_device]
+    here = [t for t in tasks if t.expert not in on_device]
+    return {
+        "host": sum(t.host_s for t in here),
+        "device": sum(t.device_s for t in there) + (launch_s if there else 0.0),
+        "move": sum(t.move_s for t in there),
+        "read": sum(t.host_read_s for t in here) + sum(t.device_read_s for t in there),
+    }
