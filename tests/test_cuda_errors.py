@@ -72,7 +72,7 @@ def test_a_lost_device_is_a_sentence_wherever_it_shows():
         fake.fail = RuntimeError("CUDA error: the launch timed out and was terminated")
         for use in (
             lambda: copy.done,
-            lambda: copy.seconds,
+            lambda: copy.span,
             copy.wait,
             device.synchronise,
             device.available_bytes,

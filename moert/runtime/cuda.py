@@ -2,9 +2,9 @@
 
 Computing happens on torch's current stream, copies of slices on a stream of their own; events order the two. Memory is
 torch's: one block for all slices. What torch takes, that block and all else, is held to a limit by
-`set_per_process_memory_fraction`; what CUDA takes besides (its context and the code of kernels) no torch knows, and is
-counted as `overhead_bytes`, what is in use when nothing is allocated yet. On an integrated GPU the host's memory, once
-it is page-locked, is device memory.
+`set_per_process_memory_fraction`. What CUDA takes besides (its context, the code of kernels) torch does not know: that
+is what is in use when nothing is allocated yet, and counted in `overhead_bytes`. On an integrated GPU the host's
+memory, once it is page-locked, is device memory.
 
 None of this has run on a device yet: it is tested with streams that behave as CUDA's are documented to.
 """
@@ -34,8 +34,11 @@ from moert.runtime.staging import StagingPool
 
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
-_OVERHEAD_MOST = 640 << 20  # what is in use beyond this belongs to other programs
+_CONTEXT_MOST = 640 << 20  # what is in use beyond this belongs to other programs
+# torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts.
+_ROUNDING = 64 << 20
 _BLOCK_WEIGHTS = 1 << 24  # raw weights that are upcast at a time: 64 MiB
+_BASE_SECONDS = 4.0  # for which an event serves others as the base of their times
 _PORTABLE, _MAPPED = 1, 2  # flags of cudaHostRegister
 
 
@@ -62,18 +65,35 @@ def describe_cuda(cuda: Cuda | None = None) -> tuple[str, str]:
     return line, reason
 
 
+class _Mark:
+    """An event, and an earlier mark from which its time is reckoned: in float32 CUDA has no microseconds of an hour."""
+
+    __slots__ = ("base", "event", "seconds")
+
+    def __init__(self, event: Any, base: _Mark | None = None, seconds: float | None = None) -> None:
+        self.event, self.base, self.seconds = event, base, seconds
+
+    def when(self) -> float | None:
+        if self.seconds is None and self.base is not None and self.event.query():
+            before = self.base.when()
+            if before is not None:
+                self.seconds = before + float(self.base.event.elapsed_time(self.event)) / 1000
+                self.base = None
+        return self.seconds
+
+
 class _CudaCopy:
-    """A copy between two events of the copy stream."""
+    """A copy between two marks of the copy stream."""
 
     __slots__ = ("_begin", "_device", "end")
 
-    def __init__(self, device: CudaDevice, begin: Any, end: Any) -> None:
+    def __init__(self, device: CudaDevice, begin: _Mark, end: _Mark) -> None:
         self._device, self._begin, self.end = device, begin, end
 
     @property
     def done(self) -> bool:
         with self._device.guard():
-            return bool(self.end.query())
+            return bool(self.end.event.query())
 
     @property
     def span(self) -> tuple[float, float] | None:
@@ -82,7 +102,7 @@ class _CudaCopy:
 
     def wait(self) -> None:
         with self._device.guard():
-            self.end.synchronize()
+            self.end.event.synchronize()
 
 
 class _Mapped:
@@ -115,13 +135,14 @@ class CudaDevice:
             self.name, self.integrated = str(found.name), bool(found.is_integrated)
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
             self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
-            self.overhead_bytes = 0 if self.integrated else self._in_use()
+            self._context = 0 if self.integrated else self._in_use()
+            self.overhead_bytes = 0 if self.integrated else self._context + _ROUNDING
             self._copying = self._module.Stream(cuda.device)
-            # Ties the clock of events to the host's.
-            self._base = self._module.Event(enable_timing=True)
-            self._base.record(self._stream())
-            self._base.synchronize()
+            base = self._module.Event(enable_timing=True)
+            base.record(self._stream())
+            base.synchronize()
             self._base_s = time.perf_counter()
+            self._base = _Mark(base, seconds=self._base_s)  # ties the clock of events to the host's
         self._limit: int | None = None
         self._locked: dict[int, Tensor] = {}
         self._staged: StagingPool | None = None
@@ -132,14 +153,14 @@ class CudaDevice:
         return translated(self.name, self._left)
 
     def limit(self, nbytes: int) -> None:
-        """Let what is allocated from here on, and CUDA's overhead, take no more than this of a discrete device.
+        """Let what is allocated, before and from here on, and CUDA itself take no more than this of a discrete device.
 
         Raises DeviceMemoryError where the overhead alone is more.
         """
         if self.integrated:  # the host's budget holds for it
             return
-        rest = nbytes - self.overhead_bytes
-        if rest <= 0:
+        rest = nbytes - self._context
+        if rest <= _ROUNDING:
             overhead = format_bytes(self.overhead_bytes)
             raise out_of_memory(self.name, f"CUDA itself takes {overhead} of the {format_bytes(nbytes)} allowed")
         self._limit = rest
@@ -184,37 +205,40 @@ class CudaDevice:
     def copy(self, source: Tensor, target: Tensor) -> Copy:
         """As the protocol says; where `source` is not locked, blocks while the pool is full."""
         with self.guard():
-            begin, end = self._module.Event(enable_timing=True), self._module.Event(enable_timing=True)
-            begin.record(self._copying)
+            begin = self._mark(self._copying)
             if self._is_locked(source):
                 with self._module.stream(self._copying):
                     target.copy_(source, non_blocking=True)
             else:
                 self._staged = self._staged or StagingPool(self._cuda, _CHUNK_BYTES, _CHUNKS)
                 self._staged.send(source, target, self._copying)
-            end.record(self._copying)
-        return _CudaCopy(self, begin, end)
+            return _CudaCopy(self, begin, self._mark(self._copying))
 
     def after(self, copies: Sequence[Copy]) -> None:
         with self.guard():
             stream = self._stream()
             for copy in copies:
                 assert isinstance(copy, _CudaCopy)
-                stream.wait_event(copy.end)
+                stream.wait_event(copy.end.event)
 
     def fence(self) -> None:
         with self.guard():
             self._copying.wait_stream(self._stream())
 
-    def mark(self) -> Any:
+    def mark(self) -> _Mark:
         with self.guard():
-            event = self._module.Event(enable_timing=True)
-            event.record(self._stream())
-        return event
+            return self._mark(self._stream())
 
-    def when(self, mark: Any) -> float | None:
+    def when(self, mark: _Mark) -> float | None:
         with self.guard():
-            return self._base_s + float(self._base.elapsed_time(mark)) / 1000 if mark.query() else None
+            return mark.when()
+
+    def _mark(self, stream: Any) -> _Mark:
+        mark = _Mark(self._module.Event(enable_timing=True), self._base)
+        mark.event.record(stream)
+        if time.perf_counter() - self._base_s > _BASE_SECONDS and self._base.when() is not None:
+            self._base, self._base_s = mark, time.perf_counter()
+        return mark
 
     def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
         if layout.raw and activation in ACTIVATIONS:
@@ -258,7 +282,7 @@ class CudaDevice:
 
     def _in_use(self) -> int:
         free, total = self._module.mem_get_info(self.torch_device)
-        return int(min(_OVERHEAD_MOST, total - free - self._module.memory_reserved(self.torch_device)))
+        return int(min(_CONTEXT_MOST, total - free - self._module.memory_reserved(self.torch_device)))
 
 
 def _bytes_of(x: Tensor) -> Tensor:
