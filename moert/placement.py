@@ -258,5 +258,5 @@ def workspace_bytes(arch: Architecture, quant: DenseQuant, positions: int, seque
     floats += 3 * HEAD_TOKENS * V
     if quant != "16":
         floats += 2 * T * max(q_size, inner, arch.hidden_size)  # integer sums beside their floats
-        floats += 4 * BLOCK_WEIGHTS
+        floats += 2 * BLOCK_WEIGHTS  # weights as they are dequantised
     return 4 * floats
