@@ -14,7 +14,7 @@ from moert.runtime.cuda import CudaDevice
 from moert.runtime.device import HostExperts
 
 from .fake_cuda import FakeCuda
-from .test_hybrid import EXPERTS, FAST, LAYERS, MIDDLING, check, make, routing, store  # noqa: F401
+from .test_hybrid import EXPERTS, FAST, LAYERS, MIDDLING, expected, make, routing, store  # noqa: F401
 
 ORDERS = ["", "copy", "compute"]
 
@@ -71,7 +71,10 @@ def test_what_comes_out_is_that_of_float64(
         runner = make(store, host, slots, hybrid=hybrid, device=device, profile=FAST if fast else MIDDLING)
         try:
             for number, (tokens, top_k, seed) in enumerate(steps):
-                check(runner, store, number % LAYERS, 3, routing(tokens, top_k, seed))
+                layer, asked = number % LAYERS, routing(tokens, top_k, seed)
+                got, want = runner(layer, *asked), expected(store, layer, 3, *asked)
+                # int8 inputs leave up to 5% of a token with one expert; what was not there yet, all of it
+                assert ((got - want).norm(dim=1) <= 0.1 * want.norm(dim=1)).all()
         finally:
             runner.close()
         assert not any(stream.work for stream in fake.streams)
