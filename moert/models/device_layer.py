@@ -1,14 +1,15 @@
 """Layers that run through torch on a device, with the parts of those that run on the host.
 
 A layer fetches its router's choice once, together with what foresight needs; its experts get their input on the device
-and leave the result there.
+and leave the result there. For a single token what comes before attention and behind it is launched from a record
+where the device has one (CUDA graphs): these are some thirty small kernels, whose launching takes longer than they do.
 """
 
 # T tokens, D hidden, H heads, d head size, K experts per token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,13 +59,17 @@ class DeviceAttention(Attention):
 
     linear, norm = DeviceLinear, DeviceNorm
 
-    def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor], runs: Sequence[Run]) -> Tensor:
+    def inputs(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [H, T, d], keys and values [J, T, d]."""
         q, k, v = self._heads(*self._project(x))
         q, k = torch.split(_rotate(torch.cat((q, k), dim=1), *rotation), [self.num_heads, self.num_kv_heads])
-        parts = [torch.split(t, [run.tokens for run in runs], 1) for t in (q, k, v.transpose(0, 1))]
+        return q, k, v.transpose(0, 1)
+
+    def attend(self, inputs: Sequence[Tensor], runs: Sequence[Run]) -> Tensor:
+        """What the heads see: [T, H * d]."""
+        parts = [torch.split(t, [run.tokens for run in runs], 1) for t in inputs]
         y = [run.cache.attend(q, k, v, run.past, self.window) for run, q, k, v in zip(runs, *parts, strict=True)]
-        result: Tensor = self.o_proj(y[0] if len(y) == 1 else torch.cat(y))
-        return result
+        return y[0] if len(y) == 1 else torch.cat(y)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,27 +81,34 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class DeviceBlock(MoEBlock):
     linear, gated_mlp = DeviceLinear, DeviceMLP
 
-    def choose(self, x: Tensor, normed: Tensor, link: Link, watched: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """What the router chooses for normed [T, D], on the host: indices int64 and weights [T, K]; and x, if watched.
+    def choose(self, normed: Tensor, bonus: Tensor | None) -> Tensor:
+        """What the router chooses for normed [T, D]: indices and weights, float32 [T, 2 * K], for one transfer.
 
-        One transfer: float32 has room for any index of an expert.
+        float32 has room for any index of an expert.
         """
-        bonus = self.bonus(len(x))
-        bonus = None if bonus is None else link.send(bonus)
         indices, weights = route(self.gate(normed), self.top_k, self.norm_topk_prob, bonus)
-        parts = [indices.float(), weights, x] if watched else [indices.float(), weights]
-        fetched = link.fetch(torch.cat(parts, dim=-1))
-        K = self.top_k
-        return fetched[:, :K].long(), fetched[:, K : 2 * K].contiguous(), fetched[:, 2 * K :].contiguous()
+        return torch.cat((indices.float(), weights), dim=-1)
+
+    def shared(self, normed: Tensor) -> Tensor | None:
+        return None if self.shared_expert is None else self._shared(self.shared_expert, normed)
 
     def add(self, x: Tensor, normed: Tensor, indices: Tensor, weights: Tensor) -> None:
-        """Add what the block makes of normed [T, D] to x."""
-        if self.shared_expert is not None:
-            x += self._shared(self.shared_expert, normed)
+        """Add what the routed experts make of normed [T, D] to x."""
         if len(x) == 1:
             self.experts.add_one(self.layer, normed, indices[0].tolist(), weights[0].tolist(), x)
         else:
             x += self.experts(self.layer, normed, indices, weights)
+
+
+class OneToken(NamedTuple):
+    """Where a single token is on the device, always: what is recorded reads and writes there.
+
+    x: float32 [1, D], the residual stream. rotation: cos and sin, float32 [1, d / 2]. attended: float32 [1, H * d].
+    """
+
+    x: Tensor
+    rotation: tuple[Tensor, Tensor]
+    attended: Tensor
 
 
 class DeviceLayer(nn.Module):
@@ -115,20 +127,70 @@ class DeviceLayer(nn.Module):
             self.mlp = DeviceMLP(dense, f"{name}.mlp", arch.hidden_act)
         self.watcher: Watcher | None = None
         self.foresight: Foresight | None = None
+        self._recorded: tuple[Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]] | None = None
 
     def run(self, x: Tensor, rotation: tuple[Tensor, Tensor], runs: Sequence[Run], link: Link) -> Tensor | None:
         """What the layer does with tokens x [T, D] on the device, in place; returns the experts chosen, on the host."""
-        x += self.self_attn.attend(self.input_layernorm(x), rotation, runs)
+        y = self.self_attn.attend(self._before(x, rotation), runs)
+        return self._end(x, self._behind(x, y, self._bonus(len(x), link)), link)
+
+    def record(self, at: OneToken, link: Link) -> None:
+        """Prepare `one`; what is in `at` is lost."""
+        if all(m.recordable for m in self.modules() if isinstance(m, DeviceMatrix)):
+            self._recorded = (
+                link.record(lambda: self._before(at.x, at.rotation)),
+                link.record(lambda: self._behind(at.x, at.attended, None)),
+            )
+
+    def one(self, at: OneToken, run: Run, link: Link) -> Tensor | None:
+        """`run` of the token `at` its place, from the record where there is one."""
+        bonus = self._bonus(1, link)
+        if self._recorded is None or bonus is not None:
+            y = self.self_attn.attend(self._before(at.x, at.rotation), [run])
+            return self._end(at.x, self._behind(at.x, y, bonus), link)
+        before, behind = self._recorded
+        at.attended.copy_(self.self_attn.attend(before(), [run]))
+        return self._end(at.x, behind(), link)
+
+    def _bonus(self, tokens: int, link: Link) -> Tensor | None:
+        bonus = self.mlp.bonus(tokens) if isinstance(self.mlp, DeviceBlock) else None
+        return None if bonus is None else link.send(bonus)
+
+    def _before(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Up to attention over what was seen: its inputs."""
+        return self.self_attn.inputs(self.input_layernorm(x), rotation)
+
+    def _behind(self, x: Tensor, y: Tensor, bonus: Tensor | None) -> tuple[Tensor, ...]:
+        """From what the heads saw, y [T, H * d], up to the routed experts: all that is not theirs is added to x.
+
+        Returns what the experts see, [T, D], and what the host wants to know: x behind attention, for a single token,
+        and the router's choice, where there is one: [T, D or 0, + 2 * K or 0].
+        """
+        x += self.self_attn.o_proj(y)
         normed = self.post_attention_layernorm(x)
-        watched = len(x) == 1 and self.watcher is not None and self.watcher.horizon > 0
+        told = [x.clone()] if len(x) == 1 else []
+        if isinstance(self.mlp, DeviceBlock):
+            told.append(self.mlp.choose(normed, bonus))
+            more = self.mlp.shared(normed)
+        else:
+            more = self.mlp(normed)
+        if more is not None:
+            x += more
+        return normed, torch.cat(told, dim=-1) if told else normed[:, :0]
+
+    def _end(self, x: Tensor, behind: Sequence[Tensor], link: Link) -> Tensor | None:
+        """The routed experts, for what `_behind` returns."""
+        normed, told = behind
+        D, watched = x.shape[1], len(x) == 1 and self.watcher is not None and self.watcher.horizon > 0
         if not isinstance(self.mlp, DeviceBlock):
             if watched:
-                self._tell(link.fetch(x))
-            x += self.mlp(normed)
+                self._tell(link.fetch(told))
             return None
-        indices, weights, seen = self.mlp.choose(x, normed, link, watched)
+        K = self.mlp.top_k
+        fetched = link.fetch(told if watched else told[:, -2 * K :].contiguous())
         if watched:
-            self._tell(seen)
+            self._tell(fetched[:, :D].contiguous())
+        indices, weights = fetched[:, -2 * K : -K].long(), fetched[:, -K:].contiguous()
         self.mlp.add(x, normed, indices, weights)
         return indices
 

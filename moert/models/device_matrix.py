@@ -82,8 +82,10 @@ def _nf4_code(device: torch.device) -> Tensor:
 class DeviceMatrix(nn.Module, ABC):
     """A matrix [N, K] in memory that `allocate` gives, which `fill` writes: x float32 [T, K] -> float32 [T, N].
 
-    dtype: in what is computed where that is not integers.
+    dtype: in what is computed where that is not integers. recordable: whether what is launched is the same for all x.
     """
+
+    recordable = True
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, allocate: Allocate) -> None:
         super().__init__()
@@ -130,6 +132,7 @@ class MatrixInt8(DeviceMatrix):
 
     codes: Tensor
     peaks: Tensor
+    recordable = False
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {"codes": (torch.int8, self.shape), "peaks": (torch.float32, self.shape[:1])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -21,3 +22,10 @@ class Link(Protocol):
 
     def fetch(self, x: Tensor) -> Tensor:
         """x of the device on the host, once it is computed."""
+
+    def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        """`function`, which reads and writes tensors that stay where they are, for many calls.
+
+        Where the device can record what it launches, and that is faster, it is done again from the record: what comes
+        back are the same tensors each time, valid until the next call. It may be called several times here.
+        """

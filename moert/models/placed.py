@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
 from moert.models.decoder import Decoder, DecoderLayer, Step
-from moert.models.device_layer import DeviceLayer, DeviceLinear, DeviceNorm, Run
+from moert.models.device_layer import DeviceLayer, DeviceLinear, DeviceNorm, OneToken, Run
 from moert.models.device_matrix import DeviceMatrix
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm
@@ -46,6 +46,7 @@ class PlacedDecoder(Decoder):
         device: Link,
     ) -> None:
         self._on_device, self._head_there, self._link = tuple(on_device), head, device
+        self._one: OneToken | None = None
         super().__init__(arch, dense, experts)
 
     def _make(self, arch: Architecture, dense: DenseTensors, experts: Experts) -> None:
@@ -93,7 +94,13 @@ class PlacedDecoder(Decoder):
         ids = torch.cat([tokens for tokens, _ in runs])
         x, there = self._embed(ids)
         compiled = runs[0][1].steppable and len(ids) <= self._most_tokens
-        cos, sin = self._link.send(torch.stack((torch.cat(cosines), torch.cat(sines))))
+        rotation = torch.stack((torch.cat(cosines), torch.cat(sines)))
+        one = self._place_of_one() if len(ids) == 1 and any(self._on_device) else None
+        if one is not None:
+            one.rotation[0].copy_(self._link.send(rotation[0]))
+            one.rotation[1].copy_(self._link.send(rotation[1]))
+        else:
+            cos, sin = self._link.send(rotation)
         spans: dict[int | None, Span] = {}
         indices = []
         for i, (layer, window, wanted) in enumerate(zip(self.layers, windows, self._on_device, strict=True)):
@@ -102,7 +109,12 @@ class PlacedDecoder(Decoder):
             chosen: Tensor | None = None
             if isinstance(layer, DeviceLayer):
                 own = [Run(cast(SplitCache, cache.split[i]), cache.length, len(tokens)) for tokens, cache in runs]
-                chosen = layer.run(x, (cos, sin), own, self._link)
+                if one is None:
+                    chosen = layer.run(x, (cos, sin), own, self._link)
+                else:
+                    if x is not one.x:
+                        x = one.x.copy_(x)
+                    chosen = layer.one(one, own[0], self._link)
             elif compiled and len(ids) == 1:
                 cast(DecoderLayer, layer).decode(x, runs[0][1].layers[i], places[0][window])
             elif compiled:
@@ -118,6 +130,18 @@ class PlacedDecoder(Decoder):
         for tokens, cache in runs:
             cache.advance(len(tokens))
         return x, there, indices
+
+    def _place_of_one(self) -> OneToken:
+        """Where a single token is on the device, and layers recorded for it."""
+        if self._one is None:
+            arch, link = self.arch, self._link
+            halves = [arch.hidden_size, arch.head_dim // 2, arch.head_dim // 2, arch.num_heads * arch.head_dim]
+            x, cos, sin, attended = (link.send(torch.zeros(1, size)) for size in halves)
+            self._one = OneToken(x, (cos, sin), attended)
+            for layer in self.layers:
+                if isinstance(layer, DeviceLayer):
+                    layer.record(self._one, link)
+        return self._one
 
     def _embed(self, ids: Tensor) -> tuple[Tensor, bool]:
         """Rows of the embedding, float32 [T, D], and whether they are on the device."""

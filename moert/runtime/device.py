@@ -116,6 +116,9 @@ class Device(Protocol):
     def fetch(self, x: Tensor) -> Tensor:
         """x of the device on the host, once it is computed."""
 
+    def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        """As `moert.models.link.Link` says."""
+
     def synchronise(self) -> None:
         """Wait until all is done. Raises DeviceError where the device was lost."""
 
@@ -260,6 +263,16 @@ class EmulatedDevice:
 
     def fetch(self, x: Tensor) -> Tensor:
         return x.clone()
+
+    def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        kept = function()
+
+        def again() -> tuple[Tensor, ...]:
+            for old, new in zip(kept, function(), strict=True):
+                old.copy_(new)
+            return kept
+
+        return again
 
     def synchronise(self) -> None:
         while self._copies:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moert.quant.expert_table import ExpertTable
 from moert.runtime.asked import ask_many, ask_one, sums_by_expert
-from moert.runtime.device import Device
+from moert.runtime.device import Copy, Device
 from moert.runtime.experts import ExpertRunner, More, Policies
 from moert.runtime.tier import DeviceTier, Entries, Moves, Part
 from moert.scheduler.assign import Pace
@@ -61,6 +61,7 @@ class HybridRunner(ExpertRunner):
         self._tier = DeviceTier(device, device_slots, store.layout, activation, self._loader.arena, self.telemetry)
         self._loader.leaving = self._tier.settle
         self._tiers = self._new_tiers()
+        self._moving: list[tuple[Load, list[tuple[SliceKey, Copy]]]] = []  # ahead of being wanted
         self._now: tuple[TieredPlan, Part] | None = None  # the layer that is computed
 
     @contextmanager
@@ -123,6 +124,7 @@ class HybridRunner(ExpertRunner):
             plan = self._tiers.plan(layer, routed, 1, squares)
             self._note(plan, [(n, 1) for n in plan.slices.values()])
             entries = {e: [(n, _FIRST, weight_of[e])] for e, n in plan.device.items()}
+            guessed = bool(self.foresight.guesses)
 
             def run(host: Plan, x: Tensor, more: More) -> Tensor:
                 sums = torch.zeros(x.shape)
@@ -130,6 +132,8 @@ class HybridRunner(ExpertRunner):
                 return sums
 
             out += self._compute_both(plan, x, entries, run)
+            if plan.host and not guessed:  # what the host computed may be worth a place on the device
+                self._prefetch([ExpertKey(layer, e) for e in experts])
         except BaseException:
             self._recover()
             raise
@@ -206,13 +210,20 @@ class HybridRunner(ExpertRunner):
         if any(tiered.host.values()):
             self._pace.measured("host", tiered.predicted["host"], self.telemetry.of(plan.layer).computed_s - began)
 
+    def _arrived(self) -> None:
+        super()._arrived()
+        moving, self._moving = self._moving, []
+        for load, copies in moving:
+            if all(copy.done for _, copy in copies):
+                self._tiers.moved(load)
+            else:
+                self._moving.append((load, copies))
+
     def _prefetch(self, busy: Sequence[ExpertKey]) -> None:
         predictions = self.foresight.predictions(self._foreseen_slices, self._far)
         ahead = self._tiers.prefetch(predictions, busy)
         self._tier.release(ahead.device.evictions)
-        for load in ahead.device.loads:
-            self._tier.move(load)
-            self._tiers.moved(load)  # whoever computes with it waits for it on the device
+        self._moving += [(load, self._tier.move(load)) for load in ahead.device.loads]
         self._loader.release(ahead.host.evictions)
         for load in ahead.host.loads:
             self._loader.start(load, ahead=True)
@@ -248,6 +259,7 @@ class HybridRunner(ExpertRunner):
 
     def _recover(self) -> None:
         self._now = None
+        self._moving.clear()
         self._tier.restart()
         super()._recover()
         self._tiers = self._new_tiers()
