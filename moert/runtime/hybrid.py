@@ -28,7 +28,7 @@ from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
 from moert.scheduler.predictor import Predictor
 from moert.scheduler.tiers import TieredPlan, Tiers
-from moert.scheduler.types import ExpertKey, Plan
+from moert.scheduler.types import ExpertKey, Load, Plan, SliceKey
 from moert.store.reader import Store
 
 _AHEAD_BYTES = 16 << 20  # moves on their way that nobody waits for: what a link takes while a few layers compute
