@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moert.models.device_matrix import ROW_STEP, DenseQuant, DeviceMatrix, bitsandbytes, dtype_of
+from moert.models.device_matrix import DenseQuant, DeviceMatrix, bitsandbytes, dtype_of
 from moert.models.layers import DenseTensors
 from moert.models.link import Link
 from moert.placement import Arena, Placement, make_dense
@@ -19,6 +19,7 @@ from moert.quant.matmul import PackedMatrix
 from moert.store.reader import Store
 
 _STEP_WEIGHTS = 1 << 22  # brought to the device at a time
+_TILE = 16  # rows of a packed matrix come in tiles
 
 
 def check_quant(quant: DenseQuant) -> None:
@@ -51,7 +52,7 @@ def load_dense(
 
 def _fill(target: DeviceMatrix, source: Tensor | PackedMatrix, torch_device: torch.device) -> None:
     N, K = target.shape
-    step = max(_STEP_WEIGHTS // K // ROW_STEP, 1) * ROW_STEP
+    step = max(_STEP_WEIGHTS // K // _TILE, 1) * _TILE
     for first in range(0, N, step):
         last = min(first + step, N)
         rows = source[first:last].float() if isinstance(source, Tensor) else source.rows(first, last)

@@ -28,12 +28,13 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """How the memory of a device is split, in bytes; `total` is the promise.
+    """How the memory of a device is split, in bytes; `total` is the promise. overhead: what the device takes by itself.
 
     On an integrated device, whose memory is the host's, there is no arena of its own.
     """
 
     total: int
+    overhead: int
     dense: int
     kv_cache: int
     workspace: int
@@ -42,7 +43,7 @@ class DeviceBudget:
 
     def line(self) -> str:
         """The split, for people."""
-        parts = ("dense", "kv_cache", "workspace", "arena")
+        parts = ("overhead", "dense", "kv_cache", "workspace", "arena")
         split = ", ".join(f"{name.replace('_', ' ')} {format_bytes(getattr(self, name))}" for name in parts)
         how = " (chosen: 80% of what is available, or all that the model can use)" if self.automatic else ""
         return f"device budget {format_bytes(self.total)}{how}: {split}"
@@ -130,7 +131,7 @@ def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offl
     # With less than the experts of a token on the device, it would compute nothing before it is moved.
     least = 0 if device.integrated else arch.top_k * sum(layout.slice_sizes[:most])
     fits = limit - workspace - least
-    if fits < 0:
+    if fits < 0 and not device.integrated:  # the memory budget says so there
         raise BudgetError(
             f"The device budget of {limit} bytes ({format_bytes(limit)}) is {format_bytes(-fits)} too small: workspace "
             f"{format_bytes(workspace)} and the experts of a token {format_bytes(least)} need at least "
@@ -143,20 +144,28 @@ def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offl
         check_quant(quant)
         known = None if device.integrated else profile  # in one memory nothing is gained by leaving keys to the host
         placement = place(
-            arch, quant, fits, run.positions, run.kv_dtype, device.torch_device, profile=known, sequences=run.alive
+            arch,
+            quant,
+            max(fits, 0),
+            run.positions,
+            run.kv_dtype,
+            device.torch_device,
+            profile=known,
+            sequences=run.alive,
         )
     every = 0 if device.integrated else run.store.experts_bytes(most)
     arena = min(limit - workspace - placement.device_bytes, every)
-    total = workspace + placement.device_bytes + arena
+    used = device.overhead_bytes + workspace + placement.device_bytes + arena
     budget = DeviceBudget(
-        config.device_budget or total,
+        config.device_budget or used,
+        device.overhead_bytes,
         placement.dense_bytes,
         placement.kv_bytes,
         workspace + placement.workspace_bytes,
         arena,
         config.device_budget is None,
     )
-    device.limit(device.overhead_bytes + budget.total)
+    device.limit(budget.total)
     on_status(f"device: {device.name}; what computes where goes by {origin}")
     slots = None
     if device.integrated:

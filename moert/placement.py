@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moert.config import PREFILL_CHUNK, format_bytes
 from moert.models.architecture import Architecture, kv_bytes
 from moert.models.device_layer import DeviceLayer, DeviceLinear, DeviceNorm
-from moert.models.device_matrix import BLOCK_WEIGHTS, KINDS, DenseQuant, DeviceMatrix, dtype_of
+from moert.models.device_matrix import BLOCK_WEIGHTS, KINDS, NF4_BLOCK, DenseQuant, DeviceMatrix, dtype_of
 from moert.models.moe import Experts
 from moert.models.placed import HEAD_TOKENS
 from moert.models.split_cache import BLOCK_FLOATS, LEAST_BLOCK
@@ -98,10 +98,13 @@ class Arena:
         return self._memory[at : at + size].view(dtype).view(tuple(shape))
 
 
-def matrix_kind(name: str, quant: DenseQuant) -> type[DeviceMatrix]:
-    """What a large matrix is on the device. A head stays at 8 bits at least: every token passes through it alone."""
+def matrix_kind(name: str, cols: int, quant: DenseQuant) -> type[DeviceMatrix]:
+    """What a large matrix is on the device.
+
+    INT8 instead of NF4 for a head, which every token passes through alone, and where rows are no multiple of a block.
+    """
     head = not name.startswith("model.layers.")
-    return KINDS["int8" if head and quant == "nf4" else quant]
+    return KINDS["int8" if quant == "nf4" and (head or cols % NF4_BLOCK) else quant]
 
 
 def make_dense(
@@ -113,7 +116,7 @@ def make_dense(
     for name in names:
         shape = specs[name].shape
         if specs[name].quantise:
-            result[name] = matrix_kind(name, quant)((shape[0], shape[1]), dtype, arena.take)
+            result[name] = matrix_kind(name, shape[1], quant)((shape[0], shape[1]), dtype, arena.take)
         else:
             result[name] = arena.take(torch.float32, shape)
     return result

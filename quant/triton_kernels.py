@@ -46,18 +46,17 @@ GATE, UP, DOWN = range(3)
 _STEP_WORDS = 1024  # of a plane, for which a program of a product with a vector asks at once
 _ROUND_NUMBERS = 512  # that a program rounds
 _SUM_ROWS = 32  # of a program of the second product with many tokens
-_INTERPRETED = not isinstance(triton.jit(lambda: None), triton.JITFunction)
 
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
     """What kernels know of a matrix when they are compiled. There is one object for each matrix of a layout.
 
-    planes: for each, its slice, offset there, bytes for a group of a tile, bits, and shift at the largest width.
+    planes: for each from the most significant, its slice, offset there, bytes for a group of a tile, and bits.
     scales: where those of each width begin in its slice. row_bytes: of a row of inputs, as `_round_kernel` has them.
     """
 
-    planes: tuple[tuple[int, int, int, int, int], ...]
+    planes: tuple[tuple[int, int, int, int], ...]
     scales: tuple[int, ...]
     widths: tuple[int, ...]
     rows: int
@@ -74,7 +73,17 @@ def _matrix(layout: ExpertLayout, matrix: int) -> _Matrix:
     planes, *_ = placed_planes(m, [(index, at[matrix]) for index, at in enumerate(starts)])
     scales = tuple(at[matrix] + m.codes_bytes(index) for index, at in enumerate(starts))
     row_bytes = m.groups * (m.group_size + 8)
-    return _Matrix(tuple(planes), scales, m.widths, m.rows, m.cols, m.tiles, m.groups, m.group_size, row_bytes)
+    return _Matrix(
+        tuple(plane[:4] for plane in planes),
+        scales,
+        m.widths,
+        m.rows,
+        m.cols,
+        m.tiles,
+        m.groups,
+        m.group_size,
+        row_bytes,
+    )
 
 
 @triton.jit
@@ -143,23 +152,31 @@ def _dots(
 ) -> tl.tensor:
     """Products of a plane's codes and the inputs over some groups, exactly: int32 [S, R].
 
-    q [S, 1]: where int8 inputs begin. words [S, R]: where the groups of rows begin; there [S, R]: which exist.
+    q [S]: where int8 inputs begin. words [S, R]: where the groups of rows begin; there [S, R]: which exist.
     """
-    CHUNKS: tl.constexpr = G * BITS // 32
     if DP4A:
+        UNROLLED: tl.constexpr = 16 if G > 32 else 8  # fours of columns: compiling more takes minutes
         fours = q.to(tl.pointer_type(tl.int32))
         total = tl.zeros([S, R], tl.int32)
-        for chunk in tl.static_range(CHUNKS):
-            word = tl.load(words + chunk * 16, mask=there, other=0)
-            for i in tl.static_range(8 // BITS):
-                codes = word if BITS == 8 else (word >> (BITS * i)) & (((1 << BITS) - 1) * 0x01010101)
-                total = _dot4(codes, tl.load(fours + (chunk * (8 // BITS) + i)), total)
+        for first in range(0, G // 4, UNROLLED):
+            for k in tl.static_range(UNROLLED):
+                if k % (8 // BITS) == 0:
+                    word = tl.load(words + (first + k) * BITS // 8 * 16, mask=there, other=0)
+                codes = word if BITS == 8 else (word >> k % (8 // BITS) * BITS) & (((1 << BITS) - 1) * 0x01010101)
+                total = _dot4(codes, tl.load(fours + first + k)[:, None], total)
         return total
     else:
+        CHUNKS: tl.constexpr = G * BITS // 32
         at = words[:, None, :] + (tl.arange(0, CHUNKS) * 16)[None, :, None]
         word = tl.reshape(tl.load(at, mask=there[:, None, :], other=0), [S * CHUNKS, R])
-        inputs = tl.load(q + tl.arange(0, G)[None, :]).to(tl.int32)
+        inputs = tl.load(q[:, None] + tl.arange(0, G)[None, :]).to(tl.int32)
         return tl.sum(tl.reshape(_codes(word, BITS), [S, G, R]) * inputs[:, :, None], axis=1)
+
+
+@triton.jit
+def _place(item: tl.tensor, index: tl.constexpr, offset: tl.constexpr) -> tl.tensor:
+    """Where something lies in the arena that begins at `offset` in slice `index` of an item's expert."""
+    return tl.multiple_of(tl.load(item + 3 + index).to(tl.int64) * 64 + offset, 64)
 
 
 @triton.jit
@@ -168,31 +185,36 @@ def _vector_product(
     item: tl.tensor,
     arena: tl.tensor,
     n: tl.tensor,
-    c: tl.constexpr,
     M: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     DP4A: tl.constexpr,
 ) -> tl.tensor:
-    """Rows n [R] of a matrix at width c times the inputs that begin at `row`: float32 [R]."""
+    """Rows n [R] of a matrix of an item's expert times the inputs that begin at `row`: float32 [R]."""
+    slices = tl.load(item)
+    at = tl.zeros([], tl.int64)
+    middle = tl.zeros([], tl.float32)
+    for c in tl.static_range(len(M.widths)):
+        at += tl.where(slices == c + 1, _place(item, c, M.scales[c]), 0)
+        middle += tl.where(slices == c + 1, ((1 << M.widths[c]) - 1) / 2, 0)
+    scales = (arena + tl.multiple_of(at, 64)).to(tl.pointer_type(tl.float16))
     side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32))
-    scales = _at(item, arena, c, M.scales[c]).to(tl.pointer_type(tl.float16))
     total = tl.zeros([S, R], tl.float32)
     for first in range(0, M.groups, S):
         group = first + tl.arange(0, S)
         there = (group < M.groups)[:, None] & (n // 16 < M.tiles)[None, :]
-        group = tl.minimum(group, M.groups - 1)[:, None]
-        cell = (n // 16 * M.groups)[None, :] + group
+        group = tl.minimum(group, M.groups - 1)
+        cell = (n // 16 * M.groups)[None, :] + group[:, None]
         dot = tl.zeros([S, R], tl.int32)
         for p in tl.static_range(len(M.planes)):
-            if M.planes[p][0] <= c:
-                words = _at(item, arena, M.planes[p][0], M.planes[p][1]).to(tl.pointer_type(tl.int32))
+            if slices > M.planes[p][0]:  # a whole program goes the same way
+                words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += cell * (M.planes[p][2] // 4) + (n % 16)[None, :]
                 part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, S, R, DP4A)
-                dot += part << (M.planes[p][4] - (M.widths[len(M.widths) - 1] - M.widths[c]))
-        level = dot.to(tl.float32) - tl.load(side + M.groups + group) * (((1 << M.widths[c]) - 1) / 2)
+                dot = (dot << M.planes[p][3]) + part
+        level = dot.to(tl.float32) - (tl.load(side + M.groups + group) * middle)[:, None]
         scale = tl.load(scales + (cell * 16 + (n % 16)[None, :]), mask=there, other=0).to(tl.float32)
-        total += level * (scale * tl.load(side + group))
+        total += level * (scale * tl.load(side + group)[:, None])
     return tl.sum(total, axis=0)
 
 
@@ -209,35 +231,29 @@ def _block_product(
     R: tl.constexpr,
 ) -> tl.tensor:
     """Rows n [R] of a matrix at width c times the inputs that begin at `row` [B], where `used`: float32 [B, R]."""
+    G: tl.constexpr = M.group
     there = n // 16 < M.tiles
     side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32))
-    scales = _at(item, arena, c, M.scales[c]).to(tl.pointer_type(tl.float16)) + n % 16
+    scales = (arena + _place(item, c, M.scales[c])).to(tl.pointer_type(tl.float16)) + n % 16
     total = tl.zeros([B, R], tl.float32)
     for group in range(M.groups):
         cell = n // 16 * M.groups + group
-        code = tl.zeros([M.group, R], tl.int32)
+        code = tl.zeros([G, R], tl.int32)
         for p in tl.static_range(len(M.planes)):
             if M.planes[p][0] <= c:
-                BITS: tl.constexpr = M.planes[p][3]
-                words = _at(item, arena, M.planes[p][0], M.planes[p][1]).to(tl.pointer_type(tl.int32))
+                words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += (cell * (M.planes[p][2] // 4) + n % 16)[None, :]
-                inner = (tl.arange(0, M.group * BITS // 32) * 16)[:, None]
-                word = tl.load(words + inner, mask=there[None, :], other=0)
-                codes = tl.reshape(_codes(word, BITS), [M.group, R])
-                code += codes << (M.planes[p][4] - (M.widths[len(M.widths) - 1] - M.widths[c]))
+                chunk = tl.arange(0, G * M.planes[p][3] // 32)
+                word = tl.load(words + (chunk * 16)[:, None], mask=there[None, :], other=0)
+                codes = tl.reshape(_codes(word, M.planes[p][3]), [G, R])
+                code = (code << M.planes[p][3]) + codes
         level = code.to(tl.float16) - ((1 << M.widths[c]) - 1) / 2
-        k = group * M.group + tl.arange(0, M.group)
+        k = group * G + tl.arange(0, G)
         inputs = tl.load(row[:, None] + k[None, :], mask=used[:, None], other=0).to(tl.float16)
         scale = tl.load(scales + cell * 16, mask=there, other=0).to(tl.float32)
         scale = tl.load(side + group, mask=used, other=0)[:, None] * scale[None, :]
         total += tl.dot(inputs, level) * scale
     return total
-
-
-@triton.jit
-def _at(item: tl.tensor, arena: tl.tensor, index: tl.constexpr, offset: tl.constexpr) -> tl.tensor:
-    """Where something lies that begins at `offset` in slice `index` of an item's expert."""
-    return arena + tl.multiple_of(tl.load(item + 3 + index).to(tl.int64) * 64 + offset, 64)
 
 
 @triton.jit
@@ -255,16 +271,16 @@ def _product(
     DP4A: tl.constexpr,
 ) -> tl.tensor:
     """Rows n [R] of a matrix of an item's expert times rows `index` [B] of the inputs, where `used`: float32 [B, R]."""
-    slices = tl.load(item)
-    total = tl.zeros([B, R], tl.float32)
-    for c in tl.static_range(len(M.widths)):
-        if slices == c + 1:  # a loop for each width, so that its planes are known; a whole program takes the same one
-            if B == 1:
-                row = x + tl.sum(index, axis=0) * M.row_bytes
-                total = _vector_product(row, item, arena, n, c, M, R, S, DP4A)[None, :]
-            else:
+    if B == 1:
+        row = x + tl.sum(index, axis=0) * M.row_bytes
+        return _vector_product(row, item, arena, n, M, R, S, DP4A)[None, :]
+    else:
+        slices = tl.load(item)
+        total = tl.zeros([B, R], tl.float32)
+        for c in tl.static_range(len(M.widths)):
+            if slices == c + 1:  # a loop for each width, so that its planes are known and asked for ahead
                 total = _block_product(x + index * M.row_bytes, used, item, arena, n, c, M, B, R)
-    return total
+        return total
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -338,6 +354,9 @@ def _sum_kernel(
         tl.debug_barrier()  # the next item may add to the same token from another thread
 
 
+_INTERPRETED = not isinstance(_dot4, triton.JITFunction)
+
+
 def _check_inputs(x: Tensor, experts: PlacedExperts, cols: int) -> None:
     if x.ndim != 2 or x.shape[1] != cols or x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"input {tuple(x.shape)} of {x.dtype} is not contiguous float32 of {cols} columns")
@@ -364,7 +383,13 @@ def _blocks(m: _Matrix, work: Work, rows: int) -> dict[str, Any]:
 
 
 def _forward(
-    x: Tensor, experts: PlacedExperts, first: _Matrix, second: _Matrix | None, then: _Matrix | None, work: Work, out: Tensor
+    x: Tensor,
+    experts: PlacedExperts,
+    first: _Matrix,
+    second: _Matrix | None,
+    then: _Matrix | None,
+    work: Work,
+    out: Tensor,
 ) -> None:
     grid = work.num_items, triton.cdiv(first.rows, first.group)
     _forward_kernel[grid](

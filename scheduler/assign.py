@@ -47,47 +47,52 @@ class Split(NamedTuple):
     seconds: float
 
 
-Decide = Callable[[Sequence[Task], float], Split]
+Decide = Callable[[Sequence[Task], float, float], Split]
+Begin = tuple[float, float]  # when the device and the host can begin
 Costs = tuple[tuple[float, float, float, float, float], ...]  # of tasks, without their experts
 _FEW, _SOME = 10, 16  # among so many experts up to four, among the heaviest so many two change sides together
 _LEAST = 1e-3  # less than this share of the time is no improvement
 _MOVING = 0.02  # a move must save so much of its time: what it evicts may be wanted again
 
 
-def all_on_device(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
+def all_on_device(tasks: Sequence[Task], launch_s: float = 0.0, fetch_s: float = 0.0) -> Split:
     """The baseline: the host computes nothing."""
-    return _split(tasks, launch_s, [True] * len(tasks))
+    return _split(tasks, (launch_s, fetch_s), False)
 
 
-def split(tasks: Sequence[Task], launch_s: float = 0.0) -> Split:
+def split(tasks: Sequence[Task], launch_s: float = 0.0, fetch_s: float = 0.0) -> Split:
     """HybriMoE's greedy split, then a few experts at a time change sides as long as all then ends earlier.
 
-    launch_s: what the device takes before it computes the first. Deterministic. Trying all splits of up to ten experts
-    finds none that ends more than 10% earlier, and of the greedy split alone some that end 40% earlier.
+    launch_s, fetch_s: what the device and the host take before they compute their first. Deterministic. No split of up
+    to ten experts was found to end more than 10% earlier by trying all; of the greedy one alone some end 40% earlier.
     """
-    # The same costs come again and again while decoding.
+    return _split(tasks, (launch_s, fetch_s), True)
+
+
+def _split(tasks: Sequence[Task], begin: Begin, hybrid: bool) -> Split:
     ranked = sorted(tasks, key=lambda t: (t[1:], t.expert))
-    return _split(ranked, launch_s, _sides(tuple([t[1:] for t in ranked]), launch_s))
+    device, host, seconds = _decide(tuple([t[1:] for t in ranked]), begin, hybrid)
+    return Split(tuple([ranked[i].expert for i in device]), tuple([ranked[i].expert for i in host]), seconds)
 
 
-def _split(tasks: Sequence[Task], launch_s: float, sides: Sequence[bool]) -> Split:
-    costs = [t[1:] for t in tasks]
-    lines = min(_orders(costs, launch_s), key=lambda lines: max(lines.ends(sides)[:2]))
-    order = lines.order(sides)
-    device = tuple([tasks[i].expert for i in order if sides[i]])
-    host = tuple([tasks[i].expert for i in order if not sides[i]])
-    return Split(device, host, max(lines.ends(sides)[:2]))
+@lru_cache(maxsize=4096)  # the same costs come again and again while decoding
+def _decide(costs: Costs, begin: Begin, hybrid: bool) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    """What the device computes, what the host, each in its order, and when all ends."""
+    reads = any(cost[3] for cost in costs)
+    found = []
+    for lines in [_Timelines(costs, begin, johnson) for johnson in ((False, True) if reads else (True,))]:
+        sides = [True] * len(costs)
+        if hybrid:
+            sides = _improved(costs, lines, _greedy(costs, begin))
+        order = lines.order(sides)
+        device, host = tuple([i for i in order if sides[i]]), tuple([i for i in order if not sides[i]])
+        found.append((max(lines.ends(sides)[:2]), device, host))
+    seconds, device, host = min(found)
+    return device, host, seconds
 
 
-@lru_cache(maxsize=4096)
-def _sides(costs: Costs, launch_s: float) -> tuple[bool, ...]:
-    """For each task whether the device computes it."""
-    found = [_improved(costs, lines, _greedy(costs, launch_s)) for lines in _orders(costs, launch_s)]
-    return min(found)[1]
-
-
-def _improved(costs: Costs, lines: _Timelines, sides: list[bool]) -> tuple[float, tuple[bool, ...]]:
-    """Better sides than these, and how good."""
+def _improved(costs: Costs, lines: _Timelines, sides: list[bool]) -> list[bool]:
+    """Better sides than these, as far as small changes lead."""
 
     def value() -> float:
         device, host, link = lines.ends(sides)
@@ -106,7 +111,7 @@ def _improved(costs: Costs, lines: _Timelines, sides: list[bool]) -> tuple[float
                 break
             for i in change:
                 sides[i] = not sides[i]
-    return best, tuple(sides)
+    return sides
 
 
 def _changes(costs: Costs, sides: Sequence[bool]) -> Iterator[tuple[int, ...]]:
@@ -121,7 +126,7 @@ def _changes(costs: Costs, sides: Sequence[bool]) -> Iterator[tuple[int, ...]]:
         yield from chain(combinations(some, 3), combinations(some, 4))
 
 
-def _greedy(costs: Costs, launch_s: float) -> list[bool]:
+def _greedy(costs: Costs, begin: Begin) -> list[bool]:
     """HybriMoE's: by falling load of what is not on the device, measured by what its move takes."""
 
     def place(i: int) -> tuple[bool, float, float]:
@@ -130,8 +135,8 @@ def _greedy(costs: Costs, launch_s: float) -> list[bool]:
 
     row = sorted(range(len(costs)), key=place)
     sides = [False] * len(costs)
-    disk = link = host = 0.0
-    device = launch_s
+    disk = link = 0.0
+    device, host = begin
     front, back = 0, len(row) - 1
     while front <= back:
         _, device_s, move_s, _, device_read_s = costs[row[front]]
@@ -156,8 +161,8 @@ class _Timelines:
     that rule too (johnson), or what has most behind it goes first: one of these is nearly always nearly best.
     """
 
-    def __init__(self, costs: Sequence[Sequence[float]], launch_s: float, johnson: bool) -> None:
-        self._costs, self._launch_s = costs, launch_s
+    def __init__(self, costs: Sequence[Sequence[float]], begin: Begin, johnson: bool) -> None:
+        self._costs, self._begin = costs, begin
 
         def place(read_s: float, move_s: float, behind_s: float) -> tuple[bool, bool, float]:
             first_s, second_s = (read_s, move_s + behind_s) if read_s else (move_s, behind_s)
@@ -176,14 +181,14 @@ class _Timelines:
 
     def ends(self, sides: Sequence[bool]) -> tuple[float, float, float]:
         """When the device, the host and the link end."""
-        disk = link = host = device = 0.0
-        begin, costs = self._launch_s, self._costs
+        disk = link = device = host = 0.0
+        (launch_s, fetch_s), costs = self._begin, self._costs
         for i, side in self._order:
             if sides[i] != side:
                 continue
             host_s, device_s, move_s, host_read_s, device_read_s = costs[i]
             if side:
-                there = begin
+                there = launch_s
                 if device_read_s:
                     disk += device_read_s
                     there = max(there, disk)
@@ -192,27 +197,27 @@ class _Timelines:
                     there = max(there, link)
                 device = max(device, there) + device_s
             else:
+                there = fetch_s
                 if host_read_s:
                     disk += host_read_s
-                    host = max(host, disk)
-                host += host_s
+                    there = max(there, disk)
+                host = max(host, there) + host_s
         return device, host, link
 
 
-def _orders(costs: Sequence[Sequence[float]], launch_s: float) -> list[_Timelines]:
-    reads = any(cost[3] for cost in costs)
-    return [_Timelines(costs, launch_s, johnson) for johnson in ((False, True) if reads else (True,))]
-
-
 def gains(
-    tasks: Sequence[Task], likely: Mapping[int, float], launch_s: float = 0.0, decide: Decide = split
+    tasks: Sequence[Task],
+    likely: Mapping[int, float],
+    launch_s: float = 0.0,
+    fetch_s: float = 0.0,
+    decide: Decide = split,
 ) -> dict[int, float]:
     """Seconds by which a layer is expected to end sooner, for each expert that could be moved to the device ahead.
 
     likely: probability of use by expert. Only those are candidates that are in host memory as a whole. All gains are
     beside what is there now: after one is chosen, ask again. HybriMoE, section 4.3.
     """
-    now = decide(tasks, launch_s).seconds
+    now = decide(tasks, launch_s, fetch_s).seconds
     found: dict[int, float] = {}
     alike: dict[tuple[float, ...], float] = {}
     for i, task in enumerate(tasks):
@@ -220,7 +225,7 @@ def gains(
             continue
         if task[1:] not in alike:
             rest = [*tasks[:i], task._replace(move_s=0.0), *tasks[i + 1 :]]
-            alike[task[1:]] = now - decide(rest, launch_s).seconds
+            alike[task[1:]] = now - decide(rest, launch_s, fetch_s).seconds
         found[task.expert] = likely[task.expert] * alike[task[1:]]
     return found
 
@@ -228,6 +233,9 @@ def gains(
 _RATE, _OUTLIER, _STEP, _MOST = 0.1, 4.0, 1.05, 64.0
 _GPU_SHARE = 0.8  # of its memory's bandwidth, where nothing is known of its kernels: what those of the host reach
 _LAUNCH_S, _LATENCY_S = 2e-5, 1e-5
+# Planning two tiers, as a share of what a layer takes more in which something has to be read: 70 us with `Tiers` on the
+# machine of which that is measured, where nothing was read.
+_PLANNING = 0.15
 
 
 class Pace:
@@ -238,7 +246,7 @@ class Pace:
 
     Where a profile has no figures of a GPU, the device is taken to compute as the host does, and the link to be half as
     fast as the host's memory; where it only lacks some, kernels are taken to reach 80% of its memory's bandwidth, and
-    prompts to gain as much by the device as single tokens do. Measuring corrects all that.
+    prompts to gain as much by the device as single tokens do. Measuring corrects all that. plan_s: what planning takes.
     """
 
     def __init__(self, profile: Profile, widths: Sequence[int], sizes: Sequence[int], unified: bool) -> None:
@@ -259,6 +267,7 @@ class Pace:
         self._latency_s = _LATENCY_S if latency is None else latency
         launch = profile.gpu_launch_overhead_s
         self._launch_s = _LAUNCH_S if launch is None else launch
+        self.plan_s = _PLANNING * profile.miss_overhead_s
         self._read_s_per_byte = 1 / profile.disk_bytes_per_s
         self._mean: dict[Part, float] = {"host": 1.0, "device": 1.0, "move": 1.0, "read": 1.0}
         self._factor = dict(self._mean)
@@ -267,6 +276,11 @@ class Pace:
     def launch_s(self) -> float:
         """Of each wave on the device, before it computes."""
         return self._launch_s * self._factor["device"]
+
+    @property
+    def fetch_s(self) -> float:
+        """What the inputs take to the host, and its results back, where it computes beside the device."""
+        return 2 * self._latency_s * self._factor["move"]
 
     def task(self, expert: int, tokens: int, slices: int, on_device: int, on_host: int) -> Task:
         """on_device, on_host: how many of the first slices are there."""

@@ -198,7 +198,7 @@ class Scheduler:
         Returns what is evicted for it, None where it is not begun.
         """
         key = ExpertKey(load.layer, load.expert)
-        if key in self._underway or self._nbytes(load) > self.ahead - sum(map(self._nbytes, self._underway.values())):
+        if key in self._underway or self._nbytes(load) > self.spare:
             return None
         if self.cache.resident(*key) != load.first:  # an earlier one evicted its base
             return None
@@ -207,6 +207,11 @@ class Scheduler:
             self._forget(evicted)
             self._underway[key] = load
         return evicted
+
+    @property
+    def spare(self) -> int:
+        """How much more may be on its way that nobody waits for."""
+        return self.ahead - sum(map(self._nbytes, self._underway.values()))
 
     def there(self, layer: int, expert: int) -> int:
         """How many slices of an expert are in memory and not on their way any more."""

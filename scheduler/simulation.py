@@ -14,7 +14,9 @@ class Settings:
     budget: bytes for experts. widths: those of the store. policy: see `POLICIES`. recalls: of the predictor, one
     for each layer ahead; none: nothing is predicted. ahead: bytes of prefetches that may be on their way at a time.
     sizes: bytes of each slice of an expert; empty: what the trace says at 4 bits, divided among the widths. router: of
-    a store that knows the harm of each expert's widths.
+    a store that knows the harm of each expert's widths. device_budget: bytes for experts in the device's memory (where
+    that is the host's too, `budget` counts, and this says that the device computes); None: the host alone computes.
+    hybrid: whether the host computes experts beside the device.
     """
 
     budget: int
@@ -26,6 +28,8 @@ class Settings:
     seed: int = 0
     sizes: tuple[int, ...] = ()
     router: BitRouter | None = None
+    device_budget: int | None = None
+    hybrid: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ class Result:
 
     hit_ratio: share of the uses of experts that found all slices in memory. stall_share: share of the time in which
     nothing computed. mean_width: bits, over uses of experts. mass_at_width: by width, the share of the router weight
-    that was computed at it; 0: left out.
+    that was computed at it; 0: left out. bytes_moved_per_token: to a device. host_share: of the uses of experts, those
+    that the host computed.
     """
 
     decode_tokens_per_s: float
@@ -44,6 +49,8 @@ class Result:
     stall_share: float
     mean_width: float
     mass_at_width: dict[int, float]
+    bytes_moved_per_token: float = 0.0
+    host_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +67,18 @@ class Simulation:
     belady: Result
     perfect_prefetch: Result
     lru: Result
+
+
+@dataclass(frozen=True, slots=True)
+class TieredSimulation:
+    """The run as asked for, with a device beside the host, and beside it:
+
+    device: without hybrid computing: the device computes every expert. host: the host alone computes, with the memory
+    for experts that it has. resident: all experts lie in the device's memory.
+    """
+
+    settings: Settings
+    run: Result
+    device: Result
+    host: Result
+    resident: Result

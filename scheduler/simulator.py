@@ -42,6 +42,8 @@ class Totals:
     reading_s: float = 0.0
     nbytes: int = 0
     prefetched: int = 0
+    moved: int = 0
+    at_host: int = 0
     uses: int = 0
     hits: int = 0
     mass: dict[int, float] = field(default_factory=dict)  # by number of slices
@@ -59,6 +61,8 @@ class Totals:
             (seconds - self.computed_s) / seconds,
             sum(bits[n] * count for n, count in self.counts.items()) / max(self.uses, 1),
             {bits[n]: self.mass[n] / whole for n in sorted(self.mass)},
+            self.moved / self.tokens,
+            self.at_host / max(self.uses, 1),
         )
 
 
@@ -122,14 +126,18 @@ class Replay:
         ]
         self.visits.append((layer, used))
         if steps[0].phase == DECODE:
-            totals = self.totals
-            totals.uses += len(plan.slices)
-            totals.hits += len(plan.waves[0].resident)
-            for r in routed:
-                n = plan.slices[r.expert]
-                totals.mass[n] = totals.mass.get(n, 0.0) + r.weight
-                totals.counts[n] = totals.counts.get(n, 0) + 1
+            self._count(routed, plan.slices, len(plan.waves[0].resident), len(used))
         return plan.waves, plan.slices
+
+    def _count(self, routed: Sequence[RoutedExpert], slices: dict[int, int], hits: int, at_host: int) -> None:
+        totals = self.totals
+        totals.at_host += at_host
+        totals.uses += len(slices)
+        totals.hits += hits
+        for r in routed:
+            n = slices[r.expert]
+            totals.mass[n] = totals.mass.get(n, 0.0) + r.weight
+            totals.counts[n] = totals.counts.get(n, 0) + 1
 
     def _decode(self, step: TraceStep, following: TraceStep | None) -> None:
         totals, disk = self.totals, self.disk
@@ -303,13 +311,19 @@ class Simulator:
         return [(settings.sizes if n else ()) or slice_sizes(n, settings.widths) for n in whole]
 
     def _asked(
-        self, settings: Settings, precision: Precision, sizes: Sequence[Sequence[int]], s: Scheduler
+        self,
+        settings: Settings,
+        precision: Precision,
+        sizes: Sequence[Sequence[int]],
+        s: Scheduler,
+        cache: SliceCache | None = None,
     ) -> tuple[
         Scheduler,
         Callable[[int, Sequence[TraceStep]], Asked],
         Callable[[TraceStep, int], list[Prediction]] | None,
     ]:
-        """Scheduler, what is asked of it, and what is predicted."""
+        """Scheduler, what is asked of it, and what is predicted: of what lacks in `cache`, its own if none is given."""
+        cache = cache or s.cache
         kept = {layer: [len(settings.widths)] * self.trace.num_experts for layer in self._moe}
         chooser: Chooser = precision.chooser(settings.widths, kept)
         mean = [sum(column) // len(self._moe) for column in zip(*sizes, strict=True)]
@@ -328,7 +342,7 @@ class Simulator:
                 if s.ladder is not None:  # the rest is worth reading only where the ladder says so
                     counts = [1] * len(counts)
                 ranked = list(enumerate(zip(guess.experts, counts, strict=True)))
-                missing = [(rank, e, n) for rank, (e, n) in ranked if s.cache.resident(guess.layer, e) < n]
+                missing = [(rank, e, n) for rank, (e, n) in ranked if cache.resident(guess.layer, e) < n]
                 odds.watch(ahead, guess.layer, [(rank, e) for rank, e, _ in missing])
                 lacking = {rank for rank, _, _ in missing}
                 found += [Prediction(guess.layer, e, 1.0, 0) for rank, (e, _) in ranked if rank not in lacking]

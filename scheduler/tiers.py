@@ -105,7 +105,7 @@ class Tiers:
                 if n
             ]
         tasks = [self._task(layer, r) for r in routed]
-        chosen = self._decide(tasks, self.pace.launch_s)
+        chosen = self._decide(tasks, self.pace.launch_s, self._fetch_s(tasks))
         if self.device is not None and self.hybrid:
             chosen = self._fitting(layer, routed, tasks, chosen)
         on_device = set(chosen.device)
@@ -154,13 +154,8 @@ class Tiers:
         for layer, group in groupby(lacking, key=lambda p: p.layer):
             every = [p for p in predictions if p.layer == layer and p.slices]
             self._move_ahead(layer, every, [p for p in group if p.slices], move)
-        for r in self._at_host:
-            layer, n = self._planned, r.slices
-            worth = _CAUTION * self.device.cache.policy.worth(ExpertKey(layer, r.expert), n - 1)
-            task = self.pace.task(r.expert, 1, n, n, n)
-            gain = worth * (task.host_s - task.device_s)
-            if gain > 0 and resident(layer, r.expert) < n <= self.host.there(layer, r.expert):
-                move(layer, r.expert, n, worth, gain)
+        for worth, gain, expert, n in self._worth_keeping():
+            move(self._planned, expert, n, worth, gain)
         return TieredPrefetch(reads, Prefetch(tuple(evictions), tuple(loads)))
 
     def arrived(self, load: Load) -> None:
@@ -176,8 +171,13 @@ class Tiers:
         if self.device is not None:
             self.device.arrived(load)
 
-    def _decide(self, tasks: Sequence[Task], launch_s: float) -> Split:
-        return split(tasks, launch_s) if self.hybrid else all_on_device(tasks, launch_s)
+    def _decide(self, tasks: Sequence[Task], launch_s: float, fetch_s: float) -> Split:
+        return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
+
+    def _fetch_s(self, tasks: Sequence[Task]) -> float:
+        """Where the device has all, nothing need be planned, so the host must save that too."""
+        ready = not any(t.move_s or t.device_read_s for t in tasks)
+        return self.pace.fetch_s + (self.pace.plan_s if ready else 0.0)
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
         """What is on its way counts as there: it will be, before what has not begun."""
@@ -194,7 +194,7 @@ class Tiers:
         large = tuple(r.expert for r in routed if r.slices > room)
         if not large:
             return chosen
-        fits = split([t for t in tasks if t.expert not in large], self.pace.launch_s)
+        fits = split([t for t in tasks if t.expert not in large], self.pace.launch_s, self.pace.fetch_s)
         host_s = sum(t.host_s + t.host_read_s for t in tasks if t.expert in large)
         return Split(fits.device, fits.host + large, fits.seconds + host_s)
 
@@ -228,6 +228,19 @@ class Tiers:
             stages.append(Stage(Wave(wave.evictions, wave.loads, at_once, wave.awaited), device))
         return tuple(stages)
 
+    def _worth_keeping(self) -> list[tuple[float, float, int, int]]:
+        """Of what the host just computed the two that are used most: worth, gain for a token, expert, slices."""
+        assert self.device is not None
+        layer, device, found = self._planned, self.device.cache, []
+        for r in self._at_host if self.device.spare > 0 else ():
+            if device.resident(layer, r.expert) < r.slices <= self.host.there(layer, r.expert):
+                worth = _CAUTION * device.policy.worth(ExpertKey(layer, r.expert), r.slices - 1)
+                task = self.pace.task(r.expert, 1, r.slices, r.slices, r.slices)
+                gain = worth * (task.host_s - task.device_s)
+                if gain > 0:
+                    found.append((worth, gain, r.expert, r.slices))
+        return sorted(found, key=lambda item: (-item[1], item[2]))[:2]
+
     def _move_ahead(
         self,
         layer: int,
@@ -238,15 +251,15 @@ class Tiers:
         """Move what of a layer is in host memory, what gains most first, as long as that gains anything."""
         assert self.device is not None
         likely = {p.expert: p.probability for p in lacking if self.host.there(layer, p.expert) >= p.slices}
+        tasks = [self._task(layer, RoutedExpert(p.expert, 1, 0.0, p.slices)) for p in predicted]
         slices = {p.expert: p.slices for p in predicted}
-        while likely:
-            tasks = [self._task(layer, RoutedExpert(e, 1, 0.0, n)) for e, n in slices.items()]
-            gain, expert = max(
-                ((g, -e) for e, g in gains(tasks, likely, self.pace.launch_s, self._decide).items()), default=(0.0, 0)
-            )
-            if gain <= 0:
+        while likely and self.device.spare > 0:
+            found = gains(tasks, likely, self.pace.launch_s, self.pace.fetch_s, self._decide)
+            expert = max(found, key=lambda e: (found[e], -e), default=-1)
+            if expert < 0 or found[expert] <= 0:
                 return
-            move(layer, -expert, slices[-expert], likely.pop(-expert), gain)
+            if move(layer, expert, slices[expert], likely.pop(expert), found[expert]):
+                tasks = [t if t.expert != expert else t._replace(move_s=0.0) for t in tasks]
 
 
 # What the host computed is moved for good only where it is worth so much more than what it takes the place of.

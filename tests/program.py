@@ -41,6 +41,8 @@ class Stats:
     bytes_prefetched_per_token: float = 512.0
     bytes_prefetched_used_per_token: float = 256.0
     bytes_prefetched_wasted_per_token: float = 128.0
+    bytes_moved_per_token: float = 0.0
+    device_share: float | None = 0.0
     width_histogram: dict[int, float] = field(default_factory=lambda: {2: 0.25, 4: 0.75})
 
     def as_dict(self) -> dict[str, Any]:

@@ -98,6 +98,8 @@ ALLOWED = {
         "store",
     },
     "slots": {"models", "quant"},
+    "placement": {"config", "models", "quant", "scheduler", "store"},
+    "dense_quant": {"models", "placement", "quant", "store"},
     "meter": {"engine", "runtime"},
     "answer": {"errors", "meter", "sampling", "tokenizer"},
     "batch": {"errors", "config", "scheduler", "sampling", "tokenizer", "engine", "slots", "meter", "answer"},

@@ -60,7 +60,7 @@ class DeviceAttention(Attention):
 
     def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor], runs: Sequence[Run]) -> Tensor:
         q, k, v = self._heads(*self._project(x))
-        q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+        q, k = torch.split(_rotate(torch.cat((q, k), dim=1), *rotation), [self.num_heads, self.num_kv_heads])
         parts = [torch.split(t, [run.tokens for run in runs], 1) for t in (q, k, v.transpose(0, 1))]
         y = [run.cache.attend(q, k, v, run.past, self.window) for run, q, k, v in zip(runs, *parts, strict=True)]
         result: Tensor = self.o_proj(y[0] if len(y) == 1 else torch.cat(y))

@@ -9,7 +9,6 @@ Inputs come in float32 and are rounded as the kind of weights asks for; results 
 from __future__ import annotations
 
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -26,7 +25,6 @@ DenseQuant = Literal["16", "int8", "nf4"]
 Allocate = Callable[[torch.dtype, tuple[int, ...]], Tensor]
 
 NF4_BLOCK = 64  # weights that share a scale: what QLoRA uses
-ROW_STEP = 64  # rows begin a block at multiples of this, whatever K is
 _OUTLIER = 6.0  # inputs from here on are multiplied in 16 bits: the threshold of LLM.int8()
 BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time
 _HALF_MAX = 65504.0
@@ -92,21 +90,17 @@ class DeviceMatrix(nn.Module, ABC):
 
     @abstractmethod
     def fill(self, first: int, weights: Tensor) -> None:
-        """Write rows first.. (a multiple of ROW_STEP), float32 [n, K] on the matrix's device."""
+        """Write rows first .. first + n: float32 [n, K] on the matrix's device."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor: ...
 
-
-class RowMatrix(DeviceMatrix):
-    """A matrix whose rows can be had one by one, as an embedding needs it."""
-
     @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows `ids`, int64 [T] on the matrix's device: float32 [T, K]."""
+        """Rows `ids`, int64 [T] on the matrix's device, as an embedding: float32 [T, K]."""
 
 
-class Matrix16(RowMatrix):
+class Matrix16(DeviceMatrix):
     """weights: [N, K] in `dtype`."""
 
     weights: Tensor
@@ -124,7 +118,7 @@ class Matrix16(RowMatrix):
         return self.weights[ids].float()
 
 
-class MatrixInt8(RowMatrix):
+class MatrixInt8(DeviceMatrix):
     """codes: int8 [N, K]. peaks: float32 [N], the largest magnitude of each row, which the code 127 stands for."""
 
     codes: Tensor
@@ -154,51 +148,53 @@ class MatrixInt8(RowMatrix):
 
 
 class MatrixNF4(DeviceMatrix):
-    """codes: uint8 [N * K / 2], two weights each. peaks: float32 [N * K / 64], the largest magnitude of each block."""
+    """codes: uint8 [N, K / 2], two weights each. peaks: float32 [N, K / 64], the largest magnitude of each block.
+
+    K is a multiple of NF4_BLOCK: bitsandbytes' blocks run on from row to row, but its CPU code (0.50) takes them to end
+    with a row.
+    """
 
     codes: Tensor
     peaks: Tensor
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        count = math.prod(self.shape)
-        return {
-            "codes": (torch.uint8, (-(-count // 2),)),
-            "peaks": (torch.float32, (-(-count // NF4_BLOCK),)),
-        }
+        N, K = self.shape
+        return {"codes": (torch.uint8, (N, K // 2)), "peaks": (torch.float32, (N, K // NF4_BLOCK))}
 
     def fill(self, first: int, weights: Tensor) -> None:
-        lib = bitsandbytes().functional
-        codes, state = lib.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
-        at = first * self.shape[1]
-        self.codes[at // 2 :][: codes.numel()] = codes.view(-1)
-        self.peaks[at // NF4_BLOCK :][: state.absmax.numel()] = state.absmax
+        lib, own = bitsandbytes().functional, slice(first, first + len(weights))
+        codes, state = lib.quantize_4bit(weights.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+        self.codes[own] = codes.view(len(weights), -1)
+        self.peaks[own] = state.absmax.view(len(weights), -1)
 
-    def _part(self, first: int, last: int) -> tuple[Tensor, Any]:
-        """Rows first..last as bitsandbytes takes them; `first` is a multiple of ROW_STEP."""
-        lib, K = bitsandbytes().functional, self.shape[1]
-        codes = self.codes[first * K // 2 : -(-last * K // 2)].view(-1, 1)
-        peaks = self.peaks[first * K // NF4_BLOCK : -(-last * K // NF4_BLOCK)]
-        code = lib.get_4bit_type("nf4", device=codes.device)
-        size = torch.Size((last - first, K))
-        return codes, lib.QuantState(
-            absmax=peaks, shape=size, code=code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype
+    def _state(self, peaks: Tensor) -> Any:
+        """What bitsandbytes wants to know of rows with these peaks."""
+        lib = bitsandbytes().functional
+        return lib.QuantState(
+            absmax=peaks.reshape(-1),
+            shape=torch.Size((len(peaks), self.shape[1])),
+            code=lib.get_4bit_type("nf4", device=peaks.device),
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=self.dtype,
         )
 
-    def floats(self, first: int, last: int) -> Tensor:
-        """Rows first..last (first a multiple of ROW_STEP) dequantised, in `dtype`."""
-        codes, state = self._part(first, last)
-        weights: Tensor = bitsandbytes().functional.dequantize_4bit(codes, state)
-        return weights.view(last - first, -1)
+    def _dequantise(self, codes: Tensor, peaks: Tensor) -> Tensor:
+        weights: Tensor = bitsandbytes().functional.dequantize_4bit(codes.reshape(-1, 1), self._state(peaks))
+        return weights.view(len(peaks), -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        N, K = self.shape
-        if x.is_cuda and len(x) == 1 and K % NF4_BLOCK == 0:  # a kernel of its own, which writes no weights
-            codes, state = self._part(0, N)
-            y: Tensor = bitsandbytes().matmul_4bit(x.to(self.dtype), codes.t(), quant_state=state)
+        if x.is_cuda and len(x) == 1:  # a kernel of its own, which writes no weights
+            codes = self.codes.view(-1, 1).t()
+            y: Tensor = bitsandbytes().matmul_4bit(x.to(self.dtype), codes, quant_state=self._state(self.peaks))
             return y.float()
-        step = max(BLOCK_WEIGHTS // K // ROW_STEP, 1) * ROW_STEP
-        parts = [product(x, self.floats(first, min(first + step, N))) for first in range(0, N, step)]
+        step = max(BLOCK_WEIGHTS // self.shape[1], 1)
+        blocks = zip(torch.split(self.codes, step), torch.split(self.peaks, step), strict=True)
+        parts = [product(x, self._dequantise(codes, peaks)) for codes, peaks in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self._dequantise(self.codes[ids], self.peaks[ids]).float()
 
 
 KINDS: dict[DenseQuant, type[DeviceMatrix]] = {"16": Matrix16, "int8": MatrixInt8, "nf4": MatrixNF4}

@@ -17,7 +17,7 @@ from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
 from moert.models.decoder import Decoder, DecoderLayer, Step
 from moert.models.device_layer import DeviceLayer, DeviceLinear, DeviceNorm, Run
-from moert.models.device_matrix import RowMatrix
+from moert.models.device_matrix import DeviceMatrix
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm
 from moert.models.link import Link
@@ -122,8 +122,8 @@ class PlacedDecoder(Decoder):
     def _embed(self, ids: Tensor) -> tuple[Tensor, bool]:
         """Rows of the embedding, float32 [T, D], and whether they are on the device."""
         weight = self.embed_tokens.weight
-        there = isinstance(weight, RowMatrix)
-        x = weight.rows(self._link.send(ids)) if isinstance(weight, RowMatrix) else gather_rows(weight, ids)
+        there = isinstance(weight, DeviceMatrix)
+        x = weight.rows(self._link.send(ids)) if isinstance(weight, DeviceMatrix) else gather_rows(weight, ids)
         if len(ids) == 1 and self._watched is not None and self._watched[0].horizon:
             self._watched[1].tell(self._link.fetch(x) if there else x, self._watched[0])
         return x, there

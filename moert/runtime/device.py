@@ -208,7 +208,8 @@ class EmulatedDevice:
         self.name = f"emulated device ({'one memory with the host' if integrated else 'memory of its own'}, no GPU)"
         self.torch_device = torch.device("cpu")
         self.total_bytes, self.overhead_bytes = total_bytes() if capacity is None else capacity, 0
-        self._capacity, self._taken = capacity, 0
+        self._own = self._capacity = capacity
+        self._taken = 0
         self._copies: deque[_LateCopy] = deque()
 
     def guard(self) -> AbstractContextManager[object]:
@@ -266,6 +267,7 @@ class EmulatedDevice:
 
     def close(self) -> None:
         self._copies.clear()
+        self._capacity, self._taken = self._own, 0
 
 
 class InterpretedDevice(EmulatedDevice):
