@@ -31,7 +31,7 @@ from moert.scheduler.profile import Profile
 from moert.store.layout import EMBEDDING, HEAD
 
 ALIGN = 256  # where each tensor begins: GPUs read best from there
-# Of a layer that attends on the host too: to wait for the device, and two small copies. Assumed: no profile has it.
+# Of a layer that attends on the host too: to wait for the device, and two small copies. Assumed where not measured.
 EXCHANGE_S = 4e-5
 _DEVICE = 1  # how accelerate's map calls the device
 
@@ -232,11 +232,12 @@ def _border(
     on_host = profile.dense_s_per_byte  # 8 bits each
     if byte_gain_s is None:
         byte_gain_s = slot_gain(profile, arch.top_k, arch.num_experts, 4)
+    latencies = [profile.host_to_device_latency_s] * 2 + [profile.gpu_launch_overhead_s]
     costs = AttentionCosts(
         position_bytes=position_bytes,
         device_bytes_per_s=bandwidth,
         host_bytes_per_s=profile.memory_bytes_per_s,
-        exchange_s=EXCHANGE_S,
+        exchange_s=EXCHANGE_S if None in latencies else sum(cast(list[float], latencies)),
         layer_s=max((in_layers * on_host - sum(parts.layer_bytes) / bandwidth) / arch.num_layers, 0.0),
         head_s=max(head * on_host - parts.head_bytes / bandwidth, 0.0),
         byte_s=byte_gain_s,
@@ -257,5 +258,5 @@ def workspace_bytes(arch: Architecture, quant: DenseQuant, positions: int, seque
     floats += 3 * HEAD_TOKENS * V
     if quant != "16":
         floats += 2 * T * max(q_size, inner, arch.hidden_size)  # integer sums beside their floats
-        floats += 4 * BLOCK_WEIGHTS
+        floats += 2 * BLOCK_WEIGHTS  # weights as they are dequantised
     return 4 * floats

@@ -8,8 +8,9 @@ so that where an expert is computed shows only in the order of float32 sums over
 
 Up to four tokens of each expert are products with vectors. They are bound by memory only if few instructions fall to a
 weight: a 32-bit word holds four columns of a row for each shift, which `dp4a` multiplies at once. Each thread asks for
-16 bytes of a plane at a time, and for all planes and chunks of its groups before it needs the first. More tokens are
-multiplied in float16 by tensor cores: codes up to 127 and levels, half-integers below 128, are exact there.
+16 bytes of a plane at a time, up to four times before it needs the first, and a processor has room for three or more
+such programs of 256 threads. More tokens are multiplied in float16 by tensor cores: codes up to 127 and levels,
+half-integers below 128, are exact there.
 
 Programs of the first product take the rows of a whole group of the second's columns, so that they can round them. OLMoE
 has 128 of them for a token (8 experts, 1024 rows in groups of 64), which is for the 8 to 24 processors of a Jetson or a
@@ -36,6 +37,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from moert.quant.format import TILE_ROWS, ExpertLayout
 from moert.quant.matmul import placed_planes
@@ -52,7 +54,7 @@ _SUM_ROWS = 32  # of a program of the second product with many tokens
 class _Matrix:
     """What kernels know of a matrix when they are compiled. There is one object for each matrix of a layout.
 
-    planes: for each from the most significant, its slice, offset there, bytes for a group of a tile, and bits.
+    planes: of each, the most significant first, its slice, offset there, bytes for a group of a tile, and bits.
     scales: where those of each width begin in its slice. row_bytes: of a row of inputs, as `_round_kernel` has them.
     """
 
@@ -67,27 +69,27 @@ class _Matrix:
     row_bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """What a program takes at once: tokens, rows, and with one token groups; whether the device has dp4a."""
+
+    B: int
+    R: int
+    S: int
+    DP4A: bool
+
+
 @lru_cache
 def _matrix(layout: ExpertLayout, matrix: int) -> _Matrix:
     m, starts = layout.matrices[matrix], starts_of(layout)
     planes, *_ = placed_planes(m, [(index, at[matrix]) for index, at in enumerate(starts)])
     scales = tuple(at[matrix] + m.codes_bytes(index) for index, at in enumerate(starts))
-    row_bytes = m.groups * (m.group_size + 8)
-    return _Matrix(
-        tuple(plane[:4] for plane in planes),
-        scales,
-        m.widths,
-        m.rows,
-        m.cols,
-        m.tiles,
-        m.groups,
-        m.group_size,
-        row_bytes,
-    )
+    G, kept = m.group_size, tuple(plane[:4] for plane in planes)
+    return _Matrix(kept, scales, m.widths, m.rows, m.cols, m.tiles, m.groups, G, m.groups * (G + 8))
 
 
 @triton.jit
-def _rounded(x: tl.tensor) -> tl.tuple:
+def _rounded(x: tensor) -> tl.tuple:
     """Groups x [., G] as int8 per group: codes, their scale and their sum, all float32.
 
     Products must not be fused with sums here, or ties would fall differently: launch with enable_fp_fusion=False.
@@ -103,7 +105,7 @@ def _rounded(x: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
-def _put_rounded(x: tl.tensor, row: tl.tensor, group: tl.tensor, used: tl.tensor, M: tl.constexpr) -> None:
+def _put_rounded(x: tensor, row: tensor, group: tensor, used: tensor, M: constexpr) -> None:
     """Rounds x [., G] and makes it groups `group` of the rows of inputs that begin at `row`, where `used`."""
     code, scale, total = _rounded(x)
     k = group[:, None] * M.group + tl.arange(0, M.group)[None, :]
@@ -114,17 +116,17 @@ def _put_rounded(x: tl.tensor, row: tl.tensor, group: tl.tensor, used: tl.tensor
 
 
 @triton.jit
-def _round_kernel(x: tl.tensor, out: tl.tensor, M: tl.constexpr, S: tl.constexpr) -> None:
+def _round_kernel(x: tensor, out: tensor, M: constexpr, S: constexpr) -> None:
     """Rows x [T, K] as inputs of products: int8 [groups * G], then float32 scales and sums of codes [groups] each."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * S + tl.arange(0, S)
     k = group[:, None] * M.group + tl.arange(0, M.group)[None, :]
-    row = out + token * M.row_bytes + tl.zeros([S], tl.int32)
+    row = out + token * M.row_bytes + tl.full([S], 0, tl.int32)
     _put_rounded(tl.load(x + token * M.cols + k, mask=k < M.cols, other=0), row, group, group < M.groups, M)
 
 
 @triton.jit
-def _codes(word: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+def _codes(word: tensor, BITS: constexpr) -> tensor:
     """The codes of the columns that 32-bit words [chunks, rows] of a plane hold: int32 [chunks, columns, rows]."""
     lane = tl.arange(0, 32 // BITS)
     shift = lane % 4 * 8 + lane // 4 * BITS
@@ -132,7 +134,7 @@ def _codes(word: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _dot4(codes: tl.tensor, inputs: tl.tensor, total: tl.tensor) -> tl.tensor:
+def _dot4(codes: tensor, inputs: tensor, total: tensor) -> tensor:
     """total plus the sum of products of four unsigned bytes and four signed ones."""
     return tl.inline_asm_elementwise(
         "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, inputs, total], dtype=tl.int32, is_pure=True, pack=1
@@ -140,24 +142,15 @@ def _dot4(codes: tl.tensor, inputs: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _dots(
-    q: tl.tensor,
-    words: tl.tensor,
-    there: tl.tensor,
-    BITS: tl.constexpr,
-    G: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    DP4A: tl.constexpr,
-) -> tl.tensor:
+def _dots(q: tensor, words: tensor, there: tensor, BITS: constexpr, G: constexpr, C: constexpr) -> tensor:
     """Products of a plane's codes and the inputs over some groups, exactly: int32 [S, R].
 
     q [S]: where int8 inputs begin. words [S, R]: where the groups of rows begin; there [S, R]: which exist.
     """
-    if DP4A:
+    if C.DP4A:
         UNROLLED: tl.constexpr = 16 if G > 32 else 8  # fours of columns: compiling more takes minutes
         fours = q.to(tl.pointer_type(tl.int32))
-        total = tl.zeros([S, R], tl.int32)
+        total = tl.full([C.S, C.R], 0, tl.int32)
         for first in range(0, G // 4, UNROLLED):
             for k in tl.static_range(UNROLLED):
                 if k % (8 // BITS) == 0:
@@ -168,84 +161,66 @@ def _dots(
     else:
         CHUNKS: tl.constexpr = G * BITS // 32
         at = words[:, None, :] + (tl.arange(0, CHUNKS) * 16)[None, :, None]
-        word = tl.reshape(tl.load(at, mask=there[:, None, :], other=0), [S * CHUNKS, R])
+        word = tl.reshape(tl.load(at, mask=there[:, None, :], other=0), [C.S * CHUNKS, C.R])
         inputs = tl.load(q[:, None] + tl.arange(0, G)[None, :]).to(tl.int32)
-        return tl.sum(tl.reshape(_codes(word, BITS), [S, G, R]) * inputs[:, :, None], axis=1)
+        return tl.sum(tl.reshape(_codes(word, BITS), [C.S, G, C.R]) * inputs[:, :, None], axis=1)
 
 
 @triton.jit
-def _place(item: tl.tensor, index: tl.constexpr, offset: tl.constexpr) -> tl.tensor:
+def _place(item: tensor, index: constexpr, offset: constexpr) -> tensor:
     """Where something lies in the arena that begins at `offset` in slice `index` of an item's expert."""
     return tl.multiple_of(tl.load(item + 3 + index).to(tl.int64) * 64 + offset, 64)
 
 
 @triton.jit
-def _vector_product(
-    row: tl.tensor,
-    item: tl.tensor,
-    arena: tl.tensor,
-    n: tl.tensor,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    DP4A: tl.constexpr,
-) -> tl.tensor:
+def _vector_product(row: tensor, item: tensor, arena: tensor, n: tensor, M: constexpr, C: constexpr) -> tensor:
     """Rows n [R] of a matrix of an item's expert times the inputs that begin at `row`: float32 [R]."""
     slices = tl.load(item)
-    at = tl.zeros([], tl.int64)
-    middle = tl.zeros([], tl.float32)
+    scales, middle = arena, tl.full([], 0, tl.float32)
     for c in tl.static_range(len(M.widths)):
-        at += tl.where(slices == c + 1, _place(item, c, M.scales[c]), 0)
-        middle += tl.where(slices == c + 1, ((1 << M.widths[c]) - 1) / 2, 0)
-    scales = (arena + tl.multiple_of(at, 64)).to(tl.pointer_type(tl.float16))
+        if slices == c + 1:
+            scales, middle = arena + _place(item, c, M.scales[c]), tl.full([], ((1 << M.widths[c]) - 1) / 2, tl.float32)
+    halves = scales.to(tl.pointer_type(tl.float16))
     side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32))
-    total = tl.zeros([S, R], tl.float32)
-    for first in range(0, M.groups, S):
-        group = first + tl.arange(0, S)
+    total = tl.full([C.S, C.R], 0, tl.float32)
+    for first in range(0, M.groups, C.S):
+        group = first + tl.arange(0, C.S)
         there = (group < M.groups)[:, None] & (n // 16 < M.tiles)[None, :]
         group = tl.minimum(group, M.groups - 1)
         cell = (n // 16 * M.groups)[None, :] + group[:, None]
-        dot = tl.zeros([S, R], tl.int32)
+        dot = tl.full([C.S, C.R], 0, tl.int32)
         for p in tl.static_range(len(M.planes)):
             if slices > M.planes[p][0]:  # a whole program goes the same way
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += cell * (M.planes[p][2] // 4) + (n % 16)[None, :]
-                part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, S, R, DP4A)
+                part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, C)
                 dot = (dot << M.planes[p][3]) + part
         level = dot.to(tl.float32) - (tl.load(side + M.groups + group) * middle)[:, None]
-        scale = tl.load(scales + (cell * 16 + (n % 16)[None, :]), mask=there, other=0).to(tl.float32)
+        scale = tl.load(halves + (cell * 16 + (n % 16)[None, :]), mask=there, other=0).to(tl.float32)
         total += level * (scale * tl.load(side + group)[:, None])
     return tl.sum(total, axis=0)
 
 
 @triton.jit
 def _block_product(
-    row: tl.tensor,
-    used: tl.tensor,
-    item: tl.tensor,
-    arena: tl.tensor,
-    n: tl.tensor,
-    c: tl.constexpr,
-    M: tl.constexpr,
-    B: tl.constexpr,
-    R: tl.constexpr,
-) -> tl.tensor:
+    row: tensor, used: tensor, item: tensor, arena: tensor, n: tensor, c: constexpr, M: constexpr, C: constexpr
+) -> tensor:
     """Rows n [R] of a matrix at width c times the inputs that begin at `row` [B], where `used`: float32 [B, R]."""
     G: tl.constexpr = M.group
     there = n // 16 < M.tiles
     side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32))
     scales = (arena + _place(item, c, M.scales[c])).to(tl.pointer_type(tl.float16)) + n % 16
-    total = tl.zeros([B, R], tl.float32)
+    total = tl.full([C.B, C.R], 0, tl.float32)
     for group in range(M.groups):
         cell = n // 16 * M.groups + group
-        code = tl.zeros([G, R], tl.int32)
+        code = tl.full([G, C.R], 0, tl.int32)
         for p in tl.static_range(len(M.planes)):
             if M.planes[p][0] <= c:
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += (cell * (M.planes[p][2] // 4) + n % 16)[None, :]
                 chunk = tl.arange(0, G * M.planes[p][3] // 32)
                 word = tl.load(words + (chunk * 16)[:, None], mask=there[None, :], other=0)
-                codes = tl.reshape(_codes(word, M.planes[p][3]), [G, R])
+                codes = tl.reshape(_codes(word, M.planes[p][3]), [G, C.R])
                 code = (code << M.planes[p][3]) + codes
         level = code.to(tl.float16) - ((1 << M.widths[c]) - 1) / 2
         k = group * G + tl.arange(0, G)
@@ -258,96 +233,80 @@ def _block_product(
 
 @triton.jit
 def _product(
-    x: tl.tensor,
-    index: tl.tensor,
-    used: tl.tensor,
-    item: tl.tensor,
-    arena: tl.tensor,
-    n: tl.tensor,
-    M: tl.constexpr,
-    B: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    DP4A: tl.constexpr,
-) -> tl.tensor:
+    x: tensor, index: tensor, used: tensor, item: tensor, arena: tensor, n: tensor, M: constexpr, C: constexpr
+) -> tensor:
     """Rows n [R] of a matrix of an item's expert times rows `index` [B] of the inputs, where `used`: float32 [B, R]."""
-    if B == 1:
+    if C.B == 1:
         row = x + tl.sum(index, axis=0) * M.row_bytes
-        return _vector_product(row, item, arena, n, M, R, S, DP4A)[None, :]
+        return _vector_product(row, item, arena, n, M, C)[None, :]
     else:
         slices = tl.load(item)
-        total = tl.zeros([B, R], tl.float32)
+        total = tl.full([C.B, C.R], 0, tl.float32)
         for c in tl.static_range(len(M.widths)):
             if slices == c + 1:  # a loop for each width, so that its planes are known and asked for ahead
-                total = _block_product(x + index * M.row_bytes, used, item, arena, n, c, M, B, R)
+                total = _block_product(x + index * M.row_bytes, used, item, arena, n, c, M, C)
         return total
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _forward_kernel(
-    x: tl.tensor,
-    arena: tl.tensor,
-    work: tl.tensor,
-    out: tl.tensor,
-    num_pairs: tl.tensor,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    NEXT: tl.constexpr,
-    B: tl.constexpr,
-    S: tl.constexpr,
-    DP4A: tl.constexpr,
+    x: tensor,
+    arena: tensor,
+    work: tensor,
+    out: tensor,
+    num_pairs: tensor,
+    FIRST: constexpr,
+    SECOND: constexpr,
+    NEXT: constexpr,
+    C: constexpr,
 ) -> None:
     """out[p] = w(x[order[p]]) for the pairs p of an item and a group of rows; with SECOND silu(w(x)) * v(x), rounded
     to be inputs of NEXT."""
-    R: tl.constexpr = FIRST.group
     item = work + 2 * num_pairs + tl.program_id(0) * (3 + len(FIRST.widths))
     first = tl.load(item + 1)
-    position = first + tl.arange(0, B)
+    position = first + tl.arange(0, C.B)
     used = position < first + tl.load(item + 2)
     token = tl.load(work + position, mask=used, other=0).to(tl.int64)
     position = position.to(tl.int64)
-    n = tl.program_id(1) * R + tl.arange(0, R)
-    result = _product(x, token, used, item, arena, n, FIRST, B, R, S, DP4A)
+    n = tl.program_id(1) * C.R + tl.arange(0, C.R)
+    result = _product(x, token, used, item, arena, n, FIRST, C)
     if SECOND is None:
         target = out + position[:, None] * FIRST.rows + n[None, :]
         tl.store(target, result, mask=used[:, None] & (n < FIRST.rows)[None, :])
     else:
-        result = result / (1 + tl.exp(-result)) * _product(x, token, used, item, arena, n, SECOND, B, R, S, DP4A)
-        group = tl.program_id(1) + tl.zeros([B], tl.int32)
+        result = result / (1 + tl.exp(-result)) * _product(x, token, used, item, arena, n, SECOND, C)
+        group = tl.program_id(1) + tl.full([C.B], 0, tl.int32)
         _put_rounded(result, out + position * NEXT.row_bytes, group, used, NEXT)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_items"])
 def _sum_kernel(
-    h: tl.tensor,
-    arena: tl.tensor,
-    work: tl.tensor,
-    out: tl.tensor,
-    num_pairs: tl.tensor,
-    num_items: tl.tensor,
-    M: tl.constexpr,
-    B: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    DP4A: tl.constexpr,
+    h: tensor,
+    arena: tensor,
+    work: tensor,
+    out: tensor,
+    num_pairs: tensor,
+    num_items: tensor,
+    M: constexpr,
+    C: constexpr,
 ) -> None:
     """out[order[p]] += weights[p] * down(h[p]) for all pairs of a range of tokens and a block of rows.
 
     The program alone owns these sums and takes its items one after the other: no atomics, one order.
     """
-    n = tl.program_id(0) * R + tl.arange(0, R)
+    n = tl.program_id(0) * C.R + tl.arange(0, C.R)
     items = work + 2 * num_pairs
     starts = items + num_items * (3 + len(M.widths)) + tl.program_id(1)
     last = tl.load(starts + 1)
     for number in range(tl.load(starts), last):
         item = items + number * (3 + len(M.widths))
         first = tl.load(item + 1)
-        position = first + tl.arange(0, B)
+        position = first + tl.arange(0, C.B)
         used = position < first + tl.load(item + 2)
         token = tl.load(work + position, mask=used, other=0).to(tl.int64)
         weights = (work + num_pairs).to(tl.pointer_type(tl.float32))
         weight = tl.load(weights + position, mask=used, other=0)
-        result = _product(h, position.to(tl.int64), used, item, arena, n, M, B, R, S, DP4A)
+        result = _product(h, position.to(tl.int64), used, item, arena, n, M, C)
         target = out + token[:, None] * M.rows + n[None, :]
         mask = used[:, None] & (n < M.rows)[None, :]
         tl.store(target, tl.load(target, mask=mask, other=0) + weight[:, None] * result, mask=mask)
@@ -371,30 +330,24 @@ def _round(x: Tensor, m: _Matrix) -> Tensor:
     return out
 
 
-def _blocks(m: _Matrix, work: Work, rows: int) -> dict[str, Any]:
-    """How programs of `rows` rows of a matrix take them."""
-    if work.block > 1:
-        # At most 32 numbers of the sum for each thread: as many again are the other factor of gate and up.
-        warps = 4 if work.block * rows <= 4096 else 8
-        return {"B": work.block, "S": 1, "DP4A": False, "num_warps": warps, "num_stages": 2}
+@lru_cache
+def _launch(m: _Matrix, tokens: int, rows: int) -> dict[str, Any]:
+    """How programs for so many tokens and rows of a matrix are launched."""
+    if tokens > 1:
+        warps = 4 if tokens < 64 else 8  # else registers do not suffice for the sums of gate beside those of up
+        return {"C": _Tile(tokens, rows, 1, False), "num_warps": warps, "num_stages": 2}
     step = min(max(_STEP_WORDS // rows, 1), triton.next_power_of_2(m.groups))
     warps = max(step * rows // 128, 1)  # a thread asks for four words
-    return {"B": 1, "S": step, "DP4A": not _INTERPRETED, "num_warps": warps, "num_stages": 1}
+    return {"C": _Tile(1, rows, step, not _INTERPRETED), "num_warps": warps, "num_stages": 1}
 
 
 def _forward(
-    x: Tensor,
-    experts: PlacedExperts,
-    first: _Matrix,
-    second: _Matrix | None,
-    then: _Matrix | None,
-    work: Work,
-    out: Tensor,
+    x: Tensor, experts: PlacedExperts, matrices: Sequence[_Matrix], then: _Matrix | None, work: Work, out: Tensor
 ) -> None:
-    grid = work.num_items, triton.cdiv(first.rows, first.group)
-    _forward_kernel[grid](
-        x, experts.arena, work.numbers, out, work.num_pairs, FIRST=first, SECOND=second, NEXT=then,
-        **_blocks(first, work, first.group), enable_fp_fusion=False,
+    first, second = matrices[0], matrices[1] if then else None
+    _forward_kernel[work.num_items, triton.cdiv(first.rows, first.group)](
+        _round(x, first), experts.arena, work.numbers, out, work.num_pairs,
+        FIRST=first, SECOND=second, NEXT=then, **_launch(first, work.block, first.group), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -409,7 +362,7 @@ def products(x: Tensor, experts: PlacedExperts, matrix: int, tokens_of: Sequence
     work = plan_work(experts, tokens_of, None, x.shape[0])
     out = torch.empty(work.num_pairs, m.rows, device=x.device)
     if work.num_items:
-        _forward(_round(x, m), experts, m, None, None, work, out)
+        _forward(x, experts, [m], None, work, out)
     return out
 
 
@@ -430,8 +383,8 @@ def add_experts(
     if not work.num_items:
         return
     h = torch.empty(work.num_pairs, down.row_bytes, dtype=torch.int8, device=x.device)
-    _forward(_round(x, gate), experts, gate, up, down, work, h)
+    _forward(x, experts, (gate, up), down, work, h)
     rows = TILE_ROWS if work.block == 1 else _SUM_ROWS
     _sum_kernel[triton.cdiv(down.rows, rows), work.num_ranges](
-        h, experts.arena, work.numbers, out, work.num_pairs, work.num_items, M=down, R=rows, **_blocks(down, work, rows)
+        h, experts.arena, work.numbers, out, work.num_pairs, work.num_items, M=down, **_launch(down, work.block, rows)
     )

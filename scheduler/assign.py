@@ -51,6 +51,7 @@ Decide = Callable[[Sequence[Task], float, float], Split]
 Begin = tuple[float, float]  # when the device and the host can begin
 Costs = tuple[tuple[float, float, float, float, float], ...]  # of tasks, without their experts
 _FEW, _SOME = 10, 16  # among so many experts up to four, among the heaviest so many two change sides together
+_NEAR = 0.05  # what is so near to the best that can be is not improved
 _LEAST = 1e-3  # less than this share of the time is no improvement
 _MOVING = 0.02  # a move must save so much of its time: what it evicts may be wanted again
 
@@ -79,51 +80,77 @@ def _split(tasks: Sequence[Task], begin: Begin, hybrid: bool) -> Split:
 def _decide(costs: Costs, begin: Begin, hybrid: bool) -> tuple[tuple[int, ...], tuple[int, ...], float]:
     """What the device computes, what the host, each in its order, and when all ends."""
     reads = any(cost[3] for cost in costs)
-    found = []
+    enough = (1 + _NEAR) * _bound(costs, begin) if hybrid else 0.0
+    best: tuple[float, tuple[int, ...], tuple[int, ...]] | None = None
     for lines in [_Timelines(costs, begin, johnson) for johnson in ((False, True) if reads else (True,))]:
         sides = [True] * len(costs)
         if hybrid:
-            sides = _improved(costs, lines, _greedy(costs, begin))
+            sides = _improved(costs, lines, _greedy(costs, begin), enough)
         order = lines.order(sides)
         device, host = tuple([i for i in order if sides[i]]), tuple([i for i in order if not sides[i]])
-        found.append((max(lines.ends(sides)[:2]), device, host))
-    seconds, device, host = min(found)
-    return device, host, seconds
+        found = max(lines.ends(sides)[:2]), device, host
+        best = found if best is None or found < best else best
+        if best[0] <= enough:
+            break
+    assert best is not None
+    return best[1], best[2], best[0]
 
 
-def _improved(costs: Costs, lines: _Timelines, sides: list[bool]) -> list[bool]:
+def _bound(costs: Costs, begin: Begin) -> float:
+    """No split ends earlier: it is a mean of when host and device, or host and link, end, by several weights."""
+    if not costs:
+        return 0.0
+    launch_s, fetch_s = begin
+    found = sum(min(cost[3], cost[4]) for cost in costs) + min(min(cost[0], cost[1]) for cost in costs)
+    alone = fetch_s + sum([cost[0] for cost in costs]), launch_s + sum([cost[1] for cost in costs])
+    for weight in (0.1, 0.3, 0.5, 0.7, 0.9):
+        other = 1 - weight
+        mean = sum([min(weight * cost[0], other * cost[1]) for cost in costs])
+        moving = sum([min(weight * cost[0], other * cost[2]) for cost in costs])
+        found = max(found, min(*alone, mean + weight * fetch_s + other * launch_s), moving)
+    return found
+
+
+def _improved(costs: Costs, lines: _Timelines, sides: list[bool], enough: float) -> list[bool]:
     """Better sides than these, as far as small changes lead."""
 
-    def value() -> float:
+    def value() -> tuple[float, bool]:
         device, host, link = lines.ends(sides)
-        return max(device, host) + _MOVING * link
+        return max(device, host) + _MOVING * link, device >= host
 
-    best = value()
+    best, late = value()
     better = True
     while better:
         better = False
-        for change in _changes(costs, sides):
+        for change in _changes(costs, sides, late, best <= enough):
             for i in change:
                 sides[i] = not sides[i]
-            found = value()
+            found, side = value()
             if found < best * (1 - _LEAST):
-                best, better = found, True
+                best, late, better = found, side, True
                 break
             for i in change:
                 sides[i] = not sides[i]
     return sides
 
 
-def _changes(costs: Costs, sides: Sequence[bool]) -> Iterator[tuple[int, ...]]:
-    """Tasks to change sides: one, then several at a time. Of a kind that is on one side two are enough."""
+def _changes(costs: Costs, sides: Sequence[bool], late: bool, enough: bool) -> Iterator[tuple[int, ...]]:
+    """Tasks to change sides: one, then, if that was not enough, several, of which one is on the side that ends last.
+
+    Of a kind that is on one side two are enough.
+    """
     kinds: dict[object, list[int]] = {}
     for i, pair in enumerate(zip(costs, sides, strict=True)):
         kinds.setdefault(pair, []).append(i)
     some = sorted((i for kind in kinds.values() for i in kind[:2]), key=lambda i: -costs[i][0])
     yield from ((i,) for i in some)
-    yield from combinations(some[:_SOME], 2)
-    if len(costs) <= _FEW:
-        yield from chain(combinations(some, 3), combinations(some, 4))
+    several = [combinations(() if enough else some[:_SOME], 2)]
+    if len(costs) <= _FEW and not enough:
+        alike = max(costs)[0] < 2 * min(costs)[0]  # as for single tokens, where four have little to gain
+        several += [combinations(some, size) for size in ((3,) if alike else (3, 4))]
+    for change in chain.from_iterable(several):
+        if any(sides[i] == late for i in change):
+            yield change
 
 
 def _greedy(costs: Costs, begin: Begin) -> list[bool]:

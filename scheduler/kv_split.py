@@ -108,8 +108,6 @@ def slot_gain(profile: Profile, top_k: int, num_experts: int, width: int) -> flo
 
     It is read by as large a share of tokens as a router chooses of the experts, by the device instead of the host.
     """
-    on_device = profile.gpu_expert_s_per_byte
-    if not on_device:
+    if not profile.gpu_expert_s_per_byte:
         return 0.0
-    nearest = min(on_device, key=lambda known: (abs(known - width), known))
-    return top_k / num_experts * max(profile.expert_cost(width) - on_device[nearest], 0.0)
+    return top_k / num_experts * max(profile.expert_cost(width) - profile.gpu_expert_cost(width), 0.0)

@@ -115,19 +115,34 @@ class TieredReplay(Replay):
             self._release(stage.host.evictions)
             reads = self._hurry(layer, stage.host.awaited)
             reads += [(load, self._submit(load)) for load in stage.host.loads]
-            begun = self.now
+            begun, waiting = self.now, {load.expert for load, _ in reads}
+            first = stage.device[0].loads if stage.device else ()
+            moves = {load: self._move(load, begun) for load in first if load.expert not in waiting}
             if number == 0:
                 self._look_ahead(layer, step)
-            self._stage(layer, stage, plan, reads, begun)
+            self._stage(layer, stage, plan, reads, begun, moves)
+
+    def _move(self, load: Load, since: float) -> float:
+        """Begin a copy, behind those begun before, and not before `since`; returns when it ends."""
+        self._link = max(self._link, since) + self.costs.copy_s(load)
+        self.totals.moved += self.costs.nbytes(load)
+        return self._link
 
     def _stage(
-        self, layer: int, stage: Stage, plan: TieredPlan, reads: Sequence[tuple[Load, Read]], begun: float
+        self,
+        layer: int,
+        stage: Stage,
+        plan: TieredPlan,
+        reads: Sequence[tuple[Load, Read]],
+        begun: float,
+        moves: dict[Load, float],
     ) -> None:
-        """Host and device side by side. begun: when the device was told what to compute, before the look ahead."""
+        """Host and device side by side. begun: when the device was told what to compute, before the look ahead; moves:
+        those begun then, and when they end."""
         costs, came = self.costs, dict[int, float]()
         for load, read in reads:
             came[load.expert] = max(came.get(load.expert, 0.0), self.disk.wait(read))
-        busy = self._device_waves(layer, stage.device, plan, came, begun)
+        busy = self._device_waves(layer, stage.device, plan, came, begun, moves)
         host = self.now
         coming = sorted((e for e in came if plan.host.get(e)), key=came.__getitem__)
         if stage.host.resident or coming:
@@ -149,7 +164,13 @@ class TieredReplay(Replay):
                 self._arrive(load)
 
     def _device_waves(
-        self, layer: int, waves: Sequence[Wave], plan: TieredPlan, came: dict[int, float], begun: float
+        self,
+        layer: int,
+        waves: Sequence[Wave],
+        plan: TieredPlan,
+        came: dict[int, float],
+        begun: float,
+        moves: dict[Load, float],
     ) -> list[tuple[float, float]]:
         """What the device computes, from when to when."""
         costs, busy = self.costs, list[tuple[float, float]]()
@@ -168,9 +189,8 @@ class TieredReplay(Replay):
                 there[load.expert] = max(there[load.expert], self._moving.pop(load))
                 self._tiers.moved(load)
             for load in sorted(wave.loads, key=lambda load: came.get(load.expert, 0.0)):
-                self._link = max(self._link, start, came.get(load.expert, 0.0)) + costs.copy_s(load)
-                there[load.expert] = max(there.get(load.expert, 0.0), self._link)
-                self.totals.moved += costs.nbytes(load)
+                done = moves.get(load) or self._move(load, max(start, came.get(load.expert, 0.0)))
+                there[load.expert] = max(there.get(load.expert, 0.0), done)
             for e in sorted(there, key=there.__getitem__):
                 compute([e], there[e])
         return busy
@@ -195,9 +215,7 @@ class TieredReplay(Replay):
             self._ahead[load] = self._submit(load, ahead=True)
             self.totals.prefetched += self.costs.nbytes(load)
         for load in prefetch.device.loads:
-            self._link = max(self._link, self.now) + self.costs.copy_s(load)
-            self._moving[load] = self._link
-            self.totals.moved += self.costs.nbytes(load)
+            self._moving[load] = self._move(load, self.now)
 
 
 def _covered(spans: Sequence[tuple[float, float]], since: float, until: float) -> float:

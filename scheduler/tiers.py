@@ -105,7 +105,7 @@ class Tiers:
                 if n
             ]
         tasks = [self._task(layer, r) for r in routed]
-        chosen = self._decide(tasks, self.pace.launch_s, self._fetch_s(tasks))
+        chosen = self._split(tasks)
         if self.device is not None and self.hybrid:
             chosen = self._fitting(layer, routed, tasks, chosen)
         on_device = set(chosen.device)
@@ -128,8 +128,8 @@ class Tiers:
         """What to read into host memory and what to move to the device, ahead of the layers to come.
 
         predictions: layer by layer, of all experts expected with the slices wanted, also of those that host memory has:
-        these can be moved. What the device has is not read. Moves go by gain: see `gains`; behind them comes what the
-        host just computed and what is likely to be used again. Nothing that is `busy` is evicted anywhere.
+        these can be moved. What the device has is not read. Moves go by gain: see `gains`. Behind them what the host
+        just computed fills room on the device that is free. Nothing that is `busy` is evicted anywhere.
         """
         if self.device is None:
             return TieredPrefetch(self.host.prefetch(predictions, busy), _NONE)
@@ -146,6 +146,7 @@ class Tiers:
             load = Load(layer, expert, resident(layer, expert), slices)
             evicted = self.device.begin(load, worth, _Lasting(keep, self.host, self.device, gain, self.pace))
             if evicted is not None:
+                self._lost(evicted)
                 evictions.extend(evicted)
                 loads.append(load)
                 keep.add(ExpertKey(layer, expert))
@@ -154,8 +155,12 @@ class Tiers:
         for layer, group in groupby(lacking, key=lambda p: p.layer):
             every = [p for p in predictions if p.layer == layer and p.slices]
             self._move_ahead(layer, every, [p for p in group if p.slices], move)
-        for worth, gain, expert, n in self._worth_keeping():
-            move(self._planned, expert, n, worth, gain)
+        sizes, free = self.device.cache.sizes(self._planned), self.device.cache.free
+        for r in self._at_host:
+            first = resident(self._planned, r.expert)
+            fits = all(free[index] >= sizes[index] for index in range(first, r.slices))
+            if fits and first < r.slices <= self.host.there(self._planned, r.expert):
+                move(self._planned, r.expert, r.slices, 0.0, 0.0)
         return TieredPrefetch(reads, Prefetch(tuple(evictions), tuple(loads)))
 
     def arrived(self, load: Load) -> None:
@@ -174,10 +179,14 @@ class Tiers:
     def _decide(self, tasks: Sequence[Task], launch_s: float, fetch_s: float) -> Split:
         return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
 
-    def _fetch_s(self, tasks: Sequence[Task]) -> float:
-        """Where the device has all, nothing need be planned, so the host must save that too."""
-        ready = not any(t.move_s or t.device_read_s for t in tasks)
-        return self.pace.fetch_s + (self.pace.plan_s if ready else 0.0)
+    def _split(self, tasks: Sequence[Task]) -> Split:
+        """Where the device has all, nothing need be planned, so there the host must save what planning takes."""
+        pace = self.pace
+        found = self._decide(tasks, pace.launch_s, pace.fetch_s)
+        if not found.host or any(t.move_s or t.device_read_s for t in tasks):
+            return found
+        alone = all_on_device(tasks, pace.launch_s, pace.fetch_s)
+        return found if found.seconds + pace.plan_s < alone.seconds else alone
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
         """What is on its way counts as there: it will be, before what has not begun."""
@@ -224,22 +233,22 @@ class Tiers:
                 brought |= there
             group = [r for r in routed if r.expert in on_device and r.expert in brought]
             device = self.device.plan_settled(layer, group, [r.slices for r in group]).waves if group else ()
+            for device_wave in device:
+                self._lost(device_wave.evictions)
             at_once = tuple([e for e in wave.resident if e not in on_device])
             stages.append(Stage(Wave(wave.evictions, wave.loads, at_once, wave.awaited), device))
         return tuple(stages)
 
-    def _worth_keeping(self) -> list[tuple[float, float, int, int]]:
-        """Of what the host just computed the two that are used most: worth, gain for a token, expert, slices."""
+    def _lost(self, evicted: Sequence[SliceKey]) -> None:
+        """What the device loses is worth to the host what it was to the device: the host was not told of its use."""
         assert self.device is not None
-        layer, device, found = self._planned, self.device.cache, []
-        for r in self._at_host if self.device.spare > 0 else ():
-            if device.resident(layer, r.expert) < r.slices <= self.host.there(layer, r.expert):
-                worth = _CAUTION * device.policy.worth(ExpertKey(layer, r.expert), r.slices - 1)
-                task = self.pace.task(r.expert, 1, r.slices, r.slices, r.slices)
-                gain = worth * (task.host_s - task.device_s)
-                if gain > 0:
-                    found.append((worth, gain, r.expert, r.slices))
-        return sorted(found, key=lambda item: (-item[1], item[2]))[:2]
+        policy = self.device.cache.policy
+        for layer, expert, index in evicted:
+            if index == 0:
+                key = ExpertKey(layer, expert)
+                self.host.cache.policy.restore(
+                    key, [policy.worth(key, n) for n in range(len(self.host.cache.capacity))]
+                )
 
     def _move_ahead(
         self,
@@ -262,8 +271,6 @@ class Tiers:
                 tasks = [t if t.expert != expert else t._replace(move_s=0.0) for t in tasks]
 
 
-# What the host computed is moved for good only where it is worth so much more than what it takes the place of.
-_CAUTION = 0.7
 # What the device loses and host memory has not is read from disk when it is wanted next: within so many tokens.
 _TOKENS = 10
 

@@ -90,7 +90,7 @@ class FakeCuda(TorchFunctionMode):
     """A module like torch.cuda. While it is entered as a mode, copies that need not block go to the current stream.
 
     fail: raised by whatever touches the device. locked: registered addresses, with their sizes and flags. refuse: what
-    cudaHostRegister returns.
+    cudaHostRegister returns. shift: how many bytes further on the device finds the host's memory.
     """
 
     def __init__(self, integrated=False, total=1 << 30, eager=""):
@@ -138,7 +138,7 @@ class FakeCuda(TorchFunctionMode):
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def view(self, holder):
-        """What torch.as_tensor makes of it, where the device finds the memory `shift` bytes further on."""
+        """What torch.as_tensor makes of it: a copy, as its address shows, where `shift` is not 0."""
         interface = holder.__cuda_array_interface__
         assert interface["typestr"] == "|u1"
         at = interface["data"][0] - self.shift

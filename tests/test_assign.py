@@ -68,7 +68,7 @@ def draw(rng, regime, n):
     link, disk = rng.choice([0.5, 2.0, 4.0, 10.0]), rng.choice([2.0, 8.0, 20.0])
     tasks = []
     for e in range(n):
-        tokens = 1 if regime != "prefill" else min(200, int(rng.paretovariate(0.8)))
+        tokens = 1 if regime != "prefill" else int(min(200, rng.paretovariate(0.8)))
         slices = rng.choice([0.5, 0.75, 1.0]) if rng.random() < 0.5 else 1.0
         host, device = slices * (1 + 0.4 * (tokens - 1)), ratio * slices * (1 + 0.02 * (tokens - 1))
         lacking = slices * rng.choice([0, 1, 1, 0.5])

@@ -70,9 +70,42 @@ def test_a_faster_disk_is_faster_and_too_much_memory_is_said(trace, capsys):
     assert speeds[0] < speeds[1]
 
 
+def test_a_gpu_beside_the_cpu_is_shown_with_what_each_does_alone(trace, capsys):
+    arguments = ["--device", "laptop-rtx-4060-8gb", "--expert-budget", "40GiB", "--device-budget", "30GiB", "--json"]
+    assert main(["simulate", "--trace", trace, *arguments]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["expert_budget_bytes"], found["device_budget_bytes"], found["hybrid"]) == (40 << 30, 30 << 30, True)
+    for part in (found, *(found[name] for name in ("device", "host", "resident"))):
+        assert part.keys() >= KEYS | {"bytes_moved_per_token", "host_share"}
+    assert found["device"]["host_share"] == 0
+    assert found["host"]["host_share"] == 1
+    assert "The device budget of 30GiB is more memory than the GPU of laptop-rtx-4060-8gb has" in captured.err
+    jetson = ["--device", "jetson-orin-nano-8gb", "--device-budget", "24MiB", "--no-hybrid", "-q"]
+    assert main(["simulate", "--trace", trace, *jetson]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert {len(row) for row in rows} == {10}
+    assert [row[:3] for row in rows[2:4]] == [
+        ["24.0 MiB", "24.0 MiB", "fixed:4, GPU alone"],
+        ["24.0 MiB", "24.0 MiB", "the GPU alone"],
+    ]
+    assert rows[2][3:] == rows[3][3:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        (["--expert-budget", "8MiB", "--no-hybrid"], "--no-hybrid is for a GPU that computes: give --device-budget"),
+        (["--expert-budget", "8MiB", "--device-budget", "8MiB"], "has no figures of a GPU: leave --device-budget out"),
+        (["--device-budget", "8MiB", "--device", "laptop-rtx-4060-8gb"], "either --expert-budget or --sweep"),
+        (
+            ["--device-budget", "8MiB", "--expert-budget", "8MiB", "--device", "jetson-orin-nano-8gb"],
+            "CPU and GPU of jetson-orin-nano-8gb share one memory: give --device-budget alone",
+        ),
+        (
+            ["--device-budget", "8KiB", "--expert-budget", "8MiB", "--device", "laptop-rtx-4060-8gb"],
+            "a device budget of 8192 bytes at fixed:4 holds not one expert",
+        ),
         ([], "either --expert-budget or --sweep"),
         (["--expert-budget", "8MiB", "--sweep", "expert-budget=1GiB:2GiB"], "either --expert-budget or --sweep"),
         (["--expert-budget", "8 apples"], "is not a size"),

@@ -234,7 +234,6 @@ def test_activations_there_and_back(fake, monkeypatch, shape, dtype):
 
 def test_an_integrated_device_computes_with_the_hosts_memory(monkeypatch):
     fake = FakeCuda(integrated=True, total=8 << 30)
-    fake.shift = 1 << 40  # a device that finds it elsewhere
     monkeypatch.setattr(cuda.budget, "total_bytes", lambda: 16 << 30)
     monkeypatch.setattr(cuda.budget, "available_bytes", lambda: 11 << 30)
     device = open_cuda(cuda=fake.api())
@@ -245,6 +244,8 @@ def test_an_integrated_device_computes_with_the_hosts_memory(monkeypatch):
     assert shared.data_ptr() == memory.data_ptr()
     assert fake.locked == {memory.data_ptr(): (4 * PAGE, 3)}
     assert device.page_lock(memory).data_ptr() == memory.data_ptr()  # once is enough
+    fake.shift = 1 << 40
+    assert device.page_lock(memory) is None
     device.limit(1)  # the host's budget holds
     assert fake.fraction is None
     device.close()

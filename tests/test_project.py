@@ -98,8 +98,6 @@ ALLOWED = {
         "store",
     },
     "slots": {"models", "quant"},
-    "placement": {"config", "models", "quant", "scheduler", "store"},
-    "dense_quant": {"models", "placement", "quant", "store"},
     "meter": {"engine", "runtime"},
     "answer": {"errors", "meter", "sampling", "tokenizer"},
     "batch": {"errors", "config", "scheduler", "sampling", "tokenizer", "engine", "slots", "meter", "answer"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,3 +230,94 @@ def test_whatever_is_routed_all_of_it_is_computed_once_from_what_is_there(data):
                 for each in (executor, twin):
                     each.device.land(load)
                     each.tiers.moved(load)
+
+
+def routed(*experts, tokens=1, slices=3):
+    return [RoutedExpert(e, tokens, 1.0, slices) for e in experts]
+
+
+def hold(scheduler, layer, experts, slices=3):
+    for e in experts:
+        scheduler.cache.insert(ExpertKey(layer, e), slices, ())
+
+
+def test_what_the_device_has_is_computed_there_and_the_host_is_not_told():
+    both = tiers((6, 6, 6), (3, 3, 3))
+    hold(both.host, 0, range(4))
+    hold(both.device, 0, [0, 1])
+    plan = both.plan(0, routed(0, 1))
+    assert (plan.device, plan.host) == ({0: 3, 1: 3}, {})
+    assert plan.stages[0].device[0].resident == (0, 1)
+    worth = [[tier.cache.policy.worth(ExpertKey(0, e), 0) for e in range(2)] for tier in (both.host, both.device)]
+    assert worth == [[0, 0], [pytest.approx(0.1)] * 2]
+    plan = both.plan(0, routed(2))
+    assert plan.host == {2: 3}  # a move takes longer than computing it
+    assert plan.predicted["host"] > 0 == plan.predicted["move"]
+    assert both.host.cache.policy.worth(ExpertKey(0, 2), 0) == both.device.cache.policy.worth(ExpertKey(0, 2), 0) > 0
+
+
+def test_what_leaves_the_device_is_worth_to_the_host_what_it_was_there():
+    both = tiers((6, 6, 6), (1, 1, 1), hybrid=False)
+    hold(both.host, 0, range(2))
+    for _ in range(5):
+        both.plan(0, routed(0))
+    known = both.device.cache.policy.worth(ExpertKey(0, 0), 2)
+    plan = both.plan(0, routed(1))
+    assert [key.expert for key in plan.stages[0].device[0].evictions] == [0, 0, 0]
+    assert both.host.cache.policy.worth(ExpertKey(0, 0), 2) == pytest.approx(known * 0.9)
+
+
+def test_a_device_too_small_for_a_layer_computes_it_in_waves():
+    both = tiers((6, 6, 6), (2, 2, 2), hybrid=False)
+    plan = both.plan(0, routed(0, 1, 2, 3, 4))
+    waves = [wave for stage in plan.stages for wave in stage.device]
+    assert [len(wave.loads) for wave in waves] == [2, 2, 1]
+    small = tiers((6, 6, 6), (2, 2, 0))
+    with pytest.raises(ValueError, match="the arena holds no expert of 3 slices"):
+        dataclasses.replace(small, hybrid=False).plan(0, routed(0))
+    plan = small.plan(0, [*routed(0, tokens=500), *routed(1, slices=2, tokens=500)])
+    assert plan.host == {0: 3}  # the device never holds three slices
+    assert plan.device == {1: 2}
+
+
+def test_moves_ahead_go_by_gain_within_their_bound():
+    """Of a layer that is in host memory as a whole, the likelier is moved first, and one at a time is the bound."""
+    slow = dataclasses.replace(PROFILE, expert_s_per_byte={4: 1e-9})
+    both = tiers((6, 6, 6), (6, 6, 6), profile=slow, ahead=sum(SIZES))
+    hold(both.host, 1, range(3))
+    guesses = [Prediction(1, e, p, 3) for e, p in ((0, 0.4), (1, 0.9), (2, 0.6), (3, 0.99))]
+    found = both.prefetch(guesses)
+    assert found.device.loads == ((1, 1, 0, 3),)
+    assert found.host.loads == ((1, 3, 0, 3),)
+    both.moved(found.device.loads[0])
+    again = both.prefetch(guesses)
+    assert again.device.loads == ((1, 2, 0, 3),)
+    fast = dataclasses.replace(PROFILE, expert_s_per_byte={4: 1e-14})  # the host computes in no time
+    none = tiers((6, 6, 6), (6, 6, 6), profile=fast)
+    hold(none.host, 1, range(3))
+    assert none.prefetch(guesses).device.loads == ()
+
+
+def test_a_move_ahead_does_not_evict_what_would_have_to_be_read_again():
+    slow = dataclasses.replace(PROFILE, expert_s_per_byte={4: 1e-9})
+    guess = [Prediction(1, 5, 0.5, 3)]
+    for at_host, evicted in (([], 0), ([0], 3)):
+        both = tiers((6, 6, 6), (1, 1, 1), profile=dataclasses.replace(slow, disk_bytes_per_s=1e7))
+        hold(both.device, 0, [0])
+        hold(both.host, 0, at_host)
+        hold(both.host, 1, [5])
+        both.plan(0, routed(0))
+        found = both.prefetch(guess)
+        assert len(found.device.evictions) == evicted
+        assert len(found.device.loads) == (1 if evicted else 0)
+
+
+def test_what_the_host_computed_fills_room_that_is_free():
+    both = tiers((6, 6, 6), (1, 1, 1))
+    hold(both.host, 0, range(2))
+    assert both.plan(0, routed(0, 1)).host == {0: 3, 1: 3}
+    found = both.prefetch([])
+    assert found.device.loads == ((0, 0, 0, 3),)
+    assert found.device.evictions == ()
+    assert both.plan(0, routed(1)).host == {1: 3}
+    assert both.prefetch([]).device.loads == ()

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional
 
 from moert.quant import matmul, placed, reference
@@ -20,11 +18,12 @@ from moert.quant.format import ExpertLayout, align
 from moert.quant.nested import join_parts
 
 from .child import ENVIRONMENT, PYTHON
-from .test_kernels import SLICE_LISTS, int8_inputs, make_matrix, weights_of
+from .test_kernels import int8_inputs, make_matrix, weights_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LAYOUT = ExpertLayout(38, 20, 32, (2, 3, 4))
+SLICE_LISTS = [(8,), (3, 8), (2, 4, 8), (5, 6, 7), (2, 3, 4, 5, 6, 7, 8)]  # planes of every size in every place
 FEW, MANY = 2, 7  # tokens of an expert, for products with vectors and with blocks
 SUM_ERROR = 1e-6  # of float32 sums over groups, relative to the sum of magnitudes
 outside = pytest.mark.skipif(INTERPRETED, reason="for the process that starts the interpreter")
@@ -355,66 +354,6 @@ def test_three_launches_that_compile_without_a_device(monkeypatch, tmp_path, tok
         assert ("dp4a" in made.asm["ptx"]) == (tokens <= placed.FEW_TOKENS and name != "_round_kernel")
         assert ("mma" in made.asm["ptx"]) == (tokens > placed.FEW_TOKENS and name != "_round_kernel")
         assert "fma." not in made.asm["ptx"] or name == "_sum_kernel", "ties would be rounded otherwise"
-
-
-@outside
-@settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 99), st.booleans())
-def test_items_hold_every_pair_once(tokens, num_experts, seed, sums):
-    experts, _ = make_experts(LAYOUT, [1] * num_experts, device="cpu")
-    tokens_of, weights = routing(tokens, num_experts, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placed, "RANGE_TOKENS", 16)
-        work = placed.plan_work(experts, tokens_of, weights if sums else None, tokens)
-    parts = work.num_pairs, work.num_pairs, 4 * work.num_items, work.num_ranges + 1 if work.num_pairs else 0
-    order, weight, items, starts = (part.tolist() for part in work.numbers.split(parts))
-    # Offsets are multiples of 64 in the experts' order.
-    of = {offsets[0] // 64: e for e, offsets in enumerate(experts.offsets)}
-    items = [(of[at], first, count) for _, first, count, at in torch.tensor(items).view(-1, 4).tolist()]
-    got = [(e, order[p], p) for e, first, count in items for p in range(first, first + count)]
-    want = [(e, t) for e, of in enumerate(tokens_of) for t in of.tolist()]
-    assert [p for *_, p in got] == list(range(len(want)))
-    assert all(1 <= count <= work.block for *_, count in items)
-    if not sums:
-        assert [pair[:2] for pair in got] == want
-        return
-    assert sorted(pair[:2] for pair in got) == sorted(want)
-    known = {(e, t): w for e, of in enumerate(tokens_of) for t, w in zip(of.tolist(), weights[e].tolist(), strict=True)}
-    assert [known[e, t] for e, t, _ in got] == torch.tensor(weight, dtype=torch.int32).view(torch.float32).tolist()
-    span = 1 if work.block == 1 else 16
-    for r in range(work.num_ranges):
-        for _, first, count in items[starts[r] : starts[r + 1]]:
-            assert {order[p] // span for p in range(first, first + count)} == {r}
-    assert starts[0] == 0
-    assert starts[work.num_ranges] == len(items)
-
-
-@outside
-def test_experts_and_tokens_that_do_not_fit_are_refused():
-    arena = torch.zeros(1 << 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="raw experts have no planes"):
-        placed.PlacedExperts(ExpertLayout(64, 32, 32, (16,)), arena, [])
-    for wrong in (arena[:100], arena.view(-1, 2)[:, 0], arena.view(torch.int8), arena[1:65]):
-        with pytest.raises(ValueError, match="the arena is not"):
-            placed.PlacedExperts(LAYOUT, wrong, [])
-    for offsets in ([], [0, 4096, 8192, 12288]):
-        with pytest.raises(ValueError, match=f"expert 1 has {len(offsets)} slices, not 1 to 3"):
-            placed.PlacedExperts(LAYOUT, arena, [[0], offsets])
-    last = len(arena) - LAYOUT.offsets(0)[-1]
-    placed.PlacedExperts(LAYOUT, arena, [[last]])
-    for at in (-64, 32, last + 64):
-        with pytest.raises(ValueError, match=f"slice 0 of expert 0 does not lie in the arena at offset {at}"):
-            placed.PlacedExperts(LAYOUT, arena, [[at]])
-    experts = placed.PlacedExperts(LAYOUT, arena, [[0]])
-    for tokens_of, weights, message in (
-        ([], [], "tokens for 0 experts, and 1"),
-        ([torch.tensor([0, 1])], [torch.ones(1)], "not one weight for each token"),
-        ([torch.tensor([2])], [torch.ones(1)], "not one of the 2 inputs"),
-        ([torch.tensor([-1])], [torch.ones(1)], "not one of the 2 inputs"),
-        ([torch.tensor([1, 1])], [torch.ones(2)], "the same token twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            placed.plan_work(experts, tokens_of, weights, 2)
 
 
 @case

@@ -1,12 +1,14 @@
 """Predict decoding speed on a device from its profile and a routing trace, beside what no cache and no prefetch can
 beat, and beside whole 4-bit experts in a least-recently-used cache. Prompts of the trace warm the cache; all figures
-are of the tokens that it decodes."""
+are of the tokens that it decodes. With --device-budget a GPU computes too, and beside it stand the GPU without the
+CPU's help, the CPU alone, and all experts in the GPU's memory."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +20,28 @@ from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.scheduler.profile import Profile
-    from moert.scheduler.simulation import Result, Settings, Simulation
+    from moert.scheduler.simulation import Result, Settings, Simulation, TieredSimulation
     from moert.scheduler.trace import Trace
 
+TIERED_COLUMNS = (
+    *("budget", "GPU's", "run", "tokens/s", "at once", "by CPU", "moved/token", "read/token", "stalled", "mean width"),
+)
 DEFAULT_DEVICE = "server-2-core-amx"
 BOUNDS = ("belady", "perfect_prefetch", "lru")
+BESIDE = ("device", "host", "resident")
 COLUMNS = ("budget", "run", "tokens/s", "hits", "read/token", "stalled", "mean width", "router mass at each width")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", required=True, help="routing trace, .csv or .csv.gz")
     parser.add_argument("--expert-budget", metavar="SIZE", help="memory for experts, such as 2000MiB")
+    parser.add_argument(
+        "--device-budget",
+        metavar="SIZE",
+        help="the GPU computes too, and has so much of its memory for experts; where that is the host's too (Jetson),"
+        " this is in place of --expert-budget",
+    )
+    parser.add_argument("--no-hybrid", action="store_true", help="with --device-budget: the GPU computes all experts")
     parser.add_argument(
         "--sweep",
         metavar="expert-budget=LOW:HIGH",
@@ -63,9 +76,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from moert.scheduler.simulation import Simulation
+
     status = common.Status(args.quiet)
-    every = [_settings(args, budget) for budget in _budgets(args)]
-    trace, profile = common.load_trace(args.trace), load_device(args.device)
+    profile = load_device(args.device)
+    every = [_settings(args, budget) for budget in _budgets(args, profile)]
+    trace = common.load_trace(args.trace)
     if args.disk is not None:
         profile = dataclasses.replace(profile, disk_bytes_per_s=float(parse_bytes(args.disk, "disk")))
     status.say(
@@ -85,31 +101,50 @@ def main(args: argparse.Namespace) -> int:
     for number, settings in enumerate(every):
         if settings.budget > profile.memory_bytes:
             status.show(f"The budget of {format_bytes(settings.budget)} is more memory than {profile.name} has.")
+        if (settings.device_budget or 0) > (profile.gpu_memory_bytes or 0):
+            status.show(f"The device budget of {args.device_budget} is more memory than the GPU of {profile.name} has.")
         simulation = _simulate(trace, profile, settings, status)
         if args.json:
             rows.append(as_dict(simulation))
-        else:
+        elif isinstance(simulation, Simulation):
             _print_rows(simulation, header=number == 0)
+        else:
+            _print_tiers(simulation, header=number == 0)
     if args.json:
         print(json.dumps(rows if args.sweep else rows[0], indent=1))
     return 0
 
 
-def _simulate(trace: Trace, profile: Profile, settings: Settings, status: common.Status) -> Simulation:
+def _simulate(
+    trace: Trace, profile: Profile, settings: Settings, status: common.Status
+) -> Simulation | TieredSimulation:
     from moert.scheduler.simulator import Simulator
+    from moert.scheduler.tiered_replay import TieredSimulator
 
+    run: Callable[[Settings, Callable[[str], None]], Simulation | TieredSimulation]
     try:
-        simulator = Simulator(trace, profile)
+        run = Simulator(trace, profile).run
+        if settings.device_budget is not None:
+            run = TieredSimulator(trace, profile).compare
     except ValueError as error:
         raise common.TraceError(f"{error}: record one of a run that answers.") from None
     try:
         with line_progress(status) as progress:
-            return simulator.run(settings, lambda text: progress(f"{format_bytes(settings.budget)}, {text}"))
+            return run(settings, lambda text: progress(f"{format_bytes(settings.budget)}, {text}"))
     except ValueError as error:
         raise UsageError(f"{error}.") from None
 
 
-def _budgets(args: argparse.Namespace) -> list[int]:
+def _budgets(args: argparse.Namespace, profile: Profile) -> list[int]:
+    if args.device_budget is None and args.no_hybrid:
+        raise UsageError("--no-hybrid is for a GPU that computes: give --device-budget too.")
+    if args.device_budget is not None:
+        if profile.gpu_expert_s_per_byte is None:
+            raise UsageError(f"the profile of {profile.name} has no figures of a GPU: leave --device-budget out.")
+        if profile.gpu_integrated:
+            if args.expert_budget or args.sweep:
+                raise UsageError(f"CPU and GPU of {profile.name} share one memory: give --device-budget alone.")
+            return [parse_bytes(args.device_budget, "device-budget")]
     if (args.sweep is None) == (args.expert_budget is None):
         raise UsageError("Give either --expert-budget or --sweep expert-budget=LOW:HIGH.")
     if args.sweep is None:
@@ -139,17 +174,22 @@ def _settings(args: argparse.Namespace, budget: int) -> Settings:
         args.policy,
         recalls if args.prefetch == "on" else (),
         seed=args.seed,
+        device_budget=None if args.device_budget is None else parse_bytes(args.device_budget, "device-budget"),
+        hybrid=not args.no_hybrid,
     )
 
 
-def as_dict(simulation: Simulation) -> dict[str, Any]:
+def as_dict(simulation: Simulation | TieredSimulation) -> dict[str, Any]:
     """What --json prints."""
+    settings = simulation.settings
+    tiered = settings.device_budget is not None
     return {
-        "expert_budget_bytes": simulation.settings.budget,
-        "precision": simulation.settings.precision,
-        "policy": simulation.settings.policy,
+        "expert_budget_bytes": settings.budget,
+        **({"device_budget_bytes": settings.device_budget, "hybrid": settings.hybrid} if tiered else {}),
+        "precision": settings.precision,
+        "policy": settings.policy,
         **dataclasses.asdict(simulation.run),
-        **{name: dataclasses.asdict(getattr(simulation, name)) for name in BOUNDS},
+        **{name: dataclasses.asdict(getattr(simulation, name)) for name in (BESIDE if tiered else BOUNDS)},
     }
 
 
@@ -166,6 +206,24 @@ def _print_rows(simulation: Simulation, header: bool) -> None:
     }
     for name, result in names.items():
         common.print_cells([format_bytes(settings.budget), name, *_cells(result)])
+
+
+def _print_tiers(simulation: TieredSimulation, header: bool) -> None:
+    settings = simulation.settings
+    if header:
+        common.print_cells(TIERED_COLUMNS)
+        common.print_cells(["---" if i < 3 else "---:" for i in range(len(TIERED_COLUMNS))])
+    names = {
+        f"{settings.precision}, {'CPU and GPU' if settings.hybrid else 'GPU alone'}": simulation.run,
+        "the GPU alone": simulation.device,
+        "the CPU alone": simulation.host,
+        "all experts in the GPU's memory": simulation.resident,
+    }
+    budgets = [format_bytes(settings.budget), format_bytes(settings.device_budget or 0)]
+    for name, r in names.items():
+        moved = format_bytes(r.bytes_moved_per_token)
+        speed, hits, read, stalled, width, _ = _cells(r)
+        common.print_cells([*budgets, name, speed, hits, f"{r.host_share:.1%}", moved, read, stalled, width])
 
 
 def _cells(r: Result) -> list[str]:

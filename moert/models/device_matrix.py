@@ -26,7 +26,7 @@ Allocate = Callable[[torch.dtype, tuple[int, ...]], Tensor]
 
 NF4_BLOCK = 64  # weights that share a scale: what QLoRA uses
 _OUTLIER = 6.0  # inputs from here on are multiplied in 16 bits: the threshold of LLM.int8()
-BLOCK_WEIGHTS = 1 << 22  # weights that are dequantised at a time
+BLOCK_WEIGHTS = 1 << 20  # weights that are dequantised at a time
 _HALF_MAX = 65504.0
 
 
@@ -139,8 +139,9 @@ class MatrixInt8(DeviceMatrix):
         y: Tensor = lib.int8_linear_matmul(codes, self.codes).float()
         y *= (peaks / 127)[:, None] * (self.peaks / 127)
         if outliers is not None and len(outliers):
-            columns = self.codes[:, outliers].float() * (self.peaks / 127)[:, None]
-            y.addmm_(x[:, outliers].float(), columns.T)
+            for some in torch.split(outliers, max(BLOCK_WEIGHTS // len(self.codes), 1)):
+                columns = self.codes[:, some].float() * (self.peaks / 127)[:, None]
+                y.addmm_(x[:, some].float(), columns.T)
         return y
 
     def rows(self, ids: Tensor) -> Tensor:

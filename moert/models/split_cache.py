@@ -18,7 +18,7 @@ from torch.nn import functional
 from moert.models.device_matrix import products
 from moert.models.link import Link
 
-BLOCK_FLOATS = 1 << 22  # scores, or keys, that are looked at at a time
+BLOCK_FLOATS = 1 << 20  # scores, or keys, that are looked at at a time
 LEAST_BLOCK = 128
 _LOWEST = torch.finfo(torch.float32).min
 

@@ -200,7 +200,9 @@ class CudaDevice:
                 self._locked[begin] = memory
             if not self.integrated:
                 return memory
-            return self._cuda.view(_Mapped(self._cuda.address(begin), memory))
+            address = self._cuda.address(begin)
+            shared = self._cuda.view(_Mapped(address, memory))
+            return shared if shared.data_ptr() == address else None  # a copy would not do
 
     def copy(self, source: Tensor, target: Tensor) -> Copy:
         """As the protocol says; where `source` is not locked, blocks while the pool is full."""

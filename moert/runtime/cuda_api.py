@@ -60,8 +60,9 @@ def of_torch(index: int = 0) -> Cuda:
         lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=True),
         # torch takes the device from the address (tensor_numpy.cpp: at::from_blob; ATen/cuda/CUDADevice.h: by
         # cudaPointerGetAttributes) and refuses host memory only where it is not registered, so that registered memory
-        # becomes a CUDA tensor without a copy. The tensor keeps the object alive.
-        torch.as_tensor,
+        # becomes a CUDA tensor without a copy. The tensor keeps the object alive. Without a device it would be copied
+        # to the host (tensor_new.cpp: internal_new_from_data).
+        lambda holder: torch.as_tensor(holder, device=device),
         _device_address,
         lambda: torch.zeros(1, device=device).add_(1).item(),
         _triton_version,
