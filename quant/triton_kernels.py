@@ -8,9 +8,9 @@ so that where an expert is computed shows only in the order of float32 sums over
 
 Up to four tokens of each expert are products with vectors. They are bound by memory only if few instructions fall to a
 weight: a 32-bit word holds four columns of a row for each shift, which `dp4a` multiplies at once. Each thread asks for
-16 bytes of a plane at a time, up to four times before it needs the first, and a processor has room for three or more
-such programs of 256 threads. More tokens are multiplied in float16 by tensor cores: codes up to 127 and levels,
-half-integers below 128, are exact there.
+16 bytes of a plane at a time, two (1 bit) to 16 times (8 bits) before it needs the first, and takes at most 64
+registers at usual widths, so that a processor has room for four such programs of 256 threads. More tokens are
+multiplied in float16 by tensor cores: codes up to 127 and levels, half-integers below 128, are exact there.
 
 Programs of the first product take the rows of a whole group of the second's columns, so that they can round them. OLMoE
 has 128 of them for a token (8 experts, 1024 rows in groups of 64), which is for the 8 to 24 processors of a Jetson or a

@@ -323,6 +323,11 @@ class Pace:
             return Task(expert, host_s, device_s, 0.0, read_s, 0.0)
         return Task(expert, host_s, device_s, self.move_s(nbytes[slices] - nbytes[on_device]), read_s, read_s)
 
+    def one_token(self, slices: Sequence[int]) -> tuple[float, float]:
+        """What the device takes for a token's experts, with so many slices each, and the host for the least of them."""
+        device = sum([self._device[n][0] for n in slices])
+        return self.launch_s + device * self._factor["device"], self._host[min(slices)][0] * self._factor["host"]
+
     def move_s(self, nbytes: int) -> float:
         return (self._latency_s + nbytes * self._move_s_per_byte) * self._factor["move"]
 

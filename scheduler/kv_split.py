@@ -1,10 +1,10 @@
 """How much of the KV cache lies in device memory, where not all of it fits or experts would gain more there.
 
-After APEX (arXiv 2506.03296, sections 3 and 4): the times of attention on the device and on the host are predicted from
-profiled bandwidths, as decoding's attention is bound by memory on both, and work goes to the host where the two overlap
-best. Here a sequence is split within each layer: positions below a border are attended to by the device, the others by
-the host at the same time, and what is exchanged costs a fixed time. Device memory is weighed against what it would save
-as dense weights and as slots of experts. The baseline is `fill`.
+After APEX (arXiv 2506.03296): the times of attention on device and host are predicted from profiled bandwidths, since
+decoding is bound by memory on both, and work goes to the host where the two overlap best. Here a sequence is split
+within each layer: positions below a border are attended to by the device, the others by the host at the same time, and
+what is exchanged costs a fixed time. Device memory is weighed against what it would save as dense weights and as slots
+of experts. The baseline is `fill`.
 """
 
 from __future__ import annotations

@@ -124,6 +124,23 @@ class Tiers:
             chosen.seconds,
         )
 
+    def at_once(self, layer: int, routed: Sequence[RoutedExpert]) -> float | None:
+        """For one token: the seconds that the device takes, where it has all of this and is done before the host would
+        be with any of it; else None. Then no split is better, and noting the use, as here, is all there is to plan.
+        """
+        device = self.device
+        if device is None or self.host.ladder is not None:
+            return None
+        if any(device.cache.resident(layer, r.expert) < r.slices for r in routed):
+            return None
+        seconds, least = self.pace.one_token([r.slices for r in routed])
+        if self.hybrid and seconds > least:
+            return None
+        self.host.used(layer, ())
+        device.used(layer, routed)
+        self._planned, self._at_host = layer, []
+        return seconds
+
     def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> TieredPrefetch:
         """What to read into host memory and what to move to the device, ahead of the layers to come.
 

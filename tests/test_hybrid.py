@@ -128,10 +128,14 @@ def test_a_device_that_is_much_faster_takes_over(store):
     runner.preload()
     assert len(runner._tier.arena.held()) == 3 * LAYERS * EXPERTS
     asked = routing(1, 3, 5)
-    plan = runner._plan(0, [*_routed(asked)], 1, [])
+    plan = runner._tiers.plan(0, _routed(asked))
     assert not plan.host
     assert len(plan.device) == 3
     assert not any(wave.loads for stage in plan.stages for wave in stage.device)
+    assert runner._tiers.at_once(0, _routed(asked)) == pytest.approx(plan.seconds)
+    runner._tiers.plan = lambda *rest: pytest.fail("there was nothing to plan")
+    check(runner, store, 0, 3, asked)
+    assert runner.counters.device_uses == 3
     runner.close()
 
 

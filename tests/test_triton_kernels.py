@@ -243,6 +243,7 @@ def test_products_by_the_instruction_that_takes_four(kernels, monkeypatch):
     layout, x = ExpertLayout(40, 20, 32, (2, 3, 7, 8)), inputs(1, 40)
     check_products(kernels, layout, [2, 4], x, [torch.tensor([0])] * 2)
     check_products(kernels, ExpertLayout(40, 20, 32, (8,)), [1], x, [torch.tensor([0])])
+    check_products(kernels, ExpertLayout(40, 140, 128, (3,)), [1], inputs(1, 140), [torch.tensor([0])])
 
 
 @case

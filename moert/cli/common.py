@@ -174,7 +174,7 @@ def add_device_options(parser: argparse.ArgumentParser, default: str) -> None:
         "--device",
         default=default,
         metavar="KIND",
-        help=f"auto (a GPU that can be used), cpu, cuda; slow, without a GPU: emulated, interpreter (default {default})",
+        help=f"auto (a GPU that can be used), cpu, cuda; slow, for tests: emulated, interpreter (default {default})",
     )
     group.add_argument("--device-budget", metavar="SIZE", help="memory of the device to use, such as 4GiB")
     group.add_argument(

@@ -72,6 +72,13 @@ def _mixed(name: str) -> bool:
     return "dtype" in getattr(torch.ops.aten, name).overloads()
 
 
+@cache
+def _nf4_code(device: torch.device) -> Tensor:
+    """The 16 numbers that the codes stand for; made once, as it takes a copy to the device."""
+    code: Tensor = bitsandbytes().functional.get_4bit_type("nf4", device=device)
+    return code
+
+
 class DeviceMatrix(nn.Module, ABC):
     """A matrix [N, K] in memory that `allocate` gives, which `fill` writes: x float32 [T, K] -> float32 [T, N].
 
@@ -174,7 +181,7 @@ class MatrixNF4(DeviceMatrix):
         return lib.QuantState(
             absmax=peaks.reshape(-1),
             shape=torch.Size((len(peaks), self.shape[1])),
-            code=lib.get_4bit_type("nf4", device=peaks.device),
+            code=_nf4_code(peaks.device),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=self.dtype,

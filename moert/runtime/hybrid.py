@@ -19,7 +19,7 @@ from moert.quant.expert_table import ExpertTable
 from moert.runtime.asked import ask_many, ask_one, sums_by_expert
 from moert.runtime.device import Device
 from moert.runtime.experts import ExpertRunner, More, Policies
-from moert.runtime.tier import DeviceTier, Moves, Part
+from moert.runtime.tier import DeviceTier, Entries, Moves, Part
 from moert.scheduler.assign import Pace
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES
@@ -28,7 +28,7 @@ from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Precision
 from moert.scheduler.predictor import Predictor
 from moert.scheduler.tiers import TieredPlan, Tiers
-from moert.scheduler.types import ExpertKey, Plan, RoutedExpert
+from moert.scheduler.types import ExpertKey, Plan
 from moert.store.reader import Store
 
 _AHEAD_BYTES = 16 << 20  # moves on their way that nobody waits for: what a link takes while a few layers compute
@@ -93,7 +93,8 @@ class HybridRunner(ExpertRunner):
             squares = [sums[e] for e in places]
         K, flat = indices.shape[1], weights.flatten()
         try:
-            plan = self._plan(layer, routed, len(x), squares)
+            self._learn()
+            plan = self._tiers.plan(layer, routed, len(x), squares)
             tokens = [(min(n, plan.slices[e]), len(at)) for e, groups in places.items() for n, at in groups.items()]
             self._note(plan, tokens)
             entries = {
@@ -111,10 +112,17 @@ class HybridRunner(ExpertRunner):
         wanted = self._chooser.one(layer, experts, weights)
         squares = [] if self._scheduler.ladder is None else [w * w for w in weights]
         try:
-            plan = self._plan(layer, ask_one(experts, weights, wanted), 1, squares)
+            self._learn()
+            routed = ask_one(experts, weights, wanted)
+            weight_of = dict(zip(experts, torch.split(torch.tensor(weights), 1), strict=True))
+            seconds = self._tiers.at_once(layer, routed)
+            if seconds is not None:
+                entries = {r.expert: [(r.slices, _FIRST, weight_of[r.expert])] for r in routed}
+                out += self._compute_at_once(layer, x, entries, seconds)
+                return
+            plan = self._tiers.plan(layer, routed, 1, squares)
             self._note(plan, [(n, 1) for n in plan.slices.values()])
-            weight_of = dict(zip(experts, weights, strict=True))
-            entries = {e: [(n, _FIRST, torch.tensor([weight_of[e]]))] for e, n in plan.device.items()}
+            entries = {e: [(n, _FIRST, weight_of[e])] for e, n in plan.device.items()}
 
             def run(host: Plan, x: Tensor, more: More) -> Tensor:
                 sums = torch.zeros(x.shape)
@@ -126,11 +134,11 @@ class HybridRunner(ExpertRunner):
             self._recover()
             raise
 
-    def _plan(self, layer: int, routed: list[RoutedExpert], tokens: int, squares: list[float]) -> TieredPlan:
+    def _learn(self) -> None:
+        """What has arrived, and what computing and moving took."""
         self._arrived()
         for what, predicted, seconds in self._tier.measured():
             self._pace.measured(what, predicted, seconds)
-        return self._tiers.plan(layer, routed, tokens, squares)
 
     def _note(self, plan: TieredPlan, tokens: list[tuple[int, int]]) -> None:
         """Count what is planned; a hit needs no disk."""
@@ -139,17 +147,29 @@ class HybridRunner(ExpertRunner):
         self.telemetry.planned(plan.layer, plan.slices, len(plan.slices) - len(missing), tokens)
         self.telemetry.of(plan.layer).device_uses += len(plan.device)
 
-    def _compute_both(
-        self,
-        plan: TieredPlan,
-        x: Tensor,
-        entries: dict[int, list[tuple[int, Tensor, Tensor]]],
-        run: Callable[[Plan, Tensor, More], Tensor],
-    ) -> Tensor:
-        """What both sides make of x [T, D], where it lies. run: the host's side, which has a plan of its own."""
+    def _part(self, layer: int, x: Tensor, entries: Entries) -> tuple[Part, bool]:
+        """The device's part, and whether x lies there."""
         device, there = self._device, x.device == self._device.torch_device
         sent = x if there or not entries else device.send(x)
-        part = Part(plan.layer, sent, torch.zeros_like(sent, dtype=device.sum_dtype), entries)
+        return Part(layer, sent, torch.zeros_like(sent, dtype=device.sum_dtype), entries), there
+
+    def _compute_at_once(self, layer: int, x: Tensor, entries: Entries, seconds: float) -> Tensor:
+        """What the device makes of x [1, D] out of what it has."""
+        slices = {e: n for e, [(n, _, _)] in entries.items()}
+        part, there = self._part(layer, x, entries)
+        self._tier.launch(part, list(entries))
+        if self.foresight.guesses:
+            self._look_ahead(layer, list(slices))
+        self._tier.watch(part, seconds, 0.0)
+        self.telemetry.planned(layer, slices, len(slices), ((n, 1) for n in slices.values()))
+        self.telemetry.of(layer).device_uses += len(slices)
+        return (part.out if there else self._device.fetch(part.out)).float()
+
+    def _compute_both(
+        self, plan: TieredPlan, x: Tensor, entries: Entries, run: Callable[[Plan, Tensor, More], Tensor]
+    ) -> Tensor:
+        """What both sides make of x [T, D], where it lies. run: the host's side, which has a plan of its own."""
+        device, (part, there) = self._device, self._part(plan.layer, x, entries)
         slices = dict.fromkeys(plan.device, 0) | plan.host
         host = Plan(plan.layer, slices, tuple(stage.host for stage in plan.stages))
         self._now = plan, part

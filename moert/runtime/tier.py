@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -24,17 +24,18 @@ from moert.scheduler.types import Load, SliceKey, Wave
 Measurable = Literal["device", "move"]
 
 
+# For each expert, and each number of slices that it is used with: that, its tokens int64, and their weights float32.
+Entries: TypeAlias = dict[int, list[tuple[int, Tensor, Tensor]]]
+
+
 @dataclass(slots=True)
 class Part:
-    """What the device computes of a layer: x and out float32 [T, D] on the device.
-
-    entries: for each expert, by the number of slices that it is used with, its tokens int64 and their weights float32.
-    """
+    """What the device computes of a layer: x float32 [T, D] and out of its `sum_dtype`, on the device."""
 
     layer: int
     x: Tensor
     out: Tensor
-    entries: dict[int, list[tuple[int, Tensor, Tensor]]]
+    entries: Entries
     marks: list[tuple[Any, Any]] = field(default_factory=list)  # before and behind what is computed
     copies: list[tuple[SliceKey, Copy]] = field(default_factory=list)
 
