@@ -64,6 +64,15 @@ def test_the_text_is_that_of_the_cpu(moert, fake):
     assert result.out == moert(*ASK, "--device", "cpu").out != ""
 
 
+def test_the_same_on_a_gpu_that_shares_the_hosts_memory(moert, fake):
+    """With an arena so small that its slots are taken again and again."""
+    fake.found.is_integrated = True
+    result = moert(*GPU, "--expert-budget", "1MiB")
+    assert result.code == 0, result.err
+    assert "device and host have one memory" in result.err
+    assert result.out == moert(*ASK, "--device", "cpu").out != ""
+
+
 def test_a_budget_that_is_too_small(moert, fake):
     result = moert(*GPU, "--device-budget", "64MiB")
     assert (result.code, result.out) == (2, "")

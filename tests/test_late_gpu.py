@@ -42,7 +42,7 @@ class LateGpu(CudaDevice):
 STEPS = st.lists(st.tuples(st.sampled_from([1, 1, 1, 5, 30]), st.integers(1, 4), st.integers(0, 99)), max_size=8)
 
 
-@pytest.mark.parametrize("integrated", [False])
+@pytest.mark.parametrize("integrated", [False, True], ids=["its own memory", "one memory"])
 @pytest.mark.parametrize("order", ORDERS, ids=["late", "copies early", "computing early"])
 @given(
     host=st.integers(1, 2 * EXPERTS),

@@ -72,6 +72,7 @@ class DeviceTier:
         self._experts = device.experts(layout, activation, memory)
         self._copies: dict[SliceKey, Copy] = {}  # that may still be on their way
         self._watched: deque[tuple[Part, float, float]] = deque()  # with the seconds predicted
+        self._launched = False  # something that may not have ended
 
     @property
     def unified(self) -> bool:
@@ -102,6 +103,10 @@ class DeviceTier:
 
     def settle(self, keys: Iterable[SliceKey]) -> None:
         """Wait until the host's slots of these slices may be overwritten."""
+        keys = tuple(keys)
+        if keys and self.unified and self._launched:  # the device may still compute out of them
+            self.device.synchronise()
+            self._launched = False
         for key in keys:
             copy = self._copies.pop(key, None)
             if copy is not None:
@@ -125,6 +130,7 @@ class DeviceTier:
         before = self.device.mark()
         self._experts.add(offsets, tokens, weights, part.x, part.out)
         part.marks.append((before, self.device.mark()))
+        self._launched = True
 
     def watch(self, part: Part, device_s: float, move_s: float) -> None:
         """All of `part` is on its way: learn later what it takes, of which so much was predicted."""
