@@ -242,8 +242,8 @@ def test_the_table_of_each_command(moert, store):
 
 
 def test_the_table_is_right():
-    first = Counters(6, 3, 18, 4, 5 << 20, 2 << 20, 1 << 20, 512 << 10, 0.03, 0.06, Counter({1: 2, 3: 4}))
-    second = Counters(6, 6, 24, 0, 0, 0, 0, 0, 0.0, 0.03, Counter({3: 6}))
+    first = Counters(6, 3, 18, 4, 5 << 20, 2 << 20, 1 << 20, 512 << 10, 0.03, 0.06, token_uses=Counter({1: 2, 3: 4}))
+    second = Counters(6, 6, 24, 0, 0, 0, 0, 0, 0.0, 0.03, token_uses=Counter({3: 6}))
     assert table("decoding", {1: first, 4: second}, (2, 3, 4), 2) == [
         "decoding: 3 tokens; of each token:",
         "layer    hits     waited   computed  on demand  prefetched       used     wasted  bits",

@@ -9,6 +9,7 @@ import torch
 
 from moert import LLM, SamplingParams
 from moert import offload as offload_module
+from moert.budget import library_bytes
 from moert.errors import BudgetError, DeviceError, UsageError
 from moert.runtime import device as device_module
 from moert.runtime.device import EmulatedDevice
@@ -73,8 +74,8 @@ def test_what_is_on_the_device_is_not_in_the_memory_budget(device):
 def test_one_memory_is_counted_once(monkeypatch):
     made = Counting(integrated=True)
     monkeypatch.setattr(offload_module, "open_device", lambda *rest: made)
-    lines = []
-    with LLM(ctx_size=512, device="cuda", memory_budget="600MiB", on_status=lines.append) as llm:
+    lines, size = [], library_bytes() + 400 * MIB
+    with LLM(ctx_size=512, device="cuda", memory_budget=size, on_status=lines.append) as llm:
         assert llm.generate("import os\n", GREEDY)[0].text
         budget, offload = llm.engine.budget, llm.engine.offload
         assert offload.slots is None
@@ -82,10 +83,10 @@ def test_one_memory_is_counted_once(monkeypatch):
         assert budget.dense >= offload.placement.dense_bytes
         assert budget.kv_cache >= offload.placement.kv_bytes
         assert budget.workspace >= offload.placement.workspace_bytes
-        assert budget.total == 600 * MIB
+        assert budget.total == size
     assert any("one memory" in line for line in lines)
     with pytest.raises(BudgetError, match="memory budget"):
-        LLM(ctx_size=512, device="cuda", memory_budget="200MiB")
+        LLM(ctx_size=512, device="cuda", memory_budget=100 * MIB)
 
 
 def test_logits_hardly_depend_on_where_the_dense_part_is(device):
