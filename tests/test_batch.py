@@ -302,6 +302,8 @@ def test_slots_never_overlap_and_leave_no_hole_that_would_do(actions, most):
             assert start + count <= self.positions
             return []
 
+        split = layers
+
     class Decoder:
         arch = None
 
