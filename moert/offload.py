@@ -174,7 +174,7 @@ def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offl
         users = [run.store.experts_with(i) if i < most else 0 for i in range(layout.num_slices)]
         slots = slots_for(arena, layout.slice_sizes, users, run.precision.shares(layout.widths))
         share = f"{slots[0]} of {users[0]} experts ({slots[0] / users[0]:.0%})"
-        on_status(f"{budget.line()}; the device holds {share}")
+        on_status(f"{budget.line()}; the device has room for {share}")
     found = Offload(device, budget, slots, pace, placement, config.dense_quant)
     on_status(found.line(run.positions))
     return found
