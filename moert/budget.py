@@ -84,10 +84,23 @@ class Budget:
 
     def line(self) -> str:
         """The split, for people."""
-        parts = ("libraries", "dense", "kv_cache", "workspace", "arena")
-        split = ", ".join(f"{name.replace('_', ' ')} {format_bytes(getattr(self, name))}" for name in parts)
-        how = " (chosen: 80% of what is available, or all that the model can use)" if self.automatic else ""
-        return f"memory budget {format_bytes(self.total)}{how}: {split}"
+        return f"memory budget {split_line(self, 'libraries', 'dense', 'kv_cache', 'workspace', 'arena')}"
+
+
+class Split(Protocol):
+    """A budget that is split; `automatic` where nobody gave it."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def automatic(self) -> bool: ...
+
+
+def split_line(split: Split, *names: str) -> str:
+    """The total and the parts of these names, for people."""
+    how = " (chosen: 80% of what is available, or all that the model can use)" if split.automatic else ""
+    parts = (f"{name.replace('_', ' ')} {format_bytes(getattr(split, name))}" for name in names)
+    return f"{format_bytes(split.total)}{how}: {', '.join(parts)}"
 
 
 def workspace_bytes(sizes: Sizes, ctx_size: int, sequences: int = 1) -> int:

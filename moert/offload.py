@@ -10,11 +10,11 @@ from typing import cast
 
 import torch
 
-from moert.budget import AUTO_SHARE, Sizes
+from moert.budget import AUTO_SHARE, Sizes, split_line
 from moert.config import PREFILL_CHUNK, EngineConfig, format_bytes
 from moert.dense_quant import check_quant
 from moert.devices import this_machine
-from moert.errors import BudgetError
+from moert.errors import BudgetError, DeviceError
 from moert.models.device_matrix import DenseQuant
 from moert.placement import NOTHING, Placement, place
 from moert.runtime.device import Device, open_device
@@ -43,10 +43,7 @@ class DeviceBudget:
 
     def line(self) -> str:
         """The split, for people."""
-        parts = ("overhead", "dense", "kv_cache", "workspace", "arena")
-        split = ", ".join(f"{name.replace('_', ' ')} {format_bytes(getattr(self, name))}" for name in parts)
-        how = " (chosen: 80% of what is available, or all that the model can use)" if self.automatic else ""
-        return f"device budget {format_bytes(self.total)}{how}: {split}"
+        return f"device budget {split_line(self, 'overhead', 'dense', 'kv_cache', 'workspace', 'arena')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +96,9 @@ def expert_workspace_bytes(sizes: Sizes, positions: int, sequences: int) -> int:
 def plan_offload(run: Run, on_status: Callable[[str], None]) -> Offload | None:
     """The device that is asked for and what it is to hold; None without one.
 
-    Raises DeviceError where it cannot be used, BudgetError where its memory does not suffice, UsageError where a kind
-    of dense weights needs what is not installed. What was found by itself and does not fit is not used, and says so.
+    Raises DeviceError where it cannot be used, or not for these experts, BudgetError where its memory does not suffice,
+    UsageError where a kind of dense weights needs what is not installed. What was found by itself and will not do is
+    not used, and that is said.
     """
     config = run.config
     device = open_device(config.device, on_status)
@@ -110,7 +108,7 @@ def plan_offload(run: Run, on_status: Callable[[str], None]) -> Offload | None:
         return None
     try:
         return _planned(device, run, on_status)
-    except BudgetError as error:
+    except (BudgetError, DeviceError) as error:
         device.close()
         if config.device != "auto" or config.device_budget is not None:
             raise
@@ -123,6 +121,8 @@ def plan_offload(run: Run, on_status: Callable[[str], None]) -> Offload | None:
 
 def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offload:
     config, layout, arch = run.config, run.store.layout, run.store.architecture
+    # Whether there are kernels for them, before anything is taken.
+    device.experts(layout, arch.hidden_act, torch.empty(0, dtype=torch.uint8, device=device.torch_device))
     most = run.precision.slices(layout.widths)
     profile, origin = this_machine()
     pace = Pace(profile, layout.widths, layout.slice_sizes, device.integrated)

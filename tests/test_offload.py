@@ -145,6 +145,19 @@ def test_a_gpu_that_cannot_be_used_is_left_alone_and_that_is_said(unusable_gpu):
         LLM(ctx_size=256, device="cuda")
 
 
+def test_experts_that_the_device_has_no_kernels_for(device, monkeypatch):
+    def experts(self, layout, activation, memory):
+        raise DeviceError(f"The device has no kernels for the activation {activation}: use --device cpu.")
+
+    monkeypatch.setattr(EmulatedDevice, "experts", experts)
+    lines = []
+    with LLM(ctx_size=256, on_status=lines.append) as llm:
+        assert llm.engine.offload is None
+    assert "the GPU is not used: The device has no kernels for the activation silu: use --device cpu." in lines
+    with pytest.raises(DeviceError, match="no kernels for the activation"):
+        LLM(ctx_size=256, device="cuda")
+
+
 def test_a_gpu_without_room_is_left_alone_and_that_is_said(monkeypatch):
     monkeypatch.setattr(offload_module, "open_device", lambda *rest: EmulatedDevice(8 * MIB))
     lines = []
