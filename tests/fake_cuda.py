@@ -103,6 +103,7 @@ class FakeCuda(TorchFunctionMode):
         self.found = SimpleNamespace(name="Fake GPU", major=8, minor=7, is_integrated=integrated, total_memory=total)
         self.compute = Stream(self, eager == "compute")
         self.current = self.compute
+        self.capturing = None  # the memory of graphs, while one is captured
 
     def api(self):
         return replace(
@@ -114,6 +115,7 @@ class FakeCuda(TorchFunctionMode):
             pinned=self.pinned,
             view=self.view,
             address=lambda host: host + self.shift,
+            end_pool=self.end_pool,
             probe=self.probe,
             triton=lambda: self.version,
             compiler=lambda: self.missing,
@@ -144,6 +146,11 @@ class FakeCuda(TorchFunctionMode):
         at = interface["data"][0] - self.shift
         assert self.locked[at][0] == interface["shape"][0]
         return holder._memory
+
+    def end_pool(self, pool):
+        if pool is not self.capturing:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.capturing = None
 
     def probe(self):
         self.probes += 1

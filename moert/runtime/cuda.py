@@ -146,7 +146,9 @@ class CudaDevice:
             self._base = _Mark(base, seconds=self._base_s)  # ties the clock of events to the host's
         self._limit: int | None = None
         self._locked: dict[int, Tensor] = {}
+        self._aside: Any = None  # the stream on which graphs are made: each stream would get a workspace of cuBLAS
         self._graphs: Any = None  # the memory that all graphs share, for none runs beside another
+        self._recording = True  # until it goes wrong
         self._staged: StagingPool | None = None
         self._passing: StagingPool | None = None
 
@@ -265,28 +267,42 @@ class CudaDevice:
 
     def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         """As a CUDA graph, where that can be made and is faster."""
-        module = self._module
+        if not self._recording:
+            return function
         with self.guard():
-            aside = module.Stream(self._cuda.device)
-            aside.wait_stream(self._stream())
+            try:
+                # torch does not go back to the stream that was current where a capture fails (cuda/graphs.py).
+                with self._module.stream(self._stream()):
+                    again = self._graph(function)
+            except RuntimeError:  # something in it waits for the device, or there is no memory for it
+                self._recording = False  # what failed stays marked as being captured: no other could share its memory
+                if self._graphs is not None:
+                    with suppress(RuntimeError):  # else torch would give back no memory any more where it has none left
+                        self._cuda.end_pool(self._graphs)
+                return function
+            return again if self._seconds(again) < self._seconds(function) else function
+
+    def _graph(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        module = self._module
+        self._aside = aside = self._aside or module.Stream(self._cuda.device)
+        aside.wait_stream(self._stream())
+        try:
             with module.stream(aside):  # what libraries do at their first calls cannot be recorded
                 for _ in range(_WARM_UP):
                     function()
+        finally:
             self._stream().wait_stream(aside)
-            self.synchronise()
-            graph = module.CUDAGraph()
-            self._graphs = self._graphs or module.graph_pool_handle()
-            try:
-                with module.graph(graph, pool=self._graphs):
-                    result = function()
-            except RuntimeError:  # something in it waits for the device
-                return function
+        self.synchronise()
+        graph = module.CUDAGraph()
+        self._graphs = self._graphs or module.graph_pool_handle()
+        with module.graph(graph, pool=self._graphs, stream=aside):
+            result = function()
 
-            def again() -> tuple[Tensor, ...]:
-                graph.replay()
-                return result
+        def again() -> tuple[Tensor, ...]:
+            graph.replay()
+            return result
 
-            return again if self._seconds(again) < self._seconds(function) else function
+        return again
 
     def _seconds(self, function: Callable[[], object]) -> float:
         self.synchronise()

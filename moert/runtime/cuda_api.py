@@ -33,7 +33,8 @@ class Cuda:
 
     module: torch.cuda. build: the CUDA that torch is built for, None without. empty: uint8 [nbytes] in device memory.
     pinned: uint8 [nbytes] of page-locked host memory. view: a tensor over an object with `__cuda_array_interface__`.
-    address: where the device finds registered host memory. probe: launches one kernel. triton: its version, None
+    address: where the device finds registered host memory. end_pool: ends what a capture that failed left begun, by the
+    memory of its graph; RuntimeError where there is nothing. probe: launches one kernel. triton: its version, None
     without. compiler: what is missing to compile Triton's launchers, "" for nothing.
     """
 
@@ -44,6 +45,7 @@ class Cuda:
     pinned: Callable[[int], Tensor]
     view: Callable[[object], Tensor]
     address: Callable[[int], int]
+    end_pool: Callable[[Any], object]
     probe: Callable[[], object]
     triton: Callable[[], str | None]
     compiler: Callable[[], str]
@@ -64,6 +66,7 @@ def of_torch(index: int = 0) -> Cuda:
         # to the host (tensor_new.cpp: internal_new_from_data).
         lambda holder: torch.as_tensor(holder, device=device),
         _device_address,
+        lambda pool: torch._C._cuda_endAllocateToPool(index, pool),
         lambda: torch.zeros(1, device=device).add_(1).item(),
         _triton_version,
         _missing_compiler,
