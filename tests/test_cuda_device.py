@@ -73,6 +73,14 @@ def test_a_limit_leaves_room_for_what_cuda_takes():
         device.allocate(256 << 20)
     with pytest.raises(DeviceMemoryError, match=r"CUDA itself takes 164\.0 MiB of the 64\.0 MiB allowed"):
         device.limit(64 << 20)
+    device.close()
+    assert fake.fraction == 1  # for whoever opens it next
+
+
+def test_cublas_takes_more_from_hopper_on():
+    fake = FakeCuda()
+    fake.found.major = 9
+    assert open_cuda(cuda=fake.api()).overhead_bytes == (100 + 128) << 20
 
 
 def test_what_others_use_is_not_all_overhead():

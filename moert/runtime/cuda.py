@@ -35,8 +35,8 @@ from moert.runtime.staging import StagingPool
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
 _CONTEXT_MOST = 640 << 20  # what is in use beyond this belongs to other programs
-# torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts.
-_ROUNDING = 64 << 20
+# torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts, and for cuBLAS some for each of two streams.
+_ROUNDING, _ROUNDING_HOPPER = 64 << 20, 128 << 20
 _BLOCK_WEIGHTS = 1 << 24  # raw weights that are upcast at a time: 64 MiB
 _BASE_SECONDS = 4.0  # for which an event serves others as the base of their times
 _WARM_UP, _TRIALS = 3, 10  # calls of what is recorded
@@ -137,7 +137,9 @@ class CudaDevice:
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
             self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
             self._context = 0 if self.integrated else self._in_use()
-            self.overhead_bytes = 0 if self.integrated else self._context + _ROUNDING
+            # From Hopper on cuBLAS gets 32 MiB instead of 8 (ATen/cuda/CublasHandlePool.cpp).
+            self._rounding = _ROUNDING if found.major < 9 else _ROUNDING_HOPPER
+            self.overhead_bytes = 0 if self.integrated else self._context + self._rounding
             self._copying = self._module.Stream(cuda.device)
             base = self._module.Event(enable_timing=True)
             base.record(self._stream())
@@ -164,7 +166,7 @@ class CudaDevice:
         if self.integrated:  # the host's budget holds for it
             return
         rest = nbytes - self._context
-        if rest <= _ROUNDING:
+        if rest <= self._rounding:
             overhead = format_bytes(self.overhead_bytes)
             raise out_of_memory(self.name, f"CUDA itself takes {overhead} of the {format_bytes(nbytes)} allowed")
         self._limit = rest
@@ -325,6 +327,8 @@ class CudaDevice:
         self._staged = self._passing = None
         with suppress(DeviceError), self.guard():
             self._module.empty_cache()
+            if self._limit is not None:  # torch would hold whoever opens the device next to it
+                self._module.set_per_process_memory_fraction(1.0, self.torch_device)
 
     def _stream(self) -> Any:
         return self._module.current_stream(self.torch_device)
