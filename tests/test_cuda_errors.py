@@ -1,5 +1,6 @@
 """What the CUDA device says where something is wrong, on a fake torch.cuda."""
 
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,10 @@ from .fake_cuda import FakeCuda
 
 
 class OutOfResources(Exception):  # noqa: N818
+    __module__ = "triton.runtime.errors"
+
+
+class PTXASError(Exception):
     __module__ = "triton.runtime.errors"
 
 
@@ -46,6 +51,11 @@ MEMORY = r"Out of memory on Fake GPU: "
             MEMORY,
         ),
         (OutOfResources("out of resource: shared memory"), DeviceError, "kernels do not fit Fake GPU"),
+        (
+            PTXASError("PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\n"),
+            DeviceError,
+            "do not fit Fake",
+        ),
         (RuntimeError("Failed to find C compiler. Please specify"), DeviceError, "finds no C compiler: install gcc"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError, "mat1"),
         (ValueError("something else"), ValueError, "something else"),
@@ -146,6 +156,30 @@ def test_a_line_about_the_gpu(integrated, words):
     assert reason == ""
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AssertionError("libcuda.so cannot found!\nPlease make sure"), "libcuda.so cannot found!"),
+        (CalledProcessError(1, ["gcc"]), "non-zero exit status 1"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_launcher_that_triton_cannot_build_is_named(monkeypatch, error, message):
+    class Broken:
+        @property
+        def active(self):
+            raise error
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr("triton.runtime.driver", Broken())
+    reason = cuda_api._broken_launcher()
+    assert message in reason
+    assert "\n" not in reason
+    target = SimpleNamespace(get_current_target=lambda: None)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=target))
+    assert cuda_api._broken_launcher() == ""
+
+
 def test_what_triton_needs_to_compile(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(cuda_api.shutil, "which", lambda name: None)
@@ -154,7 +188,7 @@ def test_what_triton_needs_to_compile(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_api.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert "install python3-dev" in cuda_api.of_torch().compiler()
     (tmp_path / "Python.h").touch()
-    assert cuda_api.of_torch().compiler() == ""
+    assert cuda_api._missing_compiler() == ""
 
 
 def test_the_address_for_the_device_comes_from_the_driver(monkeypatch):

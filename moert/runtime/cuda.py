@@ -35,7 +35,7 @@ from moert.runtime.staging import StagingPool
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
 _CONTEXT_MOST = 640 << 20  # what is in use beyond this belongs to other programs
-# torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts, and for cuBLAS some for each of two streams.
+# torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts, and some for cuBLAS on each of two streams.
 _ROUNDING, _ROUNDING_HOPPER = 64 << 20, 128 << 20
 _BLOCK_WEIGHTS = 1 << 24  # raw weights that are upcast at a time: 64 MiB
 _BASE_SECONDS = 4.0  # for which an event serves others as the base of their times

@@ -35,7 +35,7 @@ class Cuda:
     pinned: uint8 [nbytes] of page-locked host memory. view: a tensor over an object with `__cuda_array_interface__`.
     address: where the device finds registered host memory. end_pool: ends what a capture that failed left begun, by the
     memory of its graph; RuntimeError where there is nothing. probe: launches one kernel. triton: its version, None
-    without. compiler: what is missing to compile Triton's launchers, "" for nothing.
+    without. compiler: why Triton's launchers cannot be compiled, "" where they can.
     """
 
     module: Any
@@ -69,7 +69,7 @@ def of_torch(index: int = 0) -> Cuda:
         lambda pool: torch._C._cuda_endAllocateToPool(index, pool),
         lambda: torch.zeros(1, device=device).add_(1).item(),
         _triton_version,
-        _missing_compiler,
+        lambda: _missing_compiler() or _broken_launcher(),
     )
 
 
@@ -151,9 +151,12 @@ def translated(name: str, left: Callable[[], int] | None = None) -> Iterator[Non
             raise _memory_error(name, text, left) from None
         raise DeviceError(f"{name} was lost ({line}): start again, or use --device cpu.") from None
     except Exception as error:
-        if type(error).__name__ != "OutOfResources" or not type(error).__module__.startswith("triton"):
+        # PTXASError: of a compiler that is older than the device, or newer than its driver.
+        kind = type(error)
+        if kind.__name__ not in ("OutOfResources", "PTXASError") or not kind.__module__.startswith("triton"):
             raise
-        raise DeviceError(f"moert's kernels do not fit {name} ({error}): use --device cpu.") from None
+        line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise DeviceError(f"moert's kernels do not fit {name} ({line}): use --device cpu.") from None
 
 
 def _is_cuda(error: Exception, text: str) -> bool:
@@ -212,4 +215,19 @@ def _missing_compiler() -> str:
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         return f"Triton needs Python's headers, and {include} has none: install python3-dev"
+    return ""
+
+
+def _broken_launcher() -> str:
+    """Whether Triton can build what launches kernels, which it does with the first of them: a second once, then cached.
+
+    It asks ldconfig for libcuda.so.1 and the compiler for the rest, and lets their errors through.
+    """
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of any kind: a process that failed, a file that is missing, an assertion
+        line = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        return f"Triton cannot build its launcher ({line}): see that gcc works, and that ldconfig -p has libcuda.so.1"
     return ""
