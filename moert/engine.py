@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -133,18 +133,23 @@ class Engine:
         shared = self._shared_room(store, config, slices, alive)
         run = Run(store, config, self.precision, positions, alive, kv_dtype, shared)
         self.offload = plan_offload(run, on_status)
-        self.budget = self._split(store, config, slices)
-        num_experts = len(store.moe_layers) * store.num_experts
-        users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
-        slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
-        self._describe(store, config, slots[0], num_experts, on_status)
-        self._store, self._most_slices = store, slices
-        predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
-        self._runner = self._make_runner(store, slots, policies, predictor)
-        self._decoder, self._memory = self._load(store, config, positions, kv_dtype)
-        if slots[0] < num_experts:
-            self._decoder.watch(self._runner)
-        self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
+        with ExitStack() as undo:  # what locks memory and has threads, where the rest fails
+            if self.offload is not None:
+                undo.callback(self.offload.device.close)
+            self.budget = self._split(store, config, slices)
+            num_experts = len(store.moe_layers) * store.num_experts
+            users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
+            slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
+            self._describe(store, config, slots[0], num_experts, on_status)
+            self._store, self._most_slices = store, slices
+            predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
+            self._runner = self._make_runner(store, slots, policies, predictor)
+            undo.callback(self._runner.close)
+            self._decoder, self._memory = self._load(store, config, positions, kv_dtype)
+            if slots[0] < num_experts:
+                self._decoder.watch(self._runner)
+            self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
+            undo.pop_all()
         self._most_alive = alive
         # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
         self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf

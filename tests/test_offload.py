@@ -13,6 +13,7 @@ from moert.budget import library_bytes
 from moert.errors import BudgetError, DeviceError, UsageError
 from moert.runtime import device as device_module
 from moert.runtime.device import EmulatedDevice
+from moert.runtime.loading import Loader
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -176,6 +177,43 @@ def test_a_device_that_is_lost_meanwhile(device, monkeypatch):
         monkeypatch.setattr(EmulatedDevice, "copy", lost)
         with pytest.raises(DeviceError, match="was lost"):
             llm.generate("import os\n", GREEDY)
+
+
+@pytest.mark.parametrize("where", ["experts", "dense", "KV cache"])
+def test_what_fails_to_load_leaves_nothing_behind(device, monkeypatch, where):
+    """Not the device's memory, locked pages or reading threads."""
+    closed, close, count = [], Loader.close, {"experts": 1, "dense": 2, "KV cache": 3}[where]
+    real, asked = Counting.allocate, []
+
+    def allocate(self, nbytes):
+        asked.append(nbytes)
+        if len(asked) == count:
+            raise DeviceError("Out of memory on the emulated device; give a smaller --device-budget.")
+        return real(self, nbytes)
+
+    monkeypatch.setattr(Counting, "allocate", allocate)
+    monkeypatch.setattr(Loader, "close", lambda self: (closed.append(self), close(self)))
+    with pytest.raises(DeviceError, match="Out of memory"):
+        LLM(ctx_size=256, device="cuda")
+    assert len(asked) == count
+    assert len(closed) == 1
+    assert device._taken == 0
+
+
+def test_reads_end_where_the_device_is_lost(device, monkeypatch):
+    """The error is that of the device, and what was on its way to the arena is not."""
+    with LLM(ctx_size=512, device="cuda", device_budget=20 * MIB, hybrid=False) as llm:
+
+        def lost(*rest):
+            raise DeviceError("The device was lost: start again, or use --device cpu.")
+
+        drained, recover = [], Loader.recover
+        monkeypatch.setattr(Loader, "recover", lambda self: (drained.append(self), recover(self))[1])
+        monkeypatch.setattr(EmulatedDevice, "copy", lost)
+        monkeypatch.setattr(EmulatedDevice, "synchronise", lost)
+        with pytest.raises(DeviceError, match="was lost"):
+            llm.generate("import os\n", GREEDY)
+        assert drained
 
 
 def test_bitsandbytes_missing(device, monkeypatch):

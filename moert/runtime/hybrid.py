@@ -58,7 +58,11 @@ class HybridRunner(ExpertRunner):
     ) -> None:
         self._device, self._device_slots, self._pace, self._hybrid = device, device_slots, pace, hybrid
         super().__init__(store, slots, precision, activation, policies, predictor)
-        self._tier = DeviceTier(device, device_slots, store.layout, activation, self._loader.arena, self.telemetry)
+        try:
+            self._tier = DeviceTier(device, device_slots, store.layout, activation, self._loader.arena, self.telemetry)
+        except BaseException:
+            self._loader.close()
+            raise
         self._loader.leaving = self._tier.settle
         self._tiers = self._new_tiers()
         self._moving: list[tuple[Load, list[tuple[SliceKey, Copy]]]] = []  # ahead of being wanted
@@ -260,13 +264,17 @@ class HybridRunner(ExpertRunner):
     def _recover(self) -> None:
         self._now = None
         self._moving.clear()
-        self._tier.restart()
-        super()._recover()
-        self._tiers = self._new_tiers()
+        try:
+            self._tier.restart()
+        finally:  # a lost device leaves no reads on their way
+            super()._recover()
+            self._tiers = self._new_tiers()
 
     def close(self) -> None:
-        super().close()
-        self._tier.close()
+        try:
+            super().close()
+        finally:
+            self._tier.close()
 
 
 _FIRST = torch.zeros(1, dtype=torch.int64)
