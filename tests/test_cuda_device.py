@@ -77,6 +77,16 @@ def test_a_limit_leaves_room_for_what_cuda_takes():
     assert fake.fraction == 1  # for whoever opens it next
 
 
+def test_attention_is_not_planned_for_each_length():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        CudaDevice(FakeCuda().api())
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_cublas_takes_more_from_hopper_on():
     fake = FakeCuda()
     fake.found.major = 9
@@ -225,6 +235,13 @@ def test_a_chunk_on_its_way_is_not_taken_by_another_stream(fake):
     fake.synchronize(None)
     assert there.equal(source)
     assert back.equal(numbers(100, 1))
+
+
+def test_the_pool_may_be_made_in_inference_mode(fake):
+    device, x = CudaDevice(fake.api()), numbers(10)
+    with torch.inference_mode():
+        assert device.fetch(device.send(x)).equal(x)
+    assert device.fetch(device.send(x)).equal(x)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 7), (3, 1000)])

@@ -36,7 +36,7 @@ from moert.runtime.staging import StagingPool
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
 _CONTEXT_MOST = 640 << 20  # what is in use beyond this belongs to other programs
 # torch takes memory in pieces of 2 and 20 MiB, of which it gives out parts, and some for cuBLAS on each of two streams.
-_ROUNDING, _ROUNDING_HOPPER = 64 << 20, 128 << 20
+_ROUNDING, _ROUNDING_HOPPER = 64 << 20, 128 << 20  # that are 8 MiB, and from there on 32 (CublasHandlePool.cpp)
 _BLOCK_WEIGHTS = 1 << 24  # raw weights that are upcast at a time: 64 MiB
 _BASE_SECONDS = 4.0  # for which an event serves others as the base of their times
 _WARM_UP, _TRIALS = 3, 10  # calls of what is recorded
@@ -130,6 +130,7 @@ class CudaDevice:
         self.torch_device = cuda.device
         self.name = "the GPU"
         with self.guard():
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan for each length anew, at every token
             if cuda.device.type == "cuda":  # Triton launches on the current one
                 self._module.set_device(cuda.device)
             found = self._module.get_device_properties(cuda.device.index or 0)
@@ -137,7 +138,6 @@ class CudaDevice:
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
             self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
             self._context = 0 if self.integrated else self._in_use()
-            # From Hopper on cuBLAS gets 32 MiB instead of 8 (ATen/cuda/CublasHandlePool.cpp).
             self._rounding = _ROUNDING if found.major < 9 else _ROUNDING_HOPPER
             self.overhead_bytes = 0 if self.integrated else self._context + self._rounding
             self._copying = self._module.Stream(cuda.device)

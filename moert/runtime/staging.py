@@ -20,7 +20,8 @@ class StagingPool:
     def __init__(self, cuda: Cuda, chunk_bytes: int, chunks: int) -> None:
         self._cuda = cuda.module
         self.chunk_bytes = chunk_bytes
-        self._free = deque((cuda.pinned(chunk_bytes), cuda.module.Event()) for _ in range(chunks))
+        with torch.inference_mode(False):  # else nothing could be written to them outside of that mode
+            self._free = deque((cuda.pinned(chunk_bytes), cuda.module.Event()) for _ in range(chunks))
 
     def send(self, source: Tensor, target: Tensor, stream: Any) -> None:
         """Host memory to device memory, behind what `stream` does; the source may be overwritten at once.
@@ -28,8 +29,7 @@ class StagingPool:
         Blocks while all chunks are on their way.
         """
         for part, place in self._pieces(source, target):
-            chunk, event = self._free.popleft()
-            self._free.append((chunk, event))
+            chunk, event = self._next()
             event.synchronize()
             chunk[: len(part)].copy_(part)
             with self._cuda.stream(stream):
@@ -42,8 +42,7 @@ class StagingPool:
         for part, place in self._pieces(source, target):
             if len(under_way) == len(self._free):
                 _take(*under_way.popleft())
-            chunk, event = self._free.popleft()
-            self._free.append((chunk, event))
+            chunk, event = self._next()
             event.synchronize()
             with self._cuda.stream(stream):
                 chunk[: len(part)].copy_(part, non_blocking=True)
@@ -51,6 +50,10 @@ class StagingPool:
             under_way.append((chunk, place, event))
         while under_way:
             _take(*under_way.popleft())
+
+    def _next(self) -> tuple[Tensor, Any]:
+        self._free.rotate(-1)  # one step, so that Ctrl-C cannot lose a chunk
+        return self._free[-1]
 
     def _pieces(self, source: Tensor, target: Tensor) -> zip[tuple[Tensor, Tensor]]:
         return zip(torch.split(source, self.chunk_bytes), torch.split(target, self.chunk_bytes), strict=True)
