@@ -77,6 +77,14 @@ def this_machine() -> tuple[Profile, str]:
     return profile, f"default figures, those of {name} (moert profile measures this machine's){wrong}"
 
 
+def device_or_this(name: str | Path | None) -> tuple[Profile, str]:
+    """`load_device`, or `this_machine` where no name is given, and a line on where the figures are from."""
+    if name is None:
+        return this_machine()
+    profile = load_device(name)
+    return profile, f"figures of {profile.date}"
+
+
 def closest() -> str:
     """Of the profiles that come along, the one of the device most like this machine; a guess without measuring."""
     try:

@@ -126,14 +126,12 @@ class Engine:
         self._widths = store.layout.widths
         slices = self.precision.slices(self._widths)
         alive = most_alive(self.batch_size, config.token_scheduler)
-        positions, kv_dtype = (
-            align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1),
-            _kv_dtype(store, config.kv_bits),
-        )
+        positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
+        kv_dtype = _kv_dtype(store, config.kv_bits)
         shared = self._shared_room(store, config, slices, alive)
         run = Run(store, config, self.precision, positions, alive, kv_dtype, shared)
         self.offload = plan_offload(run, on_status)
-        with ExitStack() as undo:  # what locks memory and has threads, where the rest fails
+        with ExitStack() as undo:  # what is open goes on being so only if all goes well
             if self.offload is not None:
                 undo.callback(self.offload.device.close)
             self.budget = self._split(store, config, slices)
@@ -144,16 +142,20 @@ class Engine:
             self._store, self._most_slices = store, slices
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
             self._runner = self._make_runner(store, slots, policies, predictor)
+            undo.pop_all()
             undo.callback(self._runner.close)
             self._decoder, self._memory = self._load(store, config, positions, kv_dtype)
+            if isinstance(self._runner, HybridRunner) and self.offload is not None and self.offload.device.compiles:
+                on_status("preparing the device: the first time its kernels are compiled, which takes some seconds")
+                self._runner.prepare()
             if slots[0] < num_experts:
                 self._decoder.watch(self._runner)
             self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
+            self._most_alive = alive
+            # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
+            self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
+            self.tokens: list[int] = []
             undo.pop_all()
-        self._most_alive = alive
-        # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
-        self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
-        self.tokens: list[int] = []
 
     def _make_runner(
         self, store: Store, slots: Sequence[int], policies: Policies, predictor: Predictor | None
@@ -177,6 +179,7 @@ class Engine:
         with device.guard():
             dense = load_dense(store, placed, device, cast(DenseQuant, config.dense_quant))
             decoder = PlacedDecoder(arch, dense, self._runner, placed.layers, placed.head, device)
+            decoder.prepare()
             return decoder, KVMemory(arch, positions, kv_dtype, placed.layers, placed.kv_positions, device)
 
     def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int) -> int:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from moert import devices
 from moert.cli import plan
 from moert.cli.main import main
 from moert.errors import MoertError, UsageError
@@ -30,7 +31,7 @@ def model(monkeypatch):
 
 @pytest.fixture
 def board(monkeypatch):
-    monkeypatch.setattr(plan, "load_device", lambda name: DEVICE)
+    monkeypatch.setattr(devices, "load_device", lambda name: DEVICE)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_where_nothing_fits_the_least_is_said(model, board, monkeypatch, trace, 
     )
     assert captured.out.count("does not fit: needs") == 5
     small = dataclasses.replace(DEVICE, memory_bytes=130.0 * 2**20)
-    monkeypatch.setattr(plan, "load_device", lambda name: small)
+    monkeypatch.setattr(devices, "load_device", lambda name: small)
     run("--trace", trace, "--json")
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -122,7 +123,7 @@ def test_where_nothing_fits_the_least_is_said(model, board, monkeypatch, trace, 
 def test_what_is_not_as_a_user_may_think_is_said(model, monkeypatch, trace, capsys):
     model[0] = shape_of(why_not="moert has no gpt_oss", calibrated=False)
     gpu = {"gpu_memory_bytes": 2.0**33, "gpu_memory_bytes_per_s": 2.0**36, "gpu_integrated": False}
-    monkeypatch.setattr(plan, "load_device", lambda name: dataclasses.replace(DEVICE, **gpu))
+    monkeypatch.setattr(devices, "load_device", lambda name: dataclasses.replace(DEVICE, **gpu))
     run("--trace", trace, "--memory-budget", "8GiB", "--precision", "fixed:3")
     captured = capsys.readouterr()
     assert "note: moert cannot run this model: moert has no gpt_oss; planned as if it could." in captured.err

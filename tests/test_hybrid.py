@@ -173,6 +173,14 @@ def test_what_a_step_leaves_behind_when_it_breaks_off(store, monkeypatch):
     runner.close()
 
 
+def test_preparing_a_device_leaves_nothing_behind(store):
+    runner = make(store, 4, 4)
+    runner.prepare()
+    assert not runner._tier.arena.held()
+    check(runner, store, 0, 3, routing(5, 3, 1))
+    runner.close()
+
+
 def test_costs_are_corrected_by_what_is_measured(store):
     runner = make(store, 2 * EXPERTS, 4, hybrid=False)
     told = []

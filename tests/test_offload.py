@@ -216,6 +216,18 @@ def test_reads_end_where_the_device_is_lost(device, monkeypatch):
         assert drained
 
 
+def test_what_fails_behind_it_closes_the_device(device, monkeypatch):
+    closed = []
+    monkeypatch.setattr(device, "close", lambda: closed.append(True))
+    with pytest.raises(BudgetError, match="memory budget"):
+        LLM(ctx_size=512, device="cuda", memory_budget=100 * MIB)
+    assert closed == [True]
+    monkeypatch.setattr(device, "allocate", lambda nbytes: (_ for _ in ()).throw(DeviceError("Out of memory.")))
+    with pytest.raises(DeviceError, match="Out of memory"):
+        LLM(ctx_size=512, device="cuda")
+    assert closed == [True, True]
+
+
 def test_bitsandbytes_missing(device, monkeypatch):
     def missing(quant):
         raise UsageError("--dense-quant int8 and nf4 need bitsandbytes: install moert[cuda].")

@@ -180,7 +180,7 @@ def add_device_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument(
         "--no-hybrid",
         action="store_true",
-        help="compute all experts on the device: slower, and reproducible to the byte",
+        help="compute all experts on the device: slower, but the same text every time",
     )
     group.add_argument(
         "--dense-quant",

@@ -13,7 +13,7 @@ from moert import source
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_budget
-from moert.devices import devices, load_device, this_machine
+from moert.devices import device_or_this, devices
 from moert.errors import BudgetError, UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     _check(args)
     budgets = _budgets(args)
-    profile, about = _device(args)
+    profile, about = device_or_this(args.device)
     shape = _shape(args, status)
     routes = _routes(args, shape)
     for line in _assumed(args, shape, profile, about, routes):
@@ -122,14 +122,6 @@ def _budgets(args: argparse.Namespace) -> list[int | None]:
     if args.memory_budget is not None:
         raise UsageError("Give either --memory-budget or --sweep memory-budget=LOW:HIGH.")
     return [*common.parse_sweep(args.sweep, "memory-budget")]
-
-
-def _device(args: argparse.Namespace) -> tuple[Profile, str]:
-    """The profile, and what is to be said about its figures."""
-    if args.device is None:
-        return this_machine()
-    profile = load_device(args.device)
-    return profile, f"figures of {profile.date}"
 
 
 def _shape(args: argparse.Namespace, status: common.Status) -> ModelShape:

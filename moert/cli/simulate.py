@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_bytes
-from moert.devices import devices, load_device
+from moert.devices import device_or_this, devices
 from moert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 TIERED_COLUMNS = (
     *("budget", "GPU's", "run", "tokens/s", "at once", "by CPU", "moved/token", "read/token", "stalled", "mean width"),
 )
-DEFAULT_DEVICE = "server-2-core-amx"
 BOUNDS = ("belady", "perfect_prefetch", "lru")
 BESIDE = ("device", "host", "resident")
 COLUMNS = ("budget", "run", "tokens/s", "hits", "read/token", "stalled", "mean width", "router mass at each width")
@@ -49,9 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        default=DEFAULT_DEVICE,
         metavar="NAME|FILE",
-        help=f"device that is simulated: {', '.join(devices())}, or a profile (default {DEFAULT_DEVICE})",
+        help=f"device that is simulated: {', '.join(devices())}, or a profile (default: this machine)",
     )
     parser.add_argument("--disk", metavar="SIZE", help="bytes that its disk reads per second, such as 1200MB")
     parser.add_argument(
@@ -79,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     from moert.scheduler.simulation import Simulation
 
     status = common.Status(args.quiet)
-    profile = load_device(args.device)
+    profile, about = device_or_this(args.device)
     every = [_settings(args, budget) for budget in _budgets(args, profile)]
     trace = common.load_trace(args.trace)
     if args.disk is not None:
@@ -90,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     )
     status.say(
         f"{profile.name}: disk {profile.disk_bytes_per_s / 1e9:g} GB/s, memory"
-        f" {profile.memory_bytes_per_s / 1e9:g} GB/s and {format_bytes(profile.memory_bytes)}"
+        f" {profile.memory_bytes_per_s / 1e9:g} GB/s and {format_bytes(profile.memory_bytes)}; {about}"
     )
     recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "nothing"
     status.say(

@@ -131,6 +131,12 @@ class PlacedDecoder(Decoder):
             cache.advance(len(tokens))
         return x, there, indices
 
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record what a single token needs, before anybody waits for it."""
+        if any(self._on_device):
+            self._place_of_one()
+
     def _place_of_one(self) -> OneToken:
         """Where a single token is on the device, and layers recorded for it."""
         if self._one is None:

@@ -124,6 +124,7 @@ class CudaDevice:
 
     kind = "cuda"
     sum_dtype = torch.float32
+    compiles = True
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self._module = cuda, cuda.module

@@ -63,6 +63,7 @@ class Device(Protocol):
     """A device whose memory is a tier of its own, or the host's (`integrated`).
 
     sum_dtype: of what its experts add up to. overhead_bytes: what the device takes of its memory by itself.
+    compiles: whether kernels are compiled when they are used first.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Device(Protocol):
     total_bytes: int
     overhead_bytes: int
     sum_dtype: torch.dtype
+    compiles: bool
 
     def guard(self) -> AbstractContextManager[object]:
         """Around anything that uses the device: its errors become DeviceError."""
@@ -204,6 +206,7 @@ class EmulatedDevice:
     """Host memory in the place of a device's. capacity: bytes that it pretends to have, None for the machine's."""
 
     kind = "emulated"
+    compiles = False
     sum_dtype = torch.float64  # as the host sums, so that nothing shows where an expert was computed
 
     def __init__(self, capacity: int | None = None, integrated: bool = False) -> None:

@@ -68,6 +68,11 @@ class HybridRunner(ExpertRunner):
         self._moving: list[tuple[Load, list[tuple[SliceKey, Copy]]]] = []  # ahead of being wanted
         self._now: tuple[TieredPlan, Part] | None = None  # the layer that is computed
 
+    def prepare(self) -> None:
+        """Compile what the device computes with, which takes seconds the first time."""
+        with self._device.guard():
+            self._tier.prepare()
+
     @contextmanager
     def begin(self, decoding: bool, count: int, first: int | None = None) -> Iterator[None]:
         with self._device.guard(), super().begin(decoding, count, first):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from moert.errors import DeviceError
@@ -22,6 +23,7 @@ from moert.runtime.telemetry import Telemetry
 from moert.scheduler.types import Load, SliceKey, Wave
 
 Measurable = Literal["device", "move"]
+_COUNTS = (1, 16, 32, 64)  # of tokens, for which there are kernels
 
 
 # For each expert, and each number of slices that it is used with: that, its tokens int64, and their weights float32.
@@ -131,6 +133,15 @@ class DeviceTier:
         self._experts.add(offsets, tokens, weights, part.x, part.out)
         part.marks.append((before, self.device.mark()))
         self._launched = True
+
+    def prepare(self) -> None:
+        """Have all kernels compiled before anybody waits for them: for single tokens and for blocks of more."""
+        hidden = self._layout.hidden
+        for count in _COUNTS:
+            x = self.device.send(torch.zeros(count, hidden))
+            out = torch.zeros_like(x, dtype=self.device.sum_dtype)
+            self._experts.add([[0]], [torch.arange(count)], [torch.zeros(count)], x, out)
+        self.device.synchronise()
 
     def watch(self, part: Part, device_s: float, move_s: float) -> None:
         """All of `part` is on its way: learn later what it takes, of which so much was predicted."""
