@@ -112,7 +112,11 @@ class LLM:
             status(self.plan.line(self._engine.budget.total))
         self._warm_file: Path | None = None
         if warm:
-            self._engine.warm(file := warm_file(path, str(self._engine.precision)), status)
+            try:
+                self._engine.warm(file := warm_file(path, str(self._engine.precision)), status)
+            except BaseException:
+                self._engine.close()
+                raise
             self._warm_file = file  # only now: what is interrupted before is nothing to remember
         self._latest: object = None  # the request that the KV cache belongs to
         self._recorders: list[Recorder] = []
