@@ -197,6 +197,11 @@ def test_16_bit_products_against_float64(dtype: torch.dtype) -> None:
     torch.testing.assert_close(matrix.rows(torch.tensor([65, 2])), w[[65, 2]].to(dtype).float())
 
 
+def test_inputs_beyond_float16_stay_finite() -> None:
+    x, w = torch.tensor([[1e6, -1e6, 1.0]]), torch.ones(2, 3, dtype=torch.float16)
+    assert device_matrix.product(x, w).tolist() == [[1.0, 1.0]]
+
+
 def test_int8_is_what_bitsandbytes_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     with_bitsandbytes()
     monkeypatch.setattr(device_matrix, "BLOCK_WEIGHTS", 400)  # a few outliers at a time

@@ -51,12 +51,17 @@ def bitsandbytes() -> Any:
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x [T, K], rounded to the dtype of w [N, K], times w.T: float32 [T, N], summed in float32."""
-    x = x.to(w.dtype)
+    x = _rounded(x, w.dtype)
     if not x.is_cuda:
         return linear(x.float(), w)
     if w.dtype != torch.float32 and _mixed("mm"):
         return torch.mm(x, w.T, out_dtype=torch.float32)
     return functional.linear(x, w).float()
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Devices without bfloat16 compute in float16, whose range some models' inputs leave."""
+    return (x.clamp(-_HALF_MAX, _HALF_MAX) if dtype == torch.float16 else x).to(dtype)
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ class MatrixInt8(DeviceMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """Columns with an input from _OUTLIER on apart, in float32; the others with inputs in int8 for each token."""
         lib = bitsandbytes().functional
-        x = x.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+        x = _rounded(x, torch.float16)
         codes, peaks, outliers = lib.int8_vectorwise_quant(x, threshold=_OUTLIER)
         y: Tensor = lib.int8_linear_matmul(codes, self.codes).float()
         y *= (peaks / 127)[:, None] * (self.peaks / 127)
@@ -197,7 +202,7 @@ class MatrixNF4(DeviceMatrix):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and len(x) == 1:  # a kernel of its own, which writes no weights
             codes = self.codes.view(-1, 1).t()
-            y: Tensor = bitsandbytes().matmul_4bit(x.to(self.dtype), codes, quant_state=self._state(self.peaks))
+            y: Tensor = bitsandbytes().matmul_4bit(_rounded(x, self.dtype), codes, quant_state=self._state(self.peaks))
             return y.float()
         step = max(BLOCK_WEIGHTS // self.shape[1], 1)
         blocks = zip(torch.split(self.codes, step), torch.split(self.peaks, step), strict=True)

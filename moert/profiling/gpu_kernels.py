@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moert.bench_kernels import random_buffer
 from moert.errors import DeviceError
+from moert.memory import allocate
 from moert.profiling.figure import Measured, Progress, measured
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.runtime.cuda import open_cuda
@@ -120,7 +121,7 @@ class _Pool:
 
 def _copies(device: Device, memory: Tensor) -> list[float]:
     """Seconds of copies so small that only asking for them takes time."""
-    source = torch.zeros(SLICE_ALIGN, dtype=torch.uint8)
+    source = allocate(SLICE_ALIGN)  # CUDA locks whole pages
     device.page_lock(source)
     samples = []
     for _ in range(REPETITIONS + 1):
