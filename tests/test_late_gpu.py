@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moert import LLM, SamplingParams, offload
 from moert.runtime.cuda import CudaDevice
-from moert.runtime.device import HostExperts
+from moert.runtime.device import EmulatedDevice, HostExperts
 
-from .fake_cuda import FakeCuda
+from .fake_cuda import FakeCuda, Stream
 from .test_hybrid import EXPERTS, FAST, LAYERS, MIDDLING, expected, make, routing, store  # noqa: F401
 
 ORDERS = ["", "copy", "compute"]
@@ -78,4 +79,33 @@ def test_what_comes_out_is_that_of_float64(
         finally:
             runner.close()
         assert not any(stream.work for stream in fake.streams)
+        assert not fake.locked
+
+
+class EagerGpu(CudaDevice):
+    """Of which all streams run at once, so that the dense part, which the host's torch computes here, comes in time."""
+
+    sum_dtype = torch.float64
+
+    def experts(self, layout, activation, memory):
+        return HostExperts(layout, activation, memory)
+
+    def record(self, function):
+        return EmulatedDevice.record(self, function)
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["locked", "not locked"])
+def test_a_whole_model_is_opened_and_used(monkeypatch, refused):
+    """What is done within a pass and outside, in the order in which an engine does it."""
+    with FakeCuda(eager="compute") as fake:
+        monkeypatch.setattr(fake, "Stream", lambda device: Stream(fake, eager=True))
+        fake.refuse = 801 if refused else 0
+        device = EagerGpu(fake.api())
+        monkeypatch.setattr(offload, "open_device", lambda kind, say: device)
+        with LLM(ctx_size=256, device="cuda") as llm:
+            assert all(llm.engine.offload.placement.layers)
+            params = SamplingParams(max_tokens=4, temperature=0)
+            first = llm.generate("import os\n", params)[0].text
+            llm.engine.preload()
+            assert llm.generate("import os\n", params)[0].text == first
         assert not fake.locked
