@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +245,14 @@ def test_nf4_is_what_bitsandbytes_computes(shape: tuple[int, int], monkeypatch: 
     torch.testing.assert_close(matrix(x).double(), want, rtol=1e-5, atol=1e-5)
     rows = matrix.rows(torch.tensor([5, 0]))
     torch.testing.assert_close(rows, library.functional.dequantize_4bit(codes, state)[[5, 0]])
+
+
+def test_bitsandbytes_without_its_part_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(library.cextension, "lib", SimpleNamespace(compiled_with_cuda=False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=r"cannot be loaded .it has no part for this GPU's CUDA"):
+        bitsandbytes.__wrapped__()
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

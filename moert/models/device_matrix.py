@@ -38,6 +38,10 @@ def bitsandbytes() -> Any:
     logger.setLevel(logging.ERROR)  # on a CPU it says which kernels it could download
     try:
         import bitsandbytes as library
+
+        # Without the part for CUDA it is loaded all the same, and each of its kernels raises.
+        if torch.cuda.is_available() and not library.cextension.lib.compiled_with_cuda:
+            raise ImportError(f"it has no part for this GPU's CUDA {torch.version.cuda}")
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UsageError(
