@@ -131,6 +131,13 @@ def test_what_stands_in_the_way_is_said(change, message):
     assert bool(line) == (fake.init_error is None and fake.count > 0)
 
 
+def test_the_probe_reports_what_fails(monkeypatch):
+    cuda_api._probe(torch.device("cpu"))
+    monkeypatch.setattr(torch, "ones", lambda *rest, **more: (_ for _ in ()).throw(NO_KERNEL))
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        cuda_api._probe(torch.device("cpu"))
+
+
 def test_an_old_gpu_is_refused():
     fake = FakeCuda()
     fake.found.major, fake.found.minor = 6, 1

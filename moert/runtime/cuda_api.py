@@ -34,7 +34,7 @@ class Cuda:
     module: torch.cuda. build: the CUDA that torch is built for, None without. empty: uint8 [nbytes] in device memory.
     pinned: uint8 [nbytes] of page-locked host memory. view: a tensor over an object with `__cuda_array_interface__`.
     address: where the device finds registered host memory. end_pool: ends what a capture that failed left begun, by the
-    memory of its graph; RuntimeError where there is nothing. probe: launches one kernel. triton: its version, None
+    memory of its graph; RuntimeError where there is nothing. probe: launches a kernel and a product. triton: its version, None
     without. compiler: why Triton's launchers cannot be compiled, "" where they can.
     """
 
@@ -67,7 +67,7 @@ def of_torch(index: int = 0) -> Cuda:
         lambda holder: torch.as_tensor(holder, device=device),
         _device_address,
         lambda pool: torch._C._cuda_endAllocateToPool(index, pool),
-        lambda: torch.zeros(1, device=device).add_(1).item(),
+        lambda: _probe(device),
         _triton_version,
         lambda: _missing_compiler() or _broken_launcher(),
     )
@@ -184,6 +184,12 @@ def _memory_error(name: str, text: str, left: Callable[[], int] | None) -> Devic
 def out_of_memory(name: str, what: str) -> DeviceMemoryError:
     """The error where there is not enough. what: was wanted, and is left."""
     return DeviceMemoryError(f"Out of memory on {name}: {what}; give a smaller --device-budget.")
+
+
+def _probe(device: torch.device) -> None:
+    """A kernel and a product, so that what cuBLAS keeps, here and there, is seen before memory is divided."""
+    x = torch.ones(16, 16, dtype=torch.float16, device=device)
+    (x @ x).sum().item()
 
 
 def _device_address(host: int) -> int:
