@@ -12,7 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ _HALF_MAX = 65504.0
 @cache
 def bitsandbytes() -> Any:
     """The library. UsageError where it is not installed or cannot be loaded."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
+    before = (logger := logging.getLogger("bitsandbytes")).level
     logger.setLevel(logging.ERROR)  # on a CPU it says which kernels it could download
     try:
         import bitsandbytes as library
@@ -84,8 +83,7 @@ def _mixed(name: str) -> bool:
 @cache
 def _nf4_code(device: torch.device) -> Tensor:
     """The 16 numbers that the codes stand for; made once, as it takes a copy to the device."""
-    code: Tensor = bitsandbytes().functional.get_4bit_type("nf4", device=device)
-    return code
+    return cast(Tensor, bitsandbytes().functional.get_4bit_type("nf4", device=device))
 
 
 class DeviceMatrix(nn.Module, ABC):
@@ -200,8 +198,8 @@ class MatrixNF4(DeviceMatrix):
         )
 
     def _dequantise(self, codes: Tensor, peaks: Tensor) -> Tensor:
-        weights: Tensor = bitsandbytes().functional.dequantize_4bit(codes.reshape(-1, 1), self._state(peaks))
-        return weights.view(len(peaks), -1)
+        weights = bitsandbytes().functional.dequantize_4bit(codes.reshape(-1, 1), self._state(peaks))
+        return cast(Tensor, weights).view(len(peaks), -1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and len(x) == 1:  # a kernel of its own, which writes no weights
@@ -222,6 +220,5 @@ KINDS: dict[DenseQuant, type[DeviceMatrix]] = {"16": Matrix16, "int8": MatrixInt
 
 def dtype_of(device: torch.device) -> torch.dtype:
     """In what 16-bit numbers this device computes: bfloat16 where it has it."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    without = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if without else torch.bfloat16
