@@ -19,6 +19,8 @@ _MIB = 1 << 20
 _LIBRARY_STEP = 32 * _MIB
 # Grown later by thread stacks, the allocator's slack and code pages not touched yet.
 _LIBRARY_GROWTH = 48 * _MIB
+# Grown by a device's first kernels: their compiler (Triton 3.7: 56 MiB), and locked memory that copies go through.
+_DEVICE_GROWTH = 96 * _MIB
 AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
 
 
@@ -118,9 +120,13 @@ def workspace_bytes(sizes: Sizes, ctx_size: int, sequences: int = 1) -> int:
     return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
 
 
-def library_bytes() -> int:
-    """Resident memory of interpreter and libraries now, with what they will still grow by, rounded up."""
-    return align(psutil.Process().memory_info().rss + _LIBRARY_GROWTH, _LIBRARY_STEP)
+def library_bytes(compiles: bool = False) -> int:
+    """Resident memory of interpreter and libraries now, with what they will still grow by, rounded up.
+
+    compiles: whether there is a device whose kernels are compiled.
+    """
+    growth = _LIBRARY_GROWTH + (_DEVICE_GROWTH if compiles else 0)
+    return align(psutil.Process().memory_info().rss + growth, _LIBRARY_STEP)
 
 
 def available_bytes() -> int:

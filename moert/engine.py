@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -128,7 +129,7 @@ class Engine:
         alive = most_alive(self.batch_size, config.token_scheduler)
         positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
         kv_dtype = _kv_dtype(store, config.kv_bits)
-        shared = self._shared_room(store, config, slices, alive)
+        shared = functools.partial(self._shared_room, store, config, slices, alive)
         run = Run(store, config, self.precision, positions, alive, kv_dtype, shared)
         self.offload = plan_offload(run, on_status)
         with ExitStack() as undo:  # what is open goes on being so only if all goes well
@@ -182,9 +183,9 @@ class Engine:
             decoder.prepare()
             return decoder, KVMemory(arch, positions, kv_dtype, placed.layers, placed.kv_positions, device)
 
-    def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int) -> int:
+    def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int, compiles: bool) -> int:
         """Of the host's memory, what is left for a device that has no other, if all dense weights go there."""
-        libraries, available = library_bytes(), available_bytes()
+        libraries, available = library_bytes(compiles), available_bytes()
         needs = needs_of(store, config.kv_bits, self.ctx_size, slices, libraries, config.batch_size, alive)
         limit = config.memory_budget or libraries + int(available * AUTO_SHARE)
         return limit - libraries - needs.workspace - store.architecture.top_k * needs.one_expert
@@ -201,7 +202,8 @@ class Engine:
         return make_predictor(Mixed.name, store.moe_layers, store.num_experts, arch.top_k, weights)
 
     def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
-        libraries, available = library_bytes(), available_bytes()
+        compiles = self.offload is not None and self.offload.device.compiles
+        libraries, available = library_bytes(compiles), available_bytes()
 
         def split(ctx_size: int, slices: int, batch_size: int | None = config.batch_size) -> Budget:
             alive = most_alive(batch_size or AUTO_BATCH, config.token_scheduler)

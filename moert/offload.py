@@ -75,7 +75,7 @@ class Offload:
 @dataclass(frozen=True, slots=True)
 class Run:
     """What is to be run. positions: of the KV cache, for the `alive` sequences together. shared_room: of the host's
-    memory, what is left for a device that has no other."""
+    memory, what is left for a device that has no other, given whether it compiles its kernels."""
 
     store: Store
     config: EngineConfig
@@ -83,7 +83,7 @@ class Run:
     positions: int
     alive: int
     kv_dtype: torch.dtype
-    shared_room: int
+    shared_room: Callable[[bool], int]
 
 
 def expert_workspace_bytes(sizes: Sizes, positions: int, sequences: int) -> int:
@@ -126,7 +126,7 @@ def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offl
     most = run.precision.slices(layout.widths)
     profile, origin = this_machine()
     pace = Pace(profile, layout.widths, layout.slice_sizes, device.integrated)
-    limit = _limit(device, config.device_budget, run.shared_room)
+    limit = _limit(device, config.device_budget, run.shared_room)  # only now that its libraries are loaded
     workspace = expert_workspace_bytes(arch, run.positions, run.alive)
     # With less than the experts of a token on the device, it would compute nothing before it is moved.
     least = 0 if device.integrated else arch.top_k * sum(layout.slice_sizes[:most])
@@ -180,9 +180,9 @@ def _planned(device: Device, run: Run, on_status: Callable[[str], None]) -> Offl
     return found
 
 
-def _limit(device: Device, asked: int | None, shared_room: int) -> int:
+def _limit(device: Device, asked: int | None, shared_room: Callable[[bool], int]) -> int:
     """What may be used of the device's memory, without what it takes by itself. BudgetError where that is too much."""
-    available = shared_room if device.integrated else device.available_bytes()
+    available = shared_room(device.compiles) if device.integrated else device.available_bytes()
     if asked is None:
         return available if device.integrated else int(available * AUTO_SHARE)
     if asked - device.overhead_bytes > available:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moert import LLM, SamplingParams
+from moert import engine as engine_module
 from moert import offload as offload_module
 from moert.budget import library_bytes
 from moert.errors import BudgetError, DeviceError, UsageError
@@ -62,6 +63,24 @@ def test_the_device_budget_holds(device, budget):
     said = [line for line in lines if "on the device besides experts" in line or "has experts alone" in line]
     assert len(said) == 1
     assert ("besides experts" in said[0]) == offload.placement.any
+
+
+@pytest.mark.parametrize("integrated", [False, True])
+def test_what_a_device_needs_of_the_host_is_in_its_budget(monkeypatch, integrated):
+    """Its libraries are counted once it is open, and its compiler before it is used."""
+    made, asked = Counting(None if integrated else 256 * MIB, integrated=integrated), []
+
+    def library_bytes(compiles=False):
+        asked.append(made in opened)
+        return (500 if compiles else 400) * MIB
+
+    opened = []
+    monkeypatch.setattr(made, "compiles", True, raising=False)
+    monkeypatch.setattr(engine_module, "library_bytes", library_bytes)
+    monkeypatch.setattr(offload_module, "open_device", lambda *rest: opened.append(made) or made)
+    with LLM(ctx_size=256, device="cuda", memory_budget="1GiB") as llm:
+        assert llm.engine.budget.libraries == 500 * MIB
+    assert asked == [True] * (1 + integrated)
 
 
 def test_what_is_on_the_device_is_not_in_the_memory_budget(device):
