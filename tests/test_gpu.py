@@ -52,5 +52,6 @@ def test_the_budget_holds(budget):
     torch.cuda.reset_peak_memory_stats()
     with LLM(ctx_size=256, device="cuda", device_budget=budget) as llm:
         llm.logits(IDS)
-        taken = llm.engine.offload.device.overhead_bytes + torch.cuda.max_memory_reserved()
+        # The rest of the overhead is for what torch reserves beyond what it is asked for.
+        taken = llm.engine.offload.device._context + torch.cuda.max_memory_reserved()
     assert taken <= budget
