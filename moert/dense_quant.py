@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moert.models.device_matrix import DenseQuant, DeviceMatrix, bitsandbytes, dtype_of
+from moert.models.bnb import bitsandbytes
+from moert.models.device_matrix import DenseQuant, DeviceMatrix, dtype_of
 from moert.models.layers import DenseTensors
 from moert.models.link import Link
 from moert.placement import Arena, Placement, make_dense

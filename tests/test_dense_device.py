@@ -16,8 +16,9 @@ from torch import Tensor
 from moert import dense_quant
 from moert.errors import DeviceError, UsageError
 from moert.models import attention, device_matrix, layers
+from moert.models.bnb import bitsandbytes
 from moert.models.decoder import Decoder
-from moert.models.device_matrix import KINDS, Matrix16, MatrixInt8, MatrixNF4, bitsandbytes, dtype_of
+from moert.models.device_matrix import KINDS, Matrix16, MatrixInt8, MatrixNF4, dtype_of
 from moert.models.foresight import Guess
 from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts

@@ -8,7 +8,6 @@ Inputs come in float32 and are rounded as the kind of weights asks for; results 
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moert.errors import UsageError
+from moert.models.bnb import bitsandbytes
 from moert.quant.matmul import linear
 
 DenseQuant = Literal["16", "int8", "nf4"]
@@ -28,28 +27,6 @@ NF4_BLOCK = 64  # weights that share a scale: what QLoRA uses
 _OUTLIER = 6.0  # inputs from here on are multiplied in 16 bits: the threshold of LLM.int8()
 BLOCK_WEIGHTS = 1 << 20  # weights that are dequantised at a time
 _HALF_MAX = 65504.0
-
-
-@cache
-def bitsandbytes() -> Any:
-    """The library. UsageError where it is not installed or cannot be loaded."""
-    before = (logger := logging.getLogger("bitsandbytes")).level
-    logger.setLevel(logging.ERROR)  # on a CPU it says which kernels it could download
-    try:
-        import bitsandbytes as library
-
-        # Without the part for CUDA it is loaded all the same, and each of its kernels raises.
-        if torch.cuda.is_available() and not library.cextension.lib.compiled_with_cuda:
-            raise ImportError(f"it has no part for this GPU's CUDA {torch.version.cuda}")
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UsageError(
-            f"--dense-quant int8 and nf4 need bitsandbytes, which cannot be loaded ({reason}): install moert[cuda], or "
-            "use --dense-quant 16."
-        ) from None
-    finally:
-        logger.setLevel(before)
-    return library
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
