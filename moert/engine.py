@@ -142,12 +142,14 @@ class Engine:
             self._describe(store, config, slots[0], num_experts, on_status)
             self._store, self._most_slices = store, slices
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
+            compiles = self.offload is not None and self.offload.device.compiles
+            if compiles:
+                on_status("preparing the device: some seconds, and more the first time, when its kernels are compiled")
             self._runner = self._make_runner(store, slots, policies, predictor)
             undo.pop_all()
             undo.callback(self._runner.close)
             self._decoder, self._memory = self._load(store, config, positions, kv_dtype)
-            if isinstance(self._runner, HybridRunner) and self.offload is not None and self.offload.device.compiles:
-                on_status("preparing the device: the first time its kernels are compiled, which takes some seconds")
+            if isinstance(self._runner, HybridRunner) and compiles:
                 self._runner.prepare()
             if slots[0] < num_experts:
                 self._decoder.watch(self._runner)
