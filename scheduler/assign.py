@@ -144,7 +144,7 @@ def _changes(costs: Costs, sides: Sequence[bool], late: bool, enough: bool) -> I
         kinds.setdefault(pair, []).append(i)
     some = sorted((i for kind in kinds.values() for i in kind[:2]), key=lambda i: -costs[i][0])
     yield from ((i,) for i in some)
-    several = [combinations(() if enough else some[:_SOME], 2)]
+    several: list[Iterator[tuple[int, ...]]] = [combinations(() if enough else some[:_SOME], 2)]
     if len(costs) <= _FEW and not enough:
         alike = max(costs)[0] < 2 * min(costs)[0]  # as for single tokens, where four have little to gain
         several += [combinations(some, size) for size in ((3,) if alike else (3, 4))]

@@ -57,7 +57,7 @@ class SliceCache:
         return room
 
     def insert(
-        self, key: ExpertKey, last: int, keep: Container[ExpertKey], worth: float | None = None
+        self, key: ExpertKey, last: int, keep: Container[tuple[int, int]], worth: float | None = None
     ) -> list[SliceKey] | None:
         """Give room to the slices of `key` below `last` that have none; returns what had to be evicted.
 
