@@ -61,7 +61,7 @@ class Offload:
         """What is on the device besides experts, for people, where the KV cache has so many positions."""
         if not self.placement.any:
             why = "" if self.dense_quant == "off" else ": --device-budget has no room for a layer and its workspace"
-            return f"the device ({self.device.name}) has experts alone{why}"
+            return f"on the device: experts alone{why}"
         kind = f"{self.dense_quant} bits" if self.dense_quant == "16" else self.dense_quant.upper()
         return f"on the device besides experts, in {kind}: {self.placement.line(positions)}"
 

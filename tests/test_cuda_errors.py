@@ -1,5 +1,6 @@
 """What the CUDA device says where something is wrong, on a fake torch.cuda."""
 
+import sys
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from moert.memory import allocate
 from moert.quant.format import ExpertLayout
 from moert.runtime import cuda_api
 from moert.runtime.cuda import CudaDevice, describe_cuda, open_cuda
+from moert.runtime.device import Routes
 
 from .fake_cuda import FakeCuda
 
@@ -89,7 +91,7 @@ def test_a_lost_device_is_a_sentence_wherever_it_shows():
             lambda: device.send(x),
             lambda: device.fetch(x),
             lambda: device.allocate(4096),
-            lambda: experts.add([[0]], [torch.tensor([0])], [torch.ones(1)], x, x.clone()),
+            lambda: experts.add(Routes([[0]], [torch.tensor([0])], [torch.ones(1)]), x, x.clone()),
         ):
             with pytest.raises(DeviceError, match=r"Fake GPU was lost .*timed out"):
                 use()
@@ -177,13 +179,14 @@ def test_a_launcher_that_triton_cannot_build_is_named(monkeypatch, error, messag
         def active(self):
             raise error
 
-    pytest.importorskip("triton")
-    monkeypatch.setattr("triton.runtime.driver", Broken())
+    runtime = SimpleNamespace(driver=Broken())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
     reason = cuda_api._broken_launcher()
     assert message in reason
     assert "\n" not in reason
     target = SimpleNamespace(get_current_target=lambda: None)
-    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=target))
+    runtime.driver = SimpleNamespace(active=target)
     assert cuda_api._broken_launcher() == ""
 
 

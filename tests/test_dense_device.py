@@ -249,8 +249,8 @@ def test_nf4_is_what_bitsandbytes_computes(shape: tuple[int, int], monkeypatch: 
 
 
 def test_bitsandbytes_without_its_part_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(library.cextension, "lib", SimpleNamespace(compiled_with_cuda=False))
+    part = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=False))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(cextension=part))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UsageError, match=r"cannot be loaded .it has no part for this GPU's CUDA"):
         bitsandbytes.__wrapped__()

@@ -31,7 +31,8 @@ class TimedDevice(EmulatedDevice):
         self.layout, self.memory = layout, memory
         return self
 
-    def add(self, offsets, tokens_of, weights_of, x, out):
+    def add(self, routes, x, out):
+        offsets, tokens_of, _ = routes
         for starts in offsets:
             sizes = self.layout.slice_sizes
             assert all(0 <= at <= len(self.memory) - sizes[index] for index, at in enumerate(starts))

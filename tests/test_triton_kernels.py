@@ -36,7 +36,7 @@ def case(test):
 
 @pytest.fixture
 def kernels():
-    pytest.importorskip("triton", minversion="3.4", reason="no triton that can be used here")
+    pytest.importorskip("triton", minversion="3.4", reason="triton 3.4 or newer is not installed: it is in moert[cuda]")
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     from moert.quant import triton_kernels
@@ -46,7 +46,9 @@ def kernels():
 
 @outside
 def test_in_the_interpreter():
-    pytest.importorskip("triton", minversion="3.7", reason="no triton with an interpreter that knows numpy 2.4")
+    pytest.importorskip(
+        "triton", minversion="3.7", reason="no triton 3.7, whose interpreter is the first that knows numpy 2.4"
+    )
     command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
     environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
@@ -325,7 +327,9 @@ def launches(kernels, monkeypatch, layout, tokens):
 @pytest.mark.parametrize(("tokens", "capability"), [(FEW, 87), (20, 80), (70, 90)])
 def test_three_launches_that_compile_without_a_device(monkeypatch, tmp_path, tokens, capability):
     """To machine code that fits, with the instructions that are meant; for an A100, a Jetson Orin and an H100."""
-    triton = pytest.importorskip("triton", minversion="3.4", reason="no triton that can be used here")
+    triton = pytest.importorskip(
+        "triton", minversion="3.4", reason="triton 3.4 or newer is not installed: it is in moert[cuda]"
+    )
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -17,7 +17,7 @@ from moert.memory import allocate
 from moert.profiling.figure import Measured, Progress, measured
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.runtime.cuda import open_cuda
-from moert.runtime.device import Device
+from moert.runtime.device import Device, Routes
 
 BUFFER_BYTES = 256 << 20  # more than the caches of most GPUs
 MANY_EXPERTS = 64  # computed at once, so that asking for it is a small part
@@ -109,7 +109,7 @@ class _Pool:
             offsets = [self._take() for _ in range(count)]
             self._device.synchronise()
             start = time.perf_counter()
-            self._experts.add(offsets, every, weights, x, out)
+            self._experts.add(Routes(offsets, every, weights), x, out)
             self._device.synchronise()
             samples.append(time.perf_counter() - start)
         return samples[1:]

@@ -29,7 +29,7 @@ from moert.errors import DeviceError
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.runtime.cuda_api import Cuda, of_torch, out_of_memory, translated, why_not
-from moert.runtime.device import Copy, DeviceExperts, TritonExperts
+from moert.runtime.device import Copy, DeviceExperts, Routes, TritonExperts
 from moert.runtime.staging import StagingPool
 
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
@@ -353,16 +353,9 @@ class _Guarded:
     def __init__(self, guard: Callable[[], AbstractContextManager[None]], experts: DeviceExperts) -> None:
         self._guard, self._experts = guard, experts
 
-    def add(
-        self,
-        offsets: Sequence[Sequence[int]],
-        tokens_of: Sequence[Tensor],
-        weights_of: Sequence[Tensor],
-        x: Tensor,
-        out: Tensor,
-    ) -> None:
+    def add(self, routes: Routes, x: Tensor, out: Tensor) -> None:
         with self._guard():
-            self._experts.add(offsets, tokens_of, weights_of, x, out)
+            self._experts.add(routes, x, out)
 
 
 class RawDeviceExperts:
@@ -374,16 +367,9 @@ class RawDeviceExperts:
     def __init__(self, layout: ExpertLayout, activation: str, memory: Tensor, send: Callable[[Tensor], Tensor]) -> None:
         self._layout, self._activation, self._memory, self._send = layout, ACTIVATIONS[activation], memory, send
 
-    def add(
-        self,
-        offsets: Sequence[Sequence[int]],
-        tokens_of: Sequence[Tensor],
-        weights_of: Sequence[Tensor],
-        x: Tensor,
-        out: Tensor,
-    ) -> None:
+    def add(self, routes: Routes, x: Tensor, out: Tensor) -> None:
         (size,) = self._layout.slice_sizes
-        for (start,), tokens, weights in zip(offsets, tokens_of, weights_of, strict=True):
+        for (start,), tokens, weights in zip(*routes, strict=True):
             if not len(tokens):
                 continue
             expert = PackedExpert.from_slices([self._memory[start : start + size]], self._layout)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,22 +40,25 @@ class Copy(Protocol):
         """Block until the source may be overwritten. Raises DeviceError where the device was lost."""
 
 
+class Routes(NamedTuple):
+    """Which tokens meet which experts in device memory.
+
+    offsets[e]: where the first slices of expert e begin there; it is used with as many. tokens_of[e]: int64, none
+    twice, weights_of[e]: float32 of that length, both on the host.
+    """
+
+    offsets: Sequence[Sequence[int]]
+    tokens_of: Sequence[Tensor]
+    weights_of: Sequence[Tensor]
+
+
 class DeviceExperts(Protocol):
     """Computes experts whose slices lie in device memory."""
 
-    def add(
-        self,
-        offsets: Sequence[Sequence[int]],
-        tokens_of: Sequence[Tensor],
-        weights_of: Sequence[Tensor],
-        x: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Add weights_of[e] * expert_ffn(x[tokens_of[e]]) to out[tokens_of[e]] for all e.
+    def add(self, routes: Routes, x: Tensor, out: Tensor) -> None:
+        """Add weights_of[e] * expert_ffn(x[tokens_of[e]]) to out[tokens_of[e]] for all e, and do not wait for it.
 
-        offsets[e]: where the first slices of expert e begin in device memory; it is used with as many. tokens_of[e]:
-        int64, none twice, weights_of[e]: float32 of that length, both on the host. x: float32 contiguous [T, D] on the
-        device; out: the same of the device's `sum_dtype`. Does not wait for the result.
+        x: float32 contiguous [T, D] on the device; out: the same of the device's `sum_dtype`.
         """
 
 
@@ -156,15 +159,8 @@ class HostExperts:
     def __init__(self, layout: ExpertLayout, activation: str, memory: Tensor) -> None:
         self._layout, self._activation, self._memory = layout, activation, memory
 
-    def add(
-        self,
-        offsets: Sequence[Sequence[int]],
-        tokens_of: Sequence[Tensor],
-        weights_of: Sequence[Tensor],
-        x: Tensor,
-        out: Tensor,
-    ) -> None:
-        layout, memory = self._layout, self._memory
+    def add(self, routes: Routes, x: Tensor, out: Tensor) -> None:
+        layout, memory, (offsets, tokens_of, weights_of) = self._layout, self._memory, routes
         packed = [
             PackedExpert.from_slices(
                 [memory[at : at + size] for at, size in zip(starts, layout.slice_sizes, strict=False)], layout
@@ -191,15 +187,9 @@ class TritonExperts:
         self._layout, self._memory = layout, memory
         self._placed, self._add = PlacedExperts, add_experts
 
-    def add(
-        self,
-        offsets: Sequence[Sequence[int]],
-        tokens_of: Sequence[Tensor],
-        weights_of: Sequence[Tensor],
-        x: Tensor,
-        out: Tensor,
-    ) -> None:
-        self._add(x, self._placed(self._layout, self._memory, offsets), tokens_of, weights_of, out)
+    def add(self, routes: Routes, x: Tensor, out: Tensor) -> None:
+        placed = self._placed(self._layout, self._memory, routes.offsets)
+        self._add(x, placed, routes.tokens_of, routes.weights_of, out)
 
 
 class EmulatedDevice:

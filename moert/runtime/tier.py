@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moert.errors import DeviceError
 from moert.quant.format import ExpertLayout
-from moert.runtime.device import Copy, Device
+from moert.runtime.device import Copy, Device, Routes
 from moert.runtime.residency import Arena
 from moert.runtime.telemetry import Telemetry
 from moert.scheduler.types import Load, SliceKey, Wave
@@ -130,7 +130,7 @@ class DeviceTier:
         if copies:
             self.device.after(copies)
         before = self.device.mark()
-        self._experts.add(offsets, tokens, weights, part.x, part.out)
+        self._experts.add(Routes(offsets, tokens, weights), part.x, part.out)
         part.marks.append((before, self.device.mark()))
         self._launched = True
 
@@ -140,7 +140,7 @@ class DeviceTier:
         for count in _COUNTS:
             x = self.device.send(torch.zeros(count, hidden))
             out = torch.zeros_like(x, dtype=self.device.sum_dtype)
-            self._experts.add([[0]], [torch.arange(count)], [torch.zeros(count)], x, out)
+            self._experts.add(Routes([[0]], [torch.arange(count)], [torch.zeros(count)]), x, out)
         self.device.synchronise()
 
     def watch(self, part: Part, device_s: float, move_s: float) -> None:
