@@ -4,8 +4,8 @@
 
 Every run is a process of its own, so that its peak memory is its own: it reads a prompt, decodes tokens that do not
 count until prefetching has been tried out, then those that count. The tokens are random, or those of --text; settings
-take turns, and figures are medians of the rounds. Routes are drawn from statistics, or those of --trace; --record FILE
-writes such a trace first, with other tokens of the same kind.
+take turns, and figures are medians of the rounds. Routes are drawn from statistics, or those of --trace;
+--record FILE writes such a trace first, with other tokens of the same kind.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from moert.config import format_bytes, parse_bytes
-from moert.devices import load_device, this_machine
+from moert.hardware.devices import load_device, this_machine
+from moert.hub.resolve import Conversion
 from moert.planning import Prediction, predict
-from moert.planning.routing import Routes, drawn, recorded
+from moert.planning.model_shape import read_shape
+from moert.planning.routing import RoutingSample, drawn, recorded
 from moert.scheduler.trace import read_trace
-from moert.shape import read_shape
-from moert.source import Conversion
 
 FIGURES = (
     "decode_tokens_per_s",
@@ -111,7 +111,7 @@ def child(args: argparse.Namespace, budget: int | None, precision: str, seed: in
     return json.loads(result.stdout)
 
 
-def routes_of(args: argparse.Namespace, shape) -> Routes:
+def routes_of(args: argparse.Namespace, shape) -> RoutingSample:
     if args.record:
         child(args, None, args.precision[0], 1000, "--record", str(args.record))
         args.trace = args.record

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moert.evaluate import Sums, cut, stored_bytes
-from moert.plot import Point, draw
+from moert.convert.quantiser import RoundToNearest
+from moert.hub.resolve import shipped_model
+from moert.measure.evaluate import Sums, cut, stored_bytes
+from moert.measure.plot import Point, draw
 from moert.quant.matmul import PackedExpert, floats
-from moert.source import shipped_model
-from moert.store.quantiser import RoundToNearest
 from moert.store.reader import Store
-from moert.tokenizer import Tokenizer
+from moert.text.tokenizer import Tokenizer
 
 GROUP = 64
 MATRICES = ("gate", "up", "down")

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moert import calibration
+from moert.convert import calibration_text as calibration
+from moert.convert.calibration import Calibrated
+from moert.convert.parallel import workers
+from moert.convert.source_model import SourceModel
 from moert.quant import calibrate, nested
 from moert.quant.format import MatrixLayout
 from moert.quant.reference import dequantise
-from moert.store.calibration import Calibrated
-from moert.store.parallel import workers
-from moert.store.source import SourceModel
 
 WIDTHS = (2, 3, 4)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 
-from moert.devices import devices, load_device
 from moert.errors import BudgetError
+from moert.hardware.devices import devices, load_device
+from moert.hub.resolve import Conversion
 from moert.planning import recommend
+from moert.planning.model_shape import ModelShape, read_shape
 from moert.planning.predict import PROMPT_TOKENS
 from moert.planning.routing import drawn
-from moert.shape import ModelShape, read_shape
-from moert.source import Conversion
 
 
 def cell(shape: ModelShape, device: str) -> str:

@@ -16,17 +16,17 @@ if not (_pathlib.Path(__file__).parent / "quant").exists():
 
 if TYPE_CHECKING:
     from moert.api import LLM as LLM
+    from moert.api import Chunk as Chunk
     from moert.api import Completion as Completion
-    from moert.api import Piece as Piece
+    from moert.engine.sampling import SamplingParams as SamplingParams
     from moert.errors import MoertError as MoertError
-    from moert.sampling import SamplingParams as SamplingParams
 
 _EXPORTS = {
     "LLM": "moert.api",
     "Completion": "moert.api",
     "Piece": "moert.api",
     "MoertError": "moert.errors",
-    "SamplingParams": "moert.sampling",
+    "SamplingParams": "moert.engine.sampling",
 }
 __all__ = ["LLM", "Completion", "MoertError", "Piece", "SamplingParams"]
 

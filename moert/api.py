@@ -11,22 +11,22 @@ from typing import Self
 
 from torch import Tensor
 
-from moert import batch
-from moert.answer import Answer, join
-from moert.answer import Completion as Completion
-from moert.answer import Piece as Piece
-from moert.chat import render
 from moert.config import AUTO, EngineConfig, parse_budget, parse_bytes
-from moert.engine import Engine
+from moert.engine import batch
+from moert.engine.model_runner import Engine
+from moert.engine.sampling import SamplingParams
+from moert.engine.sequence import Answer, join
+from moert.engine.sequence import Chunk as Chunk
+from moert.engine.sequence import Completion as Completion
+from moert.engine.statistics import GenerationStats as GenerationStats
+from moert.engine.statistics import RequestTimer
 from moert.errors import UsageError
-from moert.meter import GenerationStats as GenerationStats
-from moert.meter import Meter
+from moert.hub.resolve import resolve, warm_file
 from moert.planning.automatic import Automatic, choose
-from moert.recording import Recorder
-from moert.sampling import SamplingParams
-from moert.source import resolve, warm_file
 from moert.store.reader import Store
-from moert.tokenizer import Tokenizer
+from moert.text.chat import render
+from moert.text.tokenizer import Tokenizer
+from moert.train.recording import Recorder
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int]
@@ -142,12 +142,12 @@ class LLM:
         params: for all prompts, or one for each. Several prompts run together, see `stream_many`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        pieces: list[list[Piece]] = [[] for _ in prompts]
+        pieces: list[list[Chunk]] = [[] for _ in prompts]
         for index, piece in self.stream_many(prompts, params):
             pieces[index].append(piece)
         return [join(iter(made)) for made in pieces]
 
-    def stream_many(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Piece]]:
+    def stream_many(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Chunk]]:
         """Continue several prompts together, piece by piece, each with the index of its prompt.
 
         Each gets the text that it would get alone (unless the precision is elastic). One that fails ends with the
@@ -172,7 +172,7 @@ class LLM:
             encoded.append(ids)
         return self._run_many(list(zip(encoded, each, strict=True)))
 
-    def _run_many(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[tuple[int, Piece]]:
+    def _run_many(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[tuple[int, Chunk]]:
         if self._engine.batch_size == 1 or len(requests) == 1:
             for index, (ids, params) in enumerate(requests):
                 for piece in self._run(ids, params):
@@ -191,7 +191,7 @@ class LLM:
         """Answer a conversation: messages with `role` and `content`."""
         return join(self.stream_chat(messages, params))
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Answer a conversation, piece by piece. What the KV cache holds of it is not computed again."""
         return self.stream(self.encode_chat(messages), params)
 
@@ -200,7 +200,7 @@ class LLM:
         text = render(messages, self.tokenizer.chat_template, bos=self.tokenizer.bos, eos=self.tokenizer.eos)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Continue a prompt (text or token ids), piece by piece; the last piece has the finish reason.
 
         Raises UsageError for an empty prompt and for one that does not fit the context.
@@ -225,10 +225,10 @@ class LLM:
                 "shorten it or raise --ctx-size."
             )
 
-    def _run(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:
+    def _run(self, ids: list[int], params: SamplingParams) -> Iterator[Chunk]:
         engine, answer = self._engine, Answer(params, self.tokenizer)
         self._latest = request = object()
-        meter = Meter(engine, answer.seed, len(ids))
+        meter = RequestTimer(engine, answer.seed, len(ids))
         cached = _common_prefix(engine.tokens, ids[:-1])
         engine.rewind(cached)
         logits = engine.forward(ids[cached:])
@@ -236,7 +236,7 @@ class LLM:
         while True:
             text, finish = answer.take(logits, engine.tokens, engine.ctx_size)
             if text or finish:
-                yield Piece(text, answer.unsaid(), finish, meter.stats(answer.count))
+                yield Chunk(text, answer.unsaid(), finish, meter.stats(answer.count))
             if finish:
                 return
             self._still(request)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from moert.errors import UsageError
 
@@ -15,6 +17,13 @@ DEFAULT_CTX_SIZE = 4096
 AUTO_BATCH = 16
 AUTO = "auto"  # as a memory budget: what the plan for this machine says, of precision and context too
 PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the workspace
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $MOERT_CACHE, else $XDG_CACHE_HOME/moert, else ~/.cache/moert."""
+    if own := os.environ.get("MOERT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moert"
 
 
 def parse_bytes(value: int | str, what: str = "size") -> int:

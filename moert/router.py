@@ -14,10 +14,10 @@ def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
     meta, kept, layers = store.meta, store.kept, store.moe_layers
     if meta.sensitivity is None or meta.router_weights is None:
         return None
-    damage, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
+    sensitivity, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
     found = store.trained_router() if trained else None
     if found is not None:
-        damage = dict(zip(layers, found.damage.tolist(), strict=True))
+        sensitivity = dict(zip(layers, found.sensitivity.tolist(), strict=True))
         exponents = dict(zip(layers, found.exponents.tolist(), strict=True))
-    curves = {layer: [row[:n] for row, n in zip(damage[layer], kept[layer], strict=True)] for layer in layers}
+    curves = {layer: [row[:n] for row, n in zip(sensitivity[layer], kept[layer], strict=True)] for layer in layers}
     return BitRouter(meta.widths, curves, exponents, meta.router_weights, found is not None)

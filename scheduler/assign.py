@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from moert.scheduler.capacity import SCALE_BITS
 from moert.scheduler.profile import Profile
 
-Part = Literal["host", "device", "move", "read"]
+Resource = Literal["host", "device", "move", "read"]
 
 
 class Task(NamedTuple):
@@ -265,7 +265,7 @@ _LAUNCH_S, _LATENCY_S = 2e-5, 1e-5
 _PLANNING = 0.15
 
 
-class Pace:
+class CostModel:
     """What experts take, from the figures of a device, corrected by what is measured.
 
     sizes: bytes of each slice of an expert, `widths` wide. unified: host and device share one memory, so that nothing
@@ -296,7 +296,7 @@ class Pace:
         self._launch_s = _LAUNCH_S if launch is None else launch
         self.plan_s = _PLANNING * profile.miss_overhead_s
         self._read_s_per_byte = 1 / profile.disk_bytes_per_s
-        self._mean: dict[Part, float] = {"host": 1.0, "device": 1.0, "move": 1.0, "read": 1.0}
+        self._mean: dict[Resource, float] = {"host": 1.0, "device": 1.0, "move": 1.0, "read": 1.0}
         self._factor = dict(self._mean)
 
     @property
@@ -331,7 +331,7 @@ class Pace:
     def move_s(self, nbytes: int) -> float:
         return (self._latency_s + nbytes * self._move_s_per_byte) * self._factor["move"]
 
-    def measured(self, part: Part, predicted_s: float, seconds: float) -> None:
+    def measured(self, part: Resource, predicted_s: float, seconds: float) -> None:
         """What was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within bounds.
 
         Predictions change in steps, so that costs stay the same for as long as they are nearly right.

@@ -57,12 +57,13 @@ class SliceCache:
         return room
 
     def insert(
-        self, key: ExpertKey, last: int, keep: Container[tuple[int, int]], worth: float | None = None
+        self, key: ExpertKey, last: int, keep: Container[tuple[int, int]], reuse_score: float | None = None
     ) -> list[SliceKey] | None:
         """Give room to the slices of `key` below `last` that have none; returns what had to be evicted.
 
-        Experts in `keep` are not touched. Without `worth` raises ValueError where that leaves too little room; with it,
-        nothing is evicted that the policy holds to be worth as much: then nothing happens, and None is returned.
+        Experts in `keep` are not touched. Without `reuse_score` raises ValueError where that leaves too little room;
+        with it, nothing is evicted that the policy holds to be worth as much: then nothing happens, and None is
+        returned.
         """
         first, sizes = self._resident.get(key, 0), self.sizes(key[0])
         victims: dict[ExpertKey, int] = {}
@@ -79,9 +80,11 @@ class SliceCache:
                 free += sum(self.sizes(k[0])[index] for k, to in victims.items() if to <= index < self._resident[k])
             while free < sizes[index]:
                 victim = self.policy.victim(index, evictable)
-                if victim is None and worth is None:
+                if victim is None and reuse_score is None:
                     raise ValueError(f"no room for slice {index} of expert {key[1]} in layer {key[0]}")
-                if victim is None or (worth is not None and self.policy.worth(victim, index) >= worth):
+                if victim is None or (
+                    reuse_score is not None and self.policy.reuse_score(victim, index) >= reuse_score
+                ):
                     return None
                 victims[victim] = index
                 free += self.sizes(victim[0])[index]

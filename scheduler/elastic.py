@@ -26,7 +26,7 @@ _AT_TWO_BITS, _PER_BIT = 0.106, 0.28
 _SAVED = 64
 
 
-def generic_damage(widths: Sequence[int]) -> list[float]:
+def generic_sensitivity(widths: Sequence[int]) -> list[float]:
     """Harm of each width, where nothing was measured. Weights of 16 bits do none."""
     return [0.0 if b >= 16 else _AT_TWO_BITS * _PER_BIT ** (b - 2) for b in widths]
 
@@ -36,46 +36,47 @@ def at_mean(curve: Sequence[float], widths: Sequence[int], mean: float) -> float
     return float(np.interp(mean, widths[: len(curve)], curve))
 
 
-def harm_of_absence(curve: Sequence[float], widths: Sequence[int]) -> float:
+def absence_sensitivity(curve: Sequence[float], widths: Sequence[int]) -> float:
     """Harm of leaving an expert out: all of its output is missing.
 
     Measured is only what rounding does, as a share of what leaves the layer. At 2 bits the error of the outputs of two
     calibrated models is 0.05 to 0.19 of these (0.13 in the mean of their layers), and 0.106 is what rounding Gaussian
     weights gives, so the latter says how large the outputs are.
     """
-    share = generic_damage(widths)[0]
+    share = generic_sensitivity(widths)[0]
     return curve[0] / share if share else 1.0
 
 
 @dataclass
-class Ladder:
+class ErrorBudget:
     """Decides with how many slices routed experts are computed, and keeps account of the harm.
 
-    damage[layer][e]: harm of expert e at each width that it has. allowed[layer][e]: what the bound allows it, no less
-    than the least of these. absent[layer][e]: harm of leaving it out. sizes[i]: bytes of slice i. skip: experts may be
-    left out whose mean router weight is below this, if they have no slice in memory (0: none is). spent, granted: harm
-    done and harm allowed so far. left: what the last `settle` decided against: error saved per byte, expert, slice.
+    sensitivity[layer][e]: harm of expert e at each width that it has. allowed[layer][e]: what the bound allows it, no
+    less than the least of these. absent[layer][e]: harm of leaving it out. sizes[i]: bytes of slice i. skip: experts
+    may be left out whose mean router weight is below this, if they have no slice in memory (0: none is). spent,
+    granted: harm done and harm allowed so far. left: what the last `choose` decided against: error saved per byte,
+    expert, slice.
     """
 
-    damage: Mapping[int, Sequence[Sequence[float]]]
-    allowed: Mapping[int, Sequence[float]]
+    sensitivity: Mapping[int, Sequence[Sequence[float]]]
+    limits: Mapping[int, Sequence[float]]
     absent: Mapping[int, Sequence[float]]
     sizes: Sequence[int]
     skip: float = 0.0
-    spent: float = 0.0
-    granted: float = 0.0
+    used: float = 0.0
+    allowed: float = 0.0
     left: list[tuple[float, int, int]] = field(default_factory=list)
     _saved: float = 0.0
-    _settled: int = 0  # tokens, once for each layer
+    _chosen: int = 0  # tokens, once for each layer
     _experts: dict[int, list[_Expert]] = field(default_factory=dict)
 
-    def settle(
+    def choose(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
     ) -> list[int]:
         """With how many of its slices each expert is computed: at least one, unless it may be left out.
 
         squares[k]: sum of the squared router weights of its tokens. have[k]: how many of its slices are in memory.
-        `spent` never exceeds `granted`, if each expert is wanted with all the slices that it has. What is read beyond
+        `used` never exceeds `allowed`, if each expert is wanted with all the slices that it has. What is read beyond
         memory goes by error saved per byte, along the lower convex hull of each expert's harm over bytes, so it is at
         most one step more than the cheapest choice that the bound allows; what this step does too well is saved up.
         """
@@ -84,13 +85,13 @@ class Ladder:
         experts = [known[r.expert] for r in routed]
         skip = self.skip
         for k, (r, expert, square, held) in enumerate(zip(routed, experts, squares, have, strict=True)):
-            grant += square * expert.allowed
+            grant += square * expert.limits
             if skip and held == 0 and r.weight < skip * r.tokens:
-                n, harm, step = 0, expert.harm[0], expert.step(0, held, r.slices)
+                n, sensitivity, step = 0, expert.sensitivity[0], expert.step(0, held, r.slices)
             else:
-                n, harm, step = expert.begin(held, r.slices)
+                n, sensitivity, step = expert.begin(held, r.slices)
             counts.append(n)
-            total += square * harm
+            total += square * sensitivity
             if step:
                 steps.append((-square * step[0], k, step[1]))
         limit = self._saved + grant
@@ -99,19 +100,21 @@ class Ladder:
         while steps and total > limit:
             _, k, n = heappop(steps)
             expert, square, most = experts[k], squares[k], routed[k].slices
-            total += square * (expert.harm[n] - expert.harm[counts[k]])
+            total += square * (expert.sensitivity[n] - expert.sensitivity[counts[k]])
             counts[k] = n
             if step := expert.step(n, have[k], most):
                 heappush(steps, (-square * step[0], k, step[1]))
-        self.spent, self.granted, self._settled = self.spent + total, self.granted + grant, self._settled + tokens
-        self._saved = min(limit - total, _SAVED * self.granted / self._settled)
+        self.used, self.allowed, self._chosen = self.used + total, self.allowed + grant, self._chosen + tokens
+        self._saved = min(limit - total, _SAVED * self.allowed / self._chosen)
         self.left = [(-rate, routed[k].expert, counts[k]) for rate, k, _ in steps if counts[k]]
         return counts
 
     def _meet(self, layer: int) -> list[_Expert]:
         found = self._experts[layer] = [
-            _Expert((absent, *curve), allowed, self.sizes)
-            for absent, curve, allowed in zip(self.absent[layer], self.damage[layer], self.allowed[layer], strict=True)
+            _Expert((absent, *curve), limits, self.sizes)
+            for absent, curve, limits in zip(
+                self.absent[layer], self.sensitivity[layer], self.limits[layer], strict=True
+            )
         ]
         return found
 
@@ -119,9 +122,9 @@ class Ladder:
 class _Expert:
     """harm: by number of slices, from none on. What is asked of it again and again is kept."""
 
-    def __init__(self, harm: Sequence[float], allowed: float, sizes: Sequence[int]) -> None:
-        self.harm, self.allowed, self._sizes = harm, allowed, sizes
-        self._best = [min(range(1, max(n, 1) + 1), key=harm.__getitem__) for n in range(len(harm))]
+    def __init__(self, sensitivity: Sequence[float], limits: float, sizes: Sequence[int]) -> None:
+        self.sensitivity, self.limits, self._sizes = sensitivity, limits, sizes
+        self._best = [min(range(1, max(n, 1) + 1), key=sensitivity.__getitem__) for n in range(len(sensitivity))]
         self._begins: dict[tuple[int, int], tuple[int, float, tuple[float, int] | None]] = {}
         self._steps: dict[tuple[int, int, int], tuple[float, int] | None] = {}
 
@@ -133,7 +136,7 @@ class _Expert:
         found = self._begins.get((held, most))
         if found is None:
             n = self._best[min(max(held, 1), most)]
-            found = self._begins[held, most] = n, self.harm[n], self.step(n, held, most)
+            found = self._begins[held, most] = n, self.sensitivity[n], self.step(n, held, most)
         return found
 
     def step(self, n: int, held: int, most: int) -> tuple[float, int] | None:
@@ -148,8 +151,8 @@ class _Expert:
 
     def _find(self, n: int, held: int, most: int) -> tuple[float, int] | None:
         rates = [
-            ((self.harm[n] - self.harm[m]) / sum(self._sizes[max(n, held) : m]), m)
+            ((self.sensitivity[n] - self.sensitivity[m]) / sum(self._sizes[max(n, held) : m]), m)
             for m in range(max(n, held) + 1, most + 1)
-            if self.harm[m] < self.harm[n]
+            if self.sensitivity[m] < self.sensitivity[n]
         ]
         return max(rates) if rates else None

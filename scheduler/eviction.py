@@ -27,7 +27,7 @@ class CachePolicy(Protocol):
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
         """All experts that the `tokens` tokens of one step are routed to in `layer`, resident or not."""
 
-    def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
+    def on_prediction(self, layer: int, probabilities: Mapping[int, float]) -> None:
         """What somebody expects the coming step to use in `layer`, in place of what was expected before."""
 
     def loaded(self, key: ExpertKey, index: int) -> None:
@@ -42,11 +42,11 @@ class CachePolicy(Protocol):
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         """The first of these that is evictable, None where there is none."""
 
-    def worth(self, key: ExpertKey, index: int) -> float:
+    def reuse_score(self, key: ExpertKey, index: int) -> float:
         """How often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
 
-    def restore(self, key: ExpertKey, worth: Sequence[float]) -> None:
-        """What `worth` said of the slices of an expert when another run ended; told before anything is used."""
+    def restore(self, key: ExpertKey, reuse_score: Sequence[float]) -> None:
+        """What `reuse_score` said of the slices of an expert when another run ended; told before anything is used."""
 
 
 class _Baseline(CachePolicy):
@@ -55,12 +55,12 @@ class _Baseline(CachePolicy):
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         return next(filter(evictable, self.eviction_order(index)), None)
 
-    def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None: ...
+    def on_prediction(self, layer: int, probabilities: Mapping[int, float]) -> None: ...
 
-    def worth(self, key: ExpertKey, index: int) -> float:
+    def reuse_score(self, key: ExpertKey, index: int) -> float:
         return 1.0
 
-    def restore(self, key: ExpertKey, worth: Sequence[float]) -> None: ...
+    def restore(self, key: ExpertKey, reuse_score: Sequence[float]) -> None: ...
 
 
 class LeastRecentlyUsed(_Baseline):
@@ -208,7 +208,7 @@ class RecentScore:
                     use[r.expert] += share * r.tokens
         self._foreseen[row] = {}
 
-    def foreseen(self, layer: int, probabilities: Mapping[int, float]) -> None:
+    def on_prediction(self, layer: int, probabilities: Mapping[int, float]) -> None:
         self._foreseen[self._row[layer]] = dict(probabilities)
 
     def loaded(self, key: ExpertKey, index: int) -> None:
@@ -233,7 +233,7 @@ class RecentScore:
         return [ExpertKey(self._layers[row], e) for _, row, e in sorted(scores)]
 
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        heaps, foreseen, layers = self._heaps[index], self._foreseen, self._layers
+        heaps, on_prediction, layers = self._heaps[index], self._foreseen, self._layers
         factors = [d / scale for d, scale in zip(self._discount[self._now], self._scale, strict=True)]
         least = [self._least(index, row) * factor for row, factor in enumerate(factors)]
         passed: list[tuple[int, tuple[float, int]]] = []
@@ -251,7 +251,7 @@ class RecentScore:
                 passed.append((row, entry))
                 least[row] = self._least(index, row) * factors[row]
                 expert = entry[1]
-                expected = foreseen[row].get(expert, 0.0) * self._discount[self._now][row]
+                expected = on_prediction[row].get(expert, 0.0) * self._discount[self._now][row]
                 if expected > score:
                     heappush(raised, (expected, row, expert))
                     continue
@@ -283,12 +283,12 @@ class RecentScore:
     def _score(self, index: int, row: int, expert: int) -> float:
         return max(self._use[index][row][expert] / self._scale[row], self._foreseen[row].get(expert, 0.0))
 
-    def worth(self, key: ExpertKey, index: int) -> float:
+    def reuse_score(self, key: ExpertKey, index: int) -> float:
         return self._score(index, self._row[key[0]], key[1])
 
-    def restore(self, key: ExpertKey, worth: Sequence[float]) -> None:
+    def restore(self, key: ExpertKey, reuse_score: Sequence[float]) -> None:
         row, expert = self._row[key[0]], key[1]
-        for index, value in enumerate(worth):
+        for index, value in enumerate(reuse_score):
             self._use[index][row][expert] = value * self._scale[row]
             self._rebuild(index, row)
 

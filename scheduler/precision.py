@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moert.scheduler.elastic import Ladder, at_mean, generic_damage, harm_of_absence
+from moert.scheduler.elastic import ErrorBudget, absence_sensitivity, at_mean, generic_sensitivity
 
 Floats = NDArray[np.float64]
 
@@ -55,7 +55,9 @@ class Precision(Protocol):
         """For each of those `slices`, the share of uses of experts that is expected to need it; the first: 1."""
         ...
 
-    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> Ladder | None:
+    def error_budget(
+        self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]
+    ) -> ErrorBudget | None:
         """What computes with fewer slices where some are missing, of sizes[i] bytes; None where the text must not
         depend on that."""
         ...
@@ -68,7 +70,7 @@ class _Reproducible:
     def route(self) -> float:
         return 0.0
 
-    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> None:
+    def error_budget(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> None:
         return None
 
 
@@ -119,7 +121,7 @@ class BitRouter:
     """
 
     widths: tuple[int, ...]
-    damage: Mapping[int, Sequence[Sequence[float]]]
+    sensitivity: Mapping[int, Sequence[Sequence[float]]]
     exponents: Mapping[int, float]
     usage: Mapping[int, Sequence[Sequence[float]]]
     trained: bool = False
@@ -131,8 +133,8 @@ class BitRouter:
         Infinite for slices that it does not have or that do it no good. What is minimised lies on the lower convex
         hull of damage over width, so that widths above the hull are skipped: both steps have the same rate.
         """
-        rows = np.full((sum(map(len, self.damage.values())), len(self.widths) - 1), np.inf)
-        for row, curve in zip(rows, (curve for curves in self.damage.values() for curve in curves), strict=True):
+        rows = np.full((sum(map(len, self.sensitivity.values())), len(self.widths) - 1), np.inf)
+        for row, curve in zip(rows, (curve for curves in self.sensitivity.values() for curve in curves), strict=True):
             at = 0
             while at + 1 < len(curve):
                 gains = [(curve[at] - curve[i]) / (self.widths[i] - self.widths[at]) for i in range(at + 1, len(curve))]
@@ -147,12 +149,12 @@ class BitRouter:
     @cached_property
     def _powers(self) -> Floats:
         """[N, 1]: 1 / exponent."""
-        return np.array([[1 / self.exponents[layer]] for layer, curves in self.damage.items() for _ in curves])
+        return np.array([[1 / self.exponents[layer]] for layer, curves in self.sensitivity.items() for _ in curves])
 
     @cached_property
     def _usage(self) -> Floats:
         """[N, 1 + Q]"""
-        return np.array([row for layer in self.damage for row in self.usage[layer]], dtype=np.float64)
+        return np.array([row for layer in self.sensitivity for row in self.usage[layer]], dtype=np.float64)
 
     def thresholds(self, price: float) -> Floats:
         """[N, B - 1]: a token gives an expert one slice, and one more for each threshold that its weight reaches."""
@@ -203,8 +205,8 @@ class RoutedPrecision(_Reproducible):
         self.mean, self.router = mean, router
         table = router.thresholds(router.price(mean))
         self._shares = [share for share in router.shares(table) if share > 0]
-        sizes = np.cumsum([len(curves) for curves in router.damage.values()])[:-1]
-        self._table = dict(zip(router.damage, np.split(table, sizes), strict=True))
+        sizes = np.cumsum([len(curves) for curves in router.sensitivity.values()])[:-1]
+        self._table = dict(zip(router.sensitivity, np.split(table, sizes), strict=True))
         self._rows = {layer: rows.tolist() for layer, rows in self._table.items()}
 
     def __str__(self) -> str:
@@ -259,12 +261,16 @@ class ElasticPrecision:
         # shares that fall evenly.
         return [1.0, *(max(0.1, most ** (0.5 * 6 ** (i - 1))) for i in range(1, len(widths)))]
 
-    def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> Ladder:
-        generic = generic_damage(widths)
-        damage = self.router.damage if self.router else {layer: [generic[:n] for n in kept[layer]] for layer in kept}
-        allowed = {layer: [at_mean(curve, widths, self.bound) for curve in damage[layer]] for layer in damage}
-        absent = {layer: [harm_of_absence(curve, widths) for curve in damage[layer]] for layer in damage}
-        return Ladder(damage, allowed, absent, sizes, self.skip)
+    def error_budget(
+        self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]
+    ) -> ErrorBudget:
+        generic = generic_sensitivity(widths)
+        sensitivity = (
+            self.router.sensitivity if self.router else {layer: [generic[:n] for n in kept[layer]] for layer in kept}
+        )
+        allowed = {layer: [at_mean(curve, widths, self.bound) for curve in sensitivity[layer]] for layer in sensitivity}
+        absent = {layer: [absence_sensitivity(curve, widths) for curve in sensitivity[layer]] for layer in sensitivity}
+        return ErrorBudget(sensitivity, allowed, absent, sizes, self.skip)
 
 
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"

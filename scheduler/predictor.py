@@ -2,8 +2,8 @@
 
 Sources, each with what it knows: `Popularity` and `LastToken` (baselines: what was used of late), `RoutingPath` (all
 layers before the forward pass, from token ids and recent routes), `GateAhead` (the next layers, from the routers
-themselves, while a layer's experts compute). `Mixed` weighs them against each other, layer by layer. `Worth` counts
-what came of it. One sequence at a time: a pass `begin`s with its tokens, then each layer says what it `used`.
+themselves, while a layer's experts compute). `Mixed` weighs them against each other, layer by layer. `PredictorStats`
+counts what came of it. One sequence at a time: a pass `begin`s with its tokens, then each layer says what it `used`.
 """
 
 # T tokens, L layers with experts, E experts, K experts per token, V vocabulary, R rates, H hidden, Q summary, W width
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-Guess = tuple[int, Sequence[int], Sequence[float]]  # layer, experts, their softmax over all experts
+RankedExperts = tuple[int, Sequence[int], Sequence[float]]  # layer, experts, their softmax over all experts
 
 
 class Predictor(Protocol):
@@ -29,7 +29,7 @@ class Predictor(Protocol):
     def begin(self, tokens: Sequence[int]) -> None:
         """A pass over these tokens begins: the next in the sequence."""
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
         """What the routers of the layers behind `layer` make of the hidden state there; -1: of the embedding."""
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -62,7 +62,7 @@ class Popularity:
     def begin(self, tokens: Sequence[int]) -> None:
         pass
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
         pass
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -87,7 +87,7 @@ class LastToken:
     def begin(self, tokens: Sequence[int]) -> None:
         pass
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
         pass
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -129,7 +129,7 @@ class GateAhead:
         self._heard = {}
         self._turn += 1
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
         for ahead, (later, experts, weights) in enumerate(guesses[: len(self._tries)]):
             self._heard.setdefault(later, []).append((ahead, experts, weights))
 
@@ -238,7 +238,7 @@ class RoutingPath:
         scores += np.einsum("rle,lr->le", self._shares, w.recent)
         return _sigmoid(scores)
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
         pass
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -267,9 +267,9 @@ class Mixed:
         for source in self._sources:
             source.begin(tokens)
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
         for source in self._sources:
-            source.foresee(layer, guesses)
+            source.on_router_prediction(layer, guesses)
 
     def probabilities(self, layer: int) -> Floats | None:
         said = [source.probabilities(layer) for source in self._sources]
@@ -295,7 +295,7 @@ class Mixed:
 
 
 @dataclass
-class Worth:
+class PredictorStats:
     """How right guesses were, since the start.
 
     asked, foreseen: experts that tokens were routed to, and those of them that had been named before. named: experts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moert.scheduler.elastic import generic_damage
+from moert.scheduler.elastic import generic_sensitivity
 from moert.scheduler.precision import BitRouter, Chooser, Precision, parse_precision
 from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep
 from moert.scheduler.types import RoutedExpert
@@ -61,7 +61,7 @@ def read_precision(text: str, trace: Trace, widths: Sequence[int], router: BitRo
         return parse_precision(text, widths, router)
     weights = [w for s in trace.steps if s.phase == DECODE for r in s.layers.values() for w in r.weights]
     usage = {0: [[1.0, *np.quantile(weights, np.linspace(0, 1, _QUANTILES)).tolist()]]}
-    router = BitRouter(tuple(widths), {0: [generic_damage(widths)]}, {0: 2.0}, usage)
+    router = BitRouter(tuple(widths), {0: [generic_sensitivity(widths)]}, {0: 2.0}, usage)
     return _AnyExpert(parse_precision(text, widths, router))  # type: ignore[return-value]
 
 
@@ -82,7 +82,7 @@ def gather(layer: int, routings: Sequence[Routing], chooser: Chooser) -> tuple[l
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class ForetoldRouting:
     """Experts that `layer` will want, and the router weights that they are expected to have."""
 
     layer: int
@@ -107,12 +107,12 @@ class Foreteller:
                     uses[layer, list(routing.experts)] += 1
         self._popularity = uses
 
-    def guesses(self, step: TraceStep, layer: int) -> list[Guess]:
+    def guesses(self, step: TraceStep, layer: int) -> list[ForetoldRouting]:
         """What the next layers behind `layer` are guessed to want, the nearest first."""
         behind = [at for at in sorted(step.layers) if at > layer]
         return [self._guess(at, step.layers[at], recall) for at, recall in zip(behind, self._recalls, strict=False)]
 
-    def _guess(self, layer: int, routing: Routing, recall: float) -> Guess:
+    def _guess(self, layer: int, routing: Routing, recall: float) -> ForetoldRouting:
         named = list(routing.experts)
         missed = [slot for slot, draw in enumerate(self._rng.random(len(named))) if draw >= recall]
         others = self._popularity[layer].copy()
@@ -123,4 +123,4 @@ class Foreteller:
             possible = min(len(missed), len(others) - len(named))
             for slot, expert in zip(missed, np.argsort(times)[:possible].tolist(), strict=False):
                 named[slot] = expert
-        return Guess(layer, tuple(named), routing.weights)
+        return ForetoldRouting(layer, tuple(named), routing.weights)

@@ -18,10 +18,10 @@ from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities, slice_sizes
 from moert.scheduler.cost import Costs, Disk, Read
 from moert.scheduler.eviction import POLICIES, Belady, CachePolicy, LeastRecentlyUsed
-from moert.scheduler.odds import Odds
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Chooser, Precision
 from moert.scheduler.profile import Profile
+from moert.scheduler.rank_precision import RankPrecision
 from moert.scheduler.replay import Foreteller, chunks, gather, read_precision
 from moert.scheduler.simulation import Result, Settings, Simulation
 from moert.scheduler.trace import DECODE, Trace, TraceStep
@@ -162,7 +162,7 @@ class Replay:
         waves, slices = self._plan(layer, [step])
         if any(wave.loads or wave.awaited for wave in waves):
             self._compute(self.costs.miss_s)
-        if self.scheduler.ladder is not None:
+        if self.scheduler.error_budget is not None:
             self._compute(self.costs.ladder_s)
         for number, wave in enumerate(waves):
             self._release(wave.evictions)
@@ -327,8 +327,8 @@ class Simulator:
         kept = {layer: [len(settings.widths)] * self.trace.num_experts for layer in self._moe}
         chooser: Chooser = precision.chooser(settings.widths, kept)
         mean = [sum(column) // len(self._moe) for column in zip(*sizes, strict=True)]
-        s.ladder = precision.ladder(settings.widths, kept, mean)
-        teller, odds = Foreteller(self.trace, settings.recalls, settings.seed), Odds()
+        s.error_budget = precision.error_budget(settings.widths, kept, mean)
+        teller, odds = Foreteller(self.trace, settings.recalls, settings.seed), RankPrecision()
 
         def asks(layer: int, steps: Sequence[TraceStep]) -> Asked:
             return gather(layer, [step.layers[layer] for step in steps], chooser)
@@ -339,7 +339,7 @@ class Simulator:
             found: list[Prediction] = []
             for ahead, guess in enumerate(teller.guesses(step, layer)):
                 counts = chooser.one(guess.layer, guess.experts, guess.weights)
-                if s.ladder is not None:  # the rest is worth reading only where the ladder says so
+                if s.error_budget is not None:  # the rest is worth reading only where the ladder says so
                     counts = [1] * len(counts)
                 ranked = list(enumerate(zip(guess.experts, counts, strict=True)))
                 missing = [(rank, e, n) for rank, (e, n) in ranked if cache.resident(guess.layer, e) < n]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from moert.scheduler.assign import Pace
+from moert.scheduler.assign import CostModel
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities
 from moert.scheduler.cost import Costs, Disk, Read
@@ -42,21 +42,21 @@ class DeviceCosts(Costs):
         sizes: Sequence[Sequence[int]],
         dense_bytes: Sequence[int],
         widths: Sequence[int],
-        pace: Pace,
+        cost_model: CostModel,
     ) -> None:
         super().__init__(profile, sizes, dense_bytes, widths)
         self.dense_s = [profile.layer_overhead_s + n * profile.gpu_expert_cost(8) for n in dense_bytes]
         rates = [profile.gpu_expert_cost(width) for width in widths]
         self._device_s = [[total * rate for total, rate in zip(accumulate(row), rates, strict=False)] for row in sizes]
-        self._pace, self.launch_s, self.latency_s = pace, pace.launch_s, pace.move_s(0)
-        self.plan_s, self.bytes_per_s = pace.plan_s, profile.memory_bytes_per_s
+        self._cost_model, self.launch_s, self.latency_s = cost_model, cost_model.launch_s, cost_model.move_s(0)
+        self.plan_s, self.bytes_per_s = cost_model.plan_s, profile.memory_bytes_per_s
 
     def device_s(self, layer: int, slices: int) -> float:
         """Time to compute an expert of so many slices on the device, once they are there."""
         return self._device_s[layer][slices - 1]
 
     def copy_s(self, load: Load) -> float:
-        return self._pace.move_s(self.nbytes(load))
+        return self._cost_model.move_s(self.nbytes(load))
 
 
 class TieredReplay(Replay):
@@ -109,7 +109,7 @@ class TieredReplay(Replay):
             self._compute(self.costs.miss_s)
         elif plan.host or any(wave.loads or wave.awaited for wave in plan.stages[0].device):
             self._compute(self.costs.plan_s)
-        if self.scheduler.ladder is not None:
+        if self.scheduler.error_budget is not None:
             self._compute(self.costs.ladder_s)
         for number, stage in enumerate(plan.stages):
             self._release(stage.host.evictions)
@@ -278,11 +278,11 @@ class TieredSimulator(Simulator):
             return made
 
         mean = [sum(column) // len(self._moe) for column in zip(*(sizes[layer] for layer in self._moe), strict=True)]
-        pace = Pace(self.profile, widths, mean, self._unified)
+        cost_model = CostModel(self.profile, widths, mean, self._unified)
         assert settings.device_budget is not None
         device = None if self._unified else scheduler(settings.device_budget, "a device")
         host = scheduler(settings.budget, "an expert")
-        tiers = Tiers(host, device, pace, settings.hybrid)
+        tiers = Tiers(host, device, cost_model, settings.hybrid)
         _, asks, predict = self._asked(settings, precision, sizes, host, (device or host).cache)
-        costs = DeviceCosts(self.profile, sizes, trace.dense_bytes, widths, pace)
+        costs = DeviceCosts(self.profile, sizes, trace.dense_bytes, widths, cost_model)
         return TieredReplay(costs, self._disk(), tiers, asks, predict)

@@ -2,7 +2,7 @@
 
 `Tiers` drives a `Scheduler` for each of the two memories and joins what they plan. What is moved to the device comes
 out of host memory, so it is read into that first. Like `Scheduler` it knows no clock, no file, no thread, and no device
-but by what `Pace` says of it.
+but by what `CostModel` says of it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from moert.scheduler.assign import Pace, Part, Split, Task, all_on_device, gains, split
+from moert.scheduler.assign import CostModel, Resource, Split, Task, all_on_device, gains, split
 from moert.scheduler.planner import Scheduler, check
-from moert.scheduler.types import ExpertKey, Load, Plan, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
+from moert.scheduler.types import ExpertKey, LayerPlan, Load, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Part of a plan: what one wave of the host tier brings, and what the device does with it.
 
-    host: evict, load, wait for what is awaited, as in `Plan`. `resident`: experts that the host computes at once; of
-    those with loads or awaited it computes what `TieredPlan.host` names, the others are there to be moved. device: one
-    after the other, each: evict, begin the moves `loads` (out of host memory, where their slices are before the stage
-    or come with its host wave), compute `resident`, compute what is moved or awaited as it arrives. In one memory
+    host: evict, load, wait for what is awaited, as in `LayerPlan`. `resident`: experts that the host computes at once;
+    of those with loads or awaited it computes what `TieredPlan.host` names, the others are there to be moved. device:
+    one after the other, each: evict, begin the moves `loads` (out of host memory, where their slices are before the
+    stage or come with its host wave), compute `resident`, compute what is moved or awaited as it arrives. In one memory
     there are no moves: what the host wave loads or awaits for the device is `awaited`.
 
     Host and device waves of a stage run side by side; the device waves are done before the next stage evicts anything.
@@ -45,7 +45,7 @@ class TieredPlan:
     host: dict[int, int]
     device: dict[int, int]
     stages: tuple[Stage, ...]
-    predicted: dict[Part, float]
+    predicted: dict[Resource, float]
     seconds: float
 
     @property
@@ -75,7 +75,7 @@ class Tiers:
 
     host: Scheduler
     device: Scheduler | None
-    pace: Pace
+    cost_model: CostModel
     hybrid: bool = True
     _at_host: list[RoutedExpert] = field(default_factory=list)  # what the host computed in the last plan
     _planned: int = 0  # the layer of the last plan
@@ -95,9 +95,9 @@ class Tiers:
         check(layer, routed)
         left_out: dict[int, int] = {}
         asked = routed
-        if self.host.ladder is not None and squares:
+        if self.host.error_budget is not None and squares:
             have = [self.have(layer, r.expert) for r in routed]
-            counts = self.host.settle(layer, routed, squares, have, tokens)
+            counts = self.host.choose(layer, routed, squares, have, tokens)
             left_out = {r.expert: 0 for r, n in zip(routed, counts, strict=True) if not n}
             routed = [
                 r if n == r.slices else RoutedExpert(r.expert, r.tokens, r.weight, n, r.waiting[:n])
@@ -111,7 +111,7 @@ class Tiers:
         on_device = set(chosen.device)
         if self.device is None:
             self.host.used(layer, asked, tokens)
-            stages = _in_one_memory(self.host.plan_settled(layer, routed, [r.slices for r in routed]), on_device)
+            stages = _in_one_memory(self.host.plan_chosen(layer, routed, [r.slices for r in routed]), on_device)
         else:
             stages = self._in_two(layer, asked, routed, on_device, tokens)
         self._planned, self._at_host = layer, [r for r in routed if r.expert not in on_device]
@@ -120,7 +120,7 @@ class Tiers:
             {r.expert: r.slices for r in self._at_host} | left_out,
             {r.expert: r.slices for r in routed if r.expert in on_device},
             stages,
-            _predicted(tasks, on_device, self.pace.launch_s),
+            _predicted(tasks, on_device, self.cost_model.launch_s),
             chosen.seconds,
         )
 
@@ -129,11 +129,11 @@ class Tiers:
         be with any of it; else None. Then no split is better, and noting the use, as here, is all there is to plan.
         """
         device = self.device
-        if device is None or self.host.ladder is not None:
+        if device is None or self.host.error_budget is not None:
             return None
         if any(device.cache.resident(layer, r.expert) < r.slices for r in routed):
             return None
-        seconds, least = self.pace.one_token([r.slices for r in routed])
+        seconds, least = self.cost_model.one_token([r.slices for r in routed])
         if self.hybrid and seconds > least:
             return None
         self.host.used(layer, ())
@@ -153,15 +153,17 @@ class Tiers:
         resident = self.device.cache.resident
         lacking = [p for p in predictions if resident(p.layer, p.expert) < max(p.slices, 1)]
         reads = self.host.prefetch(lacking, busy)
-        self.device.foresee(predictions)
+        self.device.protect(predictions)
         keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy)
         evictions: list[SliceKey] = []
         loads: list[Load] = []
 
-        def move(layer: int, expert: int, slices: int, worth: float, gain: float) -> bool:
+        def move(layer: int, expert: int, slices: int, reuse_score: float, gain: float) -> bool:
             assert self.device is not None
             load = Load(layer, expert, resident(layer, expert), slices)
-            evicted = self.device.begin(load, worth, _Lasting(keep, self.host, self.device, gain, self.pace))
+            evicted = self.device.begin(
+                load, reuse_score, _Lasting(keep, self.host, self.device, gain, self.cost_model)
+            )
             if evicted is not None:
                 self._lost(evicted)
                 evictions.extend(evicted)
@@ -198,18 +200,18 @@ class Tiers:
 
     def _split(self, tasks: Sequence[Task]) -> Split:
         """Where the device has all, nothing need be planned, so there the host must save what planning takes."""
-        pace = self.pace
-        found = self._decide(tasks, pace.launch_s, pace.fetch_s)
+        cost_model = self.cost_model
+        found = self._decide(tasks, cost_model.launch_s, cost_model.fetch_s)
         if not found.host or any(t.move_s or t.device_read_s for t in tasks):
             return found
-        alone = all_on_device(tasks, pace.launch_s, pace.fetch_s)
-        return found if found.seconds + pace.plan_s < alone.seconds else alone
+        alone = all_on_device(tasks, cost_model.launch_s, cost_model.fetch_s)
+        return found if found.seconds + cost_model.plan_s < alone.seconds else alone
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
         """What is on its way counts as there: it will be, before what has not begun."""
         on_host = self.host.cache.resident(layer, r.expert)
         on_device = on_host if self.device is None else self.device.cache.resident(layer, r.expert)
-        return self.pace.task(r.expert, r.tokens, r.slices, on_device, on_host)
+        return self.cost_model.task(r.expert, r.tokens, r.slices, on_device, on_host)
 
     def _fitting(self, layer: int, routed: Sequence[RoutedExpert], tasks: Sequence[Task], chosen: Split) -> Split:
         """Experts with more slices than the device ever has room for stay on the host."""
@@ -220,7 +222,7 @@ class Tiers:
         large = tuple(r.expert for r in routed if r.slices > room)
         if not large:
             return chosen
-        fits = split([t for t in tasks if t.expert not in large], self.pace.launch_s, self.pace.fetch_s)
+        fits = split([t for t in tasks if t.expert not in large], self.cost_model.launch_s, self.cost_model.fetch_s)
         host_s = sum(t.host_s + t.host_read_s for t in tasks if t.expert in large)
         return Split(fits.device, fits.host + large, fits.seconds + host_s)
 
@@ -242,14 +244,14 @@ class Tiers:
         self.host.used(layer, [r for r in asked if r.expert not in there], tokens)
         self.device.used(layer, asked, tokens)
         by_host = [r for r in routed if r.expert not in there]
-        waves = self.host.plan_settled(layer, by_host, [r.slices for r in by_host]).waves
+        waves = self.host.plan_chosen(layer, by_host, [r.slices for r in by_host]).waves
         stages = []
         for number, wave in enumerate(waves):
             brought = {*wave.resident, *wave.awaited, *(load.expert for load in wave.loads)}
             if number == 0:
                 brought |= there
             group = [r for r in routed if r.expert in on_device and r.expert in brought]
-            device = self.device.plan_settled(layer, group, [r.slices for r in group]).waves if group else ()
+            device = self.device.plan_chosen(layer, group, [r.slices for r in group]).waves if group else ()
             for device_wave in device:
                 self._lost(device_wave.evictions)
             at_once = tuple([e for e in wave.resident if e not in on_device])
@@ -264,7 +266,7 @@ class Tiers:
             if index == 0:
                 key = ExpertKey(layer, expert)
                 self.host.cache.policy.restore(
-                    key, [policy.worth(key, n) for n in range(len(self.host.cache.capacity))]
+                    key, [policy.reuse_score(key, n) for n in range(len(self.host.cache.capacity))]
                 )
 
     def _move_ahead(
@@ -280,7 +282,7 @@ class Tiers:
         tasks = [self._task(layer, RoutedExpert(p.expert, 1, 0.0, p.slices)) for p in predicted]
         slices = {p.expert: p.slices for p in predicted}
         while likely and self.device.spare > 0:
-            found = gains(tasks, likely, self.pace.launch_s, self.pace.fetch_s, self._decide)
+            found = gains(tasks, likely, self.cost_model.launch_s, self.cost_model.fetch_s, self._decide)
             expert = max(found, key=lambda e: (found[e], -e), default=-1)
             if expert < 0 or found[expert] <= 0:
                 return
@@ -298,8 +300,16 @@ class _Lasting:
     In host memory it can be had again; from disk it is read when it is used next.
     """
 
-    def __init__(self, keep: Container[ExpertKey], host: Scheduler, device: Scheduler, gain: float, pace: Pace) -> None:
-        self._keep, self._host, self._device, self._gain, self._pace = keep, host.cache, device.cache, gain, pace
+    def __init__(
+        self, keep: Container[ExpertKey], host: Scheduler, device: Scheduler, gain: float, cost_model: CostModel
+    ) -> None:
+        self._keep, self._host, self._device, self._gain, self._cost_model = (
+            keep,
+            host.cache,
+            device.cache,
+            gain,
+            cost_model,
+        )
 
     def __contains__(self, key: object) -> bool:
         assert isinstance(key, ExpertKey)
@@ -308,11 +318,11 @@ class _Lasting:
         had, there = self._device.resident(*key), self._host.resident(*key)
         if there >= had:
             return False
-        task = self._pace.task(key.expert, 1, had, had, there)
-        return self._device.policy.worth(key, 0) * _TOKENS * task.host_read_s >= self._gain
+        task = self._cost_model.task(key.expert, 1, had, had, there)
+        return self._device.policy.reuse_score(key, 0) * _TOKENS * task.host_read_s >= self._gain
 
 
-def _in_one_memory(plan: Plan, on_device: Container[int]) -> tuple[Stage, ...]:
+def _in_one_memory(plan: LayerPlan, on_device: Container[int]) -> tuple[Stage, ...]:
     stages = []
     for wave in plan.waves:
         coming = dict.fromkeys([*wave.awaited, *(load.expert for load in wave.loads)])
@@ -323,7 +333,7 @@ def _in_one_memory(plan: Plan, on_device: Container[int]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _predicted(tasks: Sequence[Task], on_device: Container[int], launch_s: float) -> dict[Part, float]:
+def _predicted(tasks: Sequence[Task], on_device: Container[int], launch_s: float) -> dict[Resource, float]:
     there = [t for t in tasks if t.expert in on_device]
     here = [t for t in tasks if t.expert not in on_device]
     return {

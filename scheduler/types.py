@@ -69,7 +69,7 @@ class Wave:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LayerPlan:
     """What happens in one layer of one step. Every routed expert is computed in exactly one wave.
 
     slices: for each routed expert, with how many slices it computes at most (0: it is left out).

@@ -13,23 +13,25 @@ from moert.scheduler.types import ExpertKey, Load
 class Memory:
     """Of one cache: experts with the number of their slices that were resident, the one to evict last at the front.
 
-    worth: of each expert that was used lately, resident or not, what the policy thought of each of its slices.
+    reuse_scores: of each expert that was used lately, resident or not, what the policy thought of each of its slices.
     """
 
     resident: Mapping[ExpertKey, int]
-    worth: Mapping[ExpertKey, Sequence[float]]
+    reuse_scores: Mapping[ExpertKey, Sequence[float]]
 
 
 def remember(cache: SliceCache, kept: Mapping[int, Sequence[int]]) -> Memory:
     """What `cache` holds now. kept: of each layer how many slices each expert has."""
     held, policy = cache.resident_experts(), cache.policy
     order = dict.fromkeys(key for key in policy.eviction_order(0) if key in held)
-    worth = {
-        ExpertKey(layer, e): [policy.worth(ExpertKey(layer, e), index) for index in range(count)]
+    reuse_score = {
+        ExpertKey(layer, e): [policy.reuse_score(ExpertKey(layer, e), index) for index in range(count)]
         for layer, counts in kept.items()
         for e, count in enumerate(counts)
     }
-    return Memory({key: held[key] for key in reversed(order)}, {key: row for key, row in worth.items() if any(row)})
+    return Memory(
+        {key: held[key] for key in reversed(order)}, {key: row for key, row in reuse_score.items() if any(row)}
+    )
 
 
 def restore(cache: SliceCache, memory: Memory, most: int) -> list[Load]:
@@ -47,7 +49,7 @@ def restore(cache: SliceCache, memory: Memory, most: int) -> list[Load]:
             fits += 1
         if fits:
             chosen[key] = fits
-    for key, row in memory.worth.items():
+    for key, row in memory.reuse_scores.items():
         cache.policy.restore(key, row)
     for key, count in reversed(chosen.items()):  # for a policy that goes by the order of loading
         cache.insert(key, count, ())

@@ -192,7 +192,7 @@ def checkpoint_copy(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Cal
 @pytest.fixture(scope="session")
 def store(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """store(family, widths, dense_bits, **checkpoint options) -> folder of a converted tiny checkpoint, made once."""
-    from moert.store.convert import convert
+    from moert.convert.convert import convert
 
     made: dict[str, Path] = {}
 
@@ -210,8 +210,8 @@ def store(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def calibrated(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny checkpoint converted by calibration, on random tokens."""
-    from moert.store.calibration import CalibrationText
-    from moert.store.convert import convert
+    from moert.convert.calibration import CalibrationText
+    from moert.convert.convert import convert
 
     tokens = torch.randint(3, VOCAB_SIZE, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
     out = tmp_path_factory.mktemp("calibrated") / "store"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moert.runtime.cuda_api import of_torch
+from moert.device.cuda_api import of_torch
 
 
 class Stream:

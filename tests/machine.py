@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from moert.profiling import compute, disk, gpu_kernels, measure, overheads
-from moert.profiling.figure import Measured, Progress
+from moert.measure import compute, disk, gpu_kernels, overheads
+from moert.measure import profile as measure
+from moert.measure.figure import Measured, Progress
 from moert.runtime import transfer
 from moert.scheduler.profile import DiskReads
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moert.device.backend import EmulatedDevice
+from moert.device.decoder import PlacedDecoder
+from moert.device.matrix import DenseQuant, DeviceMatrix
+from moert.device.placement import Arena, Placement, make_dense
 from moert.models.architecture import Architecture
-from moert.models.device_matrix import DenseQuant, DeviceMatrix
 from moert.models.kv_cache import KVCache, KVMemory
 from moert.models.layers import DenseTensors
 from moert.models.moe import Experts
-from moert.models.placed import PlacedDecoder
-from moert.placement import Arena, Placement, make_dense
-from moert.runtime.device import EmulatedDevice
 
 
 class CountingDevice(EmulatedDevice):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 import pytest
 
 from moert.cli import common, main
+from moert.engine.sampling import SamplingParams
 from moert.errors import MoertError
-from moert.sampling import SamplingParams
 
 Part = str | BaseException | Callable[[], object]
 

@@ -92,7 +92,7 @@ class Listener:
     def __init__(self, horizon):
         self.horizon, self.told = horizon, []
 
-    def foresee(self, layer, guesses):
+    def on_router_prediction(self, layer, guesses):
         self.told.append((layer, guesses))
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.devices import load_device
-from moert.scheduler.assign import Pace, Task, all_on_device, gains, split
+from moert.hardware.devices import load_device
+from moert.scheduler.assign import CostModel, Task, all_on_device, gains, split
 
 # n tasks, P orders
 
@@ -175,24 +175,24 @@ def test_gains_are_what_a_layer_ends_sooner():
 
 def test_paces_are_the_figures_of_the_profile():
     profile = dataclasses.replace(load_device("laptop-rtx-4060-8gb"), gpu_prefill_macs_per_s={4: 1e12})
-    pace = Pace(profile, (2, 3, 4), (2250, 1250, 1250), unified=False)  # 8000 weights
-    t = pace.task(7, 1, 3, 0, 0)
+    cost_model = CostModel(profile, (2, 3, 4), (2250, 1250, 1250), unified=False)  # 8000 weights
+    t = cost_model.task(7, 1, 3, 0, 0)
     assert t.expert == 7
     assert t.host_s == pytest.approx(4750 * profile.expert_s_per_byte[4])
     assert t.device_s == pytest.approx(4750 * profile.gpu_expert_s_per_byte[4])
     assert t.move_s == pytest.approx(profile.host_to_device_latency_s + 4750 / profile.host_to_device_bytes_per_s)
     assert t.host_read_s == t.device_read_s == pytest.approx(4750 / profile.disk_bytes_per_s)
-    partly = pace.task(7, 101, 2, 1, 2)
+    partly = cost_model.task(7, 101, 2, 1, 2)
     assert partly.host_s == pytest.approx(
         3500 * profile.expert_s_per_byte[3] + 100 * 8000 / profile.prefill_macs_per_s[3]
     )
     assert partly.move_s == pytest.approx(profile.host_to_device_latency_s + 1250 / profile.host_to_device_bytes_per_s)
     assert partly.host_read_s == partly.device_read_s == 0
-    many, one = pace.task(0, 101, 3, 0, 0), pace.task(0, 1, 3, 0, 0)
+    many, one = cost_model.task(0, 101, 3, 0, 0), cost_model.task(0, 1, 3, 0, 0)
     assert many.device_s - one.device_s == pytest.approx(100 * 8000 / 1e12)
-    there = pace.task(0, 1, 3, 3, 0)
+    there = cost_model.task(0, 1, 3, 3, 0)
     assert there.move_s == there.device_read_s == 0 < there.host_read_s
-    unified = Pace(profile, (2, 3, 4), (2250, 1250, 1250), unified=True).task(0, 1, 3, 1, 1)
+    unified = CostModel(profile, (2, 3, 4), (2250, 1250, 1250), unified=True).task(0, 1, 3, 1, 1)
     assert unified.move_s == 0
     assert unified.host_read_s == unified.device_read_s == pytest.approx(2500 / profile.disk_bytes_per_s)
 
@@ -200,25 +200,25 @@ def test_paces_are_the_figures_of_the_profile():
 def test_without_figures_of_a_gpu_the_device_computes_as_the_host():
     profile = load_device("server-2-core-amx")
     assert profile.gpu_memory_bytes is None
-    task = Pace(profile, (2, 3, 4), (2250, 1250, 1250), unified=False).task(0, 512, 3, 0, 3)
+    task = CostModel(profile, (2, 3, 4), (2250, 1250, 1250), unified=False).task(0, 512, 3, 0, 3)
     assert task.device_s == task.host_s
     assert task.move_s > 4750 / profile.memory_bytes_per_s
 
 
 def test_paces_follow_what_is_measured_within_bounds():
-    pace = Pace(load_device("laptop-rtx-4060-8gb"), (4,), (1 << 20,), unified=False)
-    first = pace.task(0, 1, 1, 0, 0)
+    cost_model = CostModel(load_device("laptop-rtx-4060-8gb"), (4,), (1 << 20,), unified=False)
+    first = cost_model.task(0, 1, 1, 0, 0)
     for _ in range(200):
-        pace.measured("device", pace.task(0, 1, 1, 0, 0).device_s, 3 * first.device_s)
-        pace.measured("move", pace.task(0, 1, 1, 0, 0).move_s, first.move_s / 2)
-    now = pace.task(0, 1, 1, 0, 0)
+        cost_model.measured("device", cost_model.task(0, 1, 1, 0, 0).device_s, 3 * first.device_s)
+        cost_model.measured("move", cost_model.task(0, 1, 1, 0, 0).move_s, first.move_s / 2)
+    now = cost_model.task(0, 1, 1, 0, 0)
     assert now.device_s == pytest.approx(3 * first.device_s, rel=0.1)
     assert now.move_s == pytest.approx(first.move_s / 2, rel=0.1)
     assert (now.host_s, now.host_read_s) == (first.host_s, first.host_read_s)
     for _ in range(1000):
-        pace.measured("host", 1e-9, 1e9)
-    assert pace.task(0, 1, 1, 0, 0).host_s <= 100 * first.host_s
-    pace.measured("host", 0.0, 1.0)  # says nothing
-    before = pace.task(0, 1, 1, 0, 0)
-    pace.measured("read", 1.0, 1.01)  # too little to plan anew for
-    assert pace.task(0, 1, 1, 0, 0) == before
+        cost_model.measured("host", 1e-9, 1e9)
+    assert cost_model.task(0, 1, 1, 0, 0).host_s <= 100 * first.host_s
+    cost_model.measured("host", 0.0, 1.0)  # says nothing
+    before = cost_model.task(0, 1, 1, 0, 0)
+    cost_model.measured("read", 1.0, 1.01)  # too little to plan anew for
+    assert cost_model.task(0, 1, 1, 0, 0) == before

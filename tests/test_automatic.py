@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from moert import LLM, SamplingParams
-from moert.devices import load_device
 from moert.errors import BudgetError
+from moert.hardware.devices import load_device
 from moert.planning import automatic
 from moert.planning.automatic import Automatic
 

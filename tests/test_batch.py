@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
+from moert.engine.sequence_cache import Slots
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
 from moert.quant.rows import combine
-from moert.runtime import experts
+from moert.runtime import executor as experts
 from moert.scheduler.batching import POLICIES
-from moert.slots import Slots
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -94,9 +94,9 @@ def test_elastic_answers_of_a_batch_do_no_more_harm_than_was_granted(calibrated)
     params = [params_for(i) for i in range(len(PROMPTS))]
     with LLM(calibrated, batch_size=3, expert_budget=3 * one, ctx_size=128, precision="elastic:3,skip=0.1") as llm:
         done = llm.generate(PROMPTS, params)
-        ladder = llm.engine._runner._scheduler.ladder
+        error_budget = llm.engine._runner._scheduler.error_budget
         assert [len(d.token_ids) for d in done] == [own.max_tokens for own in params]
-        assert 0 < ladder.spent <= ladder.granted
+        assert 0 < error_budget.used <= error_budget.allowed
     with LLM(calibrated, batch_size=3, ctx_size=128, precision="elastic:4") as llm:
         check_that_each_is_as_alone(llm, PROMPTS, params)
 

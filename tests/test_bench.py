@@ -8,8 +8,9 @@ import os
 
 import pytest
 
-from moert import LLM, bench, bench_kernels
+from moert import LLM
 from moert.errors import UsageError
+from moert.measure import bench, bench_kernels
 from moert.models import registry
 from moert.quant import dispatch
 from moert.quant.format import MatrixLayout

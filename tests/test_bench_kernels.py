@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from moert import bench_kernels
 from moert.errors import MoertError
+from moert.measure import bench_kernels
 from moert.quant import dispatch
 from moert.quant.format import ExpertLayout
 

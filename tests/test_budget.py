@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert import budget
-from moert.budget import Needs, available_bytes, library_bytes, split_budget, total_bytes
 from moert.config import EngineConfig, format_bytes, parse_bytes
 from moert.errors import BudgetError, UsageError
+from moert.runtime import budget
+from moert.runtime.budget import Needs, available_bytes, library_bytes, split_budget, total_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
 NEEDS = Needs(

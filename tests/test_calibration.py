@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moert import LLM, calibration
+from moert import LLM
 from moert.cli import main
+from moert.convert import calibration_text as calibration
+from moert.convert.calibration import FEW_TOKENS, STATE_FILE, CalibrationText
+from moert.convert.convert import ConvertProgress, convert
+from moert.convert.parallel import num_workers
+from moert.convert.source_model import SourceModel
 from moert.errors import StoreError, UsageError
-from moert.store.calibration import FEW_TOKENS, STATE_FILE, CalibrationText
-from moert.store.convert import ConvertProgress, convert
-from moert.store.parallel import num_workers
-from moert.store.source import SourceModel
 
 from .checkpoints import folder_bytes
 from .child import ENVIRONMENT, PYTHON
@@ -107,8 +108,8 @@ def test_experts_that_see_little_borrow_and_say_so(tiny_checkpoint: Callable[...
 CHILD = """
 import sys, time
 from pathlib import Path
-from moert.store.calibration import CalibrationText
-from moert.store.convert import convert
+from moert.convert.calibration import CalibrationText
+from moert.convert.convert import convert
 
 def hang(progress):
     if sys.argv[3] in progress.stage:

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moert.chat import Conversation, render
 from moert.errors import TemplateError
+from moert.text.chat import Conversation, render
 
 CHATML = """{% for message in messages %}
 {{ '<|im_start|>' + message.role + '\n' + message['content'] | trim + '<|im_end|>' }}

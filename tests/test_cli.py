@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from moert import source
 from moert.cli import common, main, progress
 from moert.errors import BudgetError, StoreError, UsageError
+from moert.hub import resolve as source
 
 from .child import ENVIRONMENT, PYTHON
 from .program import FakeLLM, Program
@@ -215,7 +215,7 @@ def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (out / "moert.json").write_bytes(bytes(2048))
         return SimpleNamespace(path=out)
 
-    monkeypatch.setitem(sys.modules, "moert.store.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "moert.convert.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "config.json").write_text("{}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moert.runtime import cuda
+from moert.device import cuda
 
 from .fake_cuda import FakeCuda
 from .program import Program

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from moert import evaluate
-from moert.store.convert import convert
+from moert.convert.convert import convert
+from moert.measure import evaluate
 
 from .program import Program, evaluator
 

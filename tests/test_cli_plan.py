@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from moert import devices
 from moert.cli import plan
 from moert.cli.main import main
 from moert.errors import MoertError, UsageError
+from moert.hardware import devices
 from moert.planning.predict import fit
 from moert.scheduler.trace import draw_trace, write_trace
 
@@ -25,7 +25,7 @@ SHARED = {
 def model(monkeypatch):
     """Stands for whatever -m names; a test may change it."""
     found = [shape_of()]
-    monkeypatch.setattr("moert.shape.read_shape", lambda *args, **kwargs: found[0])
+    monkeypatch.setattr("moert.planning.model_shape.read_shape", lambda *args, **kwargs: found[0])
     return found
 
 

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from moert import source
-from moert.devices import own_file, this_machine
-from moert.profiling import gpu, measure
-from moert.profiling.figure import Measured
+from moert.hardware.devices import own_file, this_machine
+from moert.hub import resolve as source
+from moert.hub.resolve import shipped_model
+from moert.measure import gpu
+from moert.measure import profile as measure
+from moert.measure.figure import Measured
 from moert.scheduler.profile import REQUIRED, parse_profile, read_profile
-from moert.source import shipped_model
 
 from .machine import FakeGpu, shrink, without_direct
 from .program import Program

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from moert.convert import parallel
+from moert.convert import source_model as source_module
+from moert.convert.convert import ConvertProgress, RoundToNearest, convert
 from moert.errors import StoreError, UsageError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedMatrix
-from moert.store import parallel
-from moert.store import source as source_module
-from moert.store.convert import ConvertProgress, RoundToNearest, convert
 from moert.store.reader import Store
 
 from .checkpoints import (
@@ -310,7 +310,7 @@ def test_the_quantiser_is_a_choice_and_is_recorded(tmp_path: Path) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from moert.store.convert import convert
+from moert.convert.convert import convert
 
 def hang(progress):
     if "layer 2" in progress.stage:
@@ -349,7 +349,7 @@ MEMORY_CHILD = """
 import sys
 from pathlib import Path
 from moert.runtime.telemetry import peak_rss_bytes
-from moert.store.convert import convert
+from moert.convert.convert import convert
 
 peaks = []
 for source, target in (sys.argv[1:3], sys.argv[3:5]):

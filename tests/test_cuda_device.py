@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from moert.device import cuda, cuda_api
+from moert.device.backend import ExpertBatches
+from moert.device.cuda import CudaDevice, open_cuda
+from moert.device.staging import StagingPool
 from moert.errors import DeviceError, DeviceMemoryError
-from moert.memory import allocate
+from moert.hardware.allocator import allocate
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import ACTIVATIONS
-from moert.runtime import cuda, cuda_api
-from moert.runtime.cuda import CudaDevice, open_cuda
-from moert.runtime.device import Routes
-from moert.runtime.staging import StagingPool
 
 from .fake_cuda import FakeCuda
 
@@ -306,7 +306,7 @@ def check_raw(device, place, activation, dtype):
         v = x[t].double()
         want[t] += w[:, None] * ((ACTIVATIONS[activation](v @ gate.T) * (v @ up.T)) @ down.T)
     there, sums = device.send(x), device.send(out)
-    device.experts(layout, activation, place(arena)).add(Routes(offsets, tokens, weights), there, sums)
+    device.experts(layout, activation, place(arena)).add(ExpertBatches(offsets, tokens, weights), there, sums)
     assert torch.allclose(device.fetch(sums).double(), want, rtol=1e-5, atol=1e-4)
 
 
@@ -381,6 +381,6 @@ def test_nested_experts_on_a_gpu(gpu):
         want[t] += w.double()[:, None] * ((functional.silu(v @ gate.T) * (v @ up.T)) @ down.T)
     memory = gpu.send(experts.arena)
     out = gpu.send(torch.zeros(7, LAYOUT.hidden))
-    gpu.experts(LAYOUT, "silu", memory).add(Routes(experts.offsets, tokens, weights), gpu.send(x), out)
+    gpu.experts(LAYOUT, "silu", memory).add(ExpertBatches(experts.offsets, tokens, weights), gpu.send(x), out)
     error = (gpu.fetch(out).double() - want).abs().max()
     assert error <= 0.05 * want.abs().max()  # inputs may be rounded to 8 bits

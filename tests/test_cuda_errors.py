@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moert.device import cuda_api
+from moert.device.backend import ExpertBatches
+from moert.device.cuda import CudaDevice, describe_cuda, open_cuda
 from moert.errors import DeviceError, DeviceMemoryError
-from moert.memory import allocate
+from moert.hardware.allocator import allocate
 from moert.quant.format import ExpertLayout
-from moert.runtime import cuda_api
-from moert.runtime.cuda import CudaDevice, describe_cuda, open_cuda
-from moert.runtime.device import Routes
 
 from .fake_cuda import FakeCuda
 
@@ -91,7 +91,7 @@ def test_a_lost_device_is_a_sentence_wherever_it_shows():
             lambda: device.send(x),
             lambda: device.fetch(x),
             lambda: device.allocate(4096),
-            lambda: experts.add(Routes([[0]], [torch.tensor([0])], [torch.ones(1)]), x, x.clone()),
+            lambda: experts.add(ExpertBatches([[0]], [torch.tensor([0])], [torch.ones(1)]), x, x.clone()),
         ):
             with pytest.raises(DeviceError, match=r"Fake GPU was lost .*timed out"):
                 use()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moert.convert.convert import convert
 from moert.errors import CheckpointError, MoertError, StoreError, UnsupportedModelError
-from moert.store.convert import convert
 from moert.store.reader import Store
 
 from .checkpoints import folder_bytes, make_checkpoint, make_config, make_weights, refusal, save_checkpoint

@@ -8,7 +8,7 @@ import pytest
 
 from moert import LLM, SamplingParams
 from moert.cli.main import run
-from moert.source import shipped_model
+from moert.hub.resolve import shipped_model
 
 FIVE_GRAM_PERPLEXITY = 35.6  # on the whole held-out text, with the same tokenizer and training text
 GREETING = "Hello! Type the first lines of some Python code and I go on with it, or ask me what a function does."

@@ -13,18 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moert import dense_quant
+from moert.device import dense_quant
+from moert.device import matrix as device_matrix
+from moert.device.backend import EmulatedDevice
+from moert.device.bitsandbytes import bitsandbytes
+from moert.device.matrix import KINDS, Matrix16, MatrixInt8, MatrixNF4, dtype_of
+from moert.device.placement import Placement, place
 from moert.errors import DeviceError, UsageError
-from moert.models import attention, device_matrix, layers
-from moert.models.bnb import bitsandbytes
+from moert.models import attention, layers
 from moert.models.decoder import Decoder
-from moert.models.device_matrix import KINDS, Matrix16, MatrixInt8, MatrixNF4, dtype_of
-from moert.models.foresight import Guess
 from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
-from moert.placement import Placement, place
+from moert.models.router_prediction import RouterPrediction
 from moert.quant.matmul import PackedMatrix
-from moert.runtime.device import EmulatedDevice
 from moert.store.reader import Store
 
 from .placed import CountingDevice, cache_of, placed
@@ -117,7 +118,7 @@ class Watching:
     def __init__(self) -> None:
         self.told: list[tuple[int, list[tuple[int, list[int]]]]] = []
 
-    def foresee(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
         self.told.append((layer, [(guess.layer, list(guess.experts)) for guess in guesses]))
 
 

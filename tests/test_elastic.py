@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moert.api import LLM
-from moert.runtime.experts import ExpertRunner
+from moert.runtime.executor import ExpertRunner
 from moert.scheduler.cache import SliceCache
-from moert.scheduler.elastic import Ladder, generic_damage, harm_of_absence
+from moert.scheduler.elastic import ErrorBudget, absence_sensitivity, generic_sensitivity
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import ElasticPrecision, parse_precision
 from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert
@@ -26,11 +26,13 @@ CURVE = st.lists(st.floats(0, 0.2), min_size=1, max_size=3)
 def ladder_of(curves, bound, skip=0.0, sizes=SIZES):
     """Of one layer with these experts."""
     precision = ElasticPrecision(bound, skip=skip)
-    ladder = precision.ladder(WIDTHS, {0: [len(curve) for curve in curves]}, sizes)
-    generic = generic_damage(WIDTHS)
-    assert all(list(known) == generic[: len(curve)] for known, curve in zip(ladder.damage[0], curves, strict=True))
+    error_budget = precision.error_budget(WIDTHS, {0: [len(curve) for curve in curves]}, sizes)
+    generic = generic_sensitivity(WIDTHS)
+    assert all(
+        list(known) == generic[: len(curve)] for known, curve in zip(error_budget.sensitivity[0], curves, strict=True)
+    )
 
-    return ElasticPrecision(bound, SimpleNamespace(damage={0: curves}), skip).ladder(WIDTHS, {}, sizes)
+    return ElasticPrecision(bound, SimpleNamespace(sensitivity={0: curves}), skip).error_budget(WIDTHS, {}, sizes)
 
 
 @st.composite
@@ -47,10 +49,10 @@ def asked(draw, curves, slices=True):
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.lists(CURVE, min_size=4, max_size=6), st.floats(2, 4), st.sampled_from([0.0, 0.1, 1.0]))
 def test_the_bound_holds_at_every_moment(data, curves, bound, skip):
-    ladder, spent, granted = ladder_of(curves, bound, skip), 0.0, 0.0
+    error_budget, used, allowed = ladder_of(curves, bound, skip), 0.0, 0.0
     for _ in range(data.draw(st.integers(1, 12))):
         routed, squares, have, tokens = data.draw(asked(curves))
-        counts = ladder.settle(0, routed, squares, have, tokens)
+        counts = error_budget.choose(0, routed, squares, have, tokens)
         for r, square, held, n in zip(routed, squares, have, counts, strict=True):
             curve = curves[r.expert]
             assert n <= r.slices
@@ -62,28 +64,31 @@ def test_the_bound_holds_at_every_moment(data, curves, bound, skip):
             below = min(int(bound) - 2, len(curve) - 1)
             above = min(below + 1, len(curve) - 1)
             allowed = curve[below] + (bound - int(bound)) * (curve[above] - curve[below])
-            granted += square * allowed
-            spent += square * (curve[n - 1] if n else harm_of_absence(curve, WIDTHS))
-        assert spent <= granted * (1 + 1e-9) + 1e-12
-    assert (ladder.spent, ladder.granted) == (pytest.approx(spent, abs=1e-12), pytest.approx(granted, abs=1e-12))
+            allowed += square * allowed
+            used += square * (curve[n - 1] if n else absence_sensitivity(curve, WIDTHS))
+        assert used <= allowed * (1 + 1e-9) + 1e-12
+    assert (error_budget.used, error_budget.allowed) == (
+        pytest.approx(used, abs=1e-12),
+        pytest.approx(allowed, abs=1e-12),
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.lists(CURVE, min_size=4, max_size=4), st.floats(2, 4))
 def test_what_is_read_is_at_most_one_step_more_than_the_cheapest_choice_within_the_bound(data, curves, bound):
-    ladder = ladder_of(curves, bound)
+    error_budget = ladder_of(curves, bound)
     routed, squares, have, tokens = data.draw(asked(curves))
-    counts = ladder.settle(0, routed, squares, have, tokens)
+    counts = error_budget.choose(0, routed, squares, have, tokens)
 
     def nbytes(choice):
         return sum(sum(SIZES[h:n]) for h, n in zip(have, choice, strict=True))
 
-    def harm(choice):
+    def sensitivity(choice):
         return sum(s * curves[r.expert][n - 1] for r, s, n in zip(routed, squares, choice, strict=True))
 
-    assert harm(counts) <= ladder.granted * (1 + 1e-9) + 1e-12
+    assert sensitivity(counts) <= error_budget.allowed * (1 + 1e-9) + 1e-12
     choices = itertools.product(*(range(1, r.slices + 1) for r in routed))
-    least = min(nbytes(choice) for choice in choices if harm(choice) <= ladder.granted)
+    least = min(nbytes(choice) for choice in choices if sensitivity(choice) <= error_budget.allowed)
     steps = [sum(SIZES[max(h, 1) : r.slices]) for r, h in zip(routed, have, strict=True)]
     assert nbytes(counts) <= least + max(steps)
     assert nbytes(counts) == least or nbytes(counts) > nbytes([max(h, 1) for h in have])
@@ -91,27 +96,27 @@ def test_what_is_read_is_at_most_one_step_more_than_the_cheapest_choice_within_t
 
 def test_what_a_prompt_did_too_well_is_not_lent_to_a_long_answer():
     curves = [[0.1, 0.03, 0.01]] * 4
-    ladder = ladder_of(curves, 3)
-    ladder.settle(0, [RoutedExpert(e, 500, 125.0, 3) for e in range(4)], [31.25] * 4, [3] * 4, 500)
+    error_budget = ladder_of(curves, 3)
+    error_budget.choose(0, [RoutedExpert(e, 500, 125.0, 3) for e in range(4)], [31.25] * 4, [3] * 4, 500)
     one = [RoutedExpert(e, 1, 0.25, 3) for e in range(4)]
     grant = 4 * 0.25**2 * 0.03
-    before = ladder.spent
-    widths = [ladder.settle(0, one, [0.25**2] * 4, [1] * 4)[0] for _ in range(200)]
-    assert ladder.spent - before <= (200 + 64) * grant * (1 + 1e-9)
+    before = error_budget.used
+    widths = [error_budget.choose(0, one, [0.25**2] * 4, [1] * 4)[0] for _ in range(200)]
+    assert error_budget.used - before <= (200 + 64) * grant * (1 + 1e-9)
     assert 1 in widths[:10]
     assert set(widths[100:]) != {1}
 
 
 def test_without_measurements_an_expert_is_worth_all_of_its_output():
-    assert harm_of_absence(generic_damage((2, 3, 4)), (2, 3, 4)) == pytest.approx(1)
-    assert harm_of_absence(generic_damage((4, 8)), (4, 8)) == pytest.approx(1)
-    assert harm_of_absence(generic_damage((16,)), (16,)) == 1
-    assert harm_of_absence([0.01], (2, 3)) == pytest.approx(0.01 / 0.106)
+    assert absence_sensitivity(generic_sensitivity((2, 3, 4)), (2, 3, 4)) == pytest.approx(1)
+    assert absence_sensitivity(generic_sensitivity((4, 8)), (4, 8)) == pytest.approx(1)
+    assert absence_sensitivity(generic_sensitivity((16,)), (16,)) == 1
+    assert absence_sensitivity([0.01], (2, 3)) == pytest.approx(0.01 / 0.106)
 
 
 def test_a_refinement_on_its_way_is_not_waited_for():
     cache = SliceCache([4, 4, 4])
-    scheduler = Scheduler(cache, ladder=ladder_of([[0.1, 0.03, 0.01]] * 4, 2), ahead=10)
+    scheduler = Scheduler(cache, error_budget=ladder_of([[0.1, 0.03, 0.01]] * 4, 2), ahead=10)
     asks = [RoutedExpert(0, 1, 0.5, 3)]
     assert scheduler.plan(0, asks, 1, [0.25]).slices == {0: 1}
     assert scheduler.prefetch([Prediction(0, 0, 0.9, 2)]).loads[0] == Load(0, 0, 1, 2)
@@ -170,14 +175,14 @@ def make_elastic(one_layer):  # noqa: F811
 
 def settled(runner, monkeypatch):
     """What the ladder decides from now on: a list of {expert: slices}."""
-    found, settle = [], Ladder.settle
+    found, choose = [], ErrorBudget.choose
 
     def noted(self, layer, routed, *others):
-        counts = settle(self, layer, routed, *others)
+        counts = choose(self, layer, routed, *others)
         found.append({r.expert: n for r, n in zip(routed, counts, strict=True)})
         return counts
 
-    monkeypatch.setattr(Ladder, "settle", noted)
+    monkeypatch.setattr(ErrorBudget, "choose", noted)
     return found
 
 
@@ -203,14 +208,14 @@ def test_what_is_computed_is_what_was_settled(one_layer, make_elastic, monkeypat
         weights = weights / weights.sum(1, keepdim=True)
         if tokens == 1:
             got = torch.zeros(1, HIDDEN)
-            runner.add_one(0, x, indices[0].tolist(), weights[0].tolist(), got)
+            runner.forward_token(0, x, indices[0].tolist(), weights[0].tolist(), got)
         else:
             got = runner(0, x, indices, weights)
         seen |= set(found[-1].values())
         want = expected_of(one_layer, found[-1], x, indices, weights)
         assert ((got - want).norm(dim=1) <= 0.03 * want.norm(dim=1) + 1e-6).all()
-    ladder = runner._scheduler.ladder
-    assert 0 < ladder.spent <= ladder.granted * (1 + 1e-9)
+    error_budget = runner._scheduler.error_budget
+    assert 0 < error_budget.used <= error_budget.allowed * (1 + 1e-9)
     assert max(seen) <= 3
     assert len(seen) > 1
     assert runner.counters.token_uses.total() == 3 * (8 + 36)
@@ -220,7 +225,7 @@ def test_preloading_reads_everything_at_its_full_width(make_elastic):
     runner = make_elastic((EXPERTS,) * 3)
     runner.preload()
     assert runner.counters.bytes_read == EXPERTS * sum(LAYOUT.slice_sizes)
-    assert runner._scheduler.ladder.granted == 0, "nothing was computed"
+    assert runner._scheduler.error_budget.allowed == 0, "nothing was computed"
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -244,8 +249,8 @@ def test_ctrl_c_leaves_the_bound_and_the_runner_right(one_layer, make_elastic, m
             continue
         assert_close(got, expected_of(one_layer, found[-1], x, indices, weights))
     assert broken == 1
-    ladder = runner._scheduler.ladder
-    assert ladder.spent <= ladder.granted * (1 + 1e-9)
+    error_budget = runner._scheduler.error_budget
+    assert error_budget.used <= error_budget.allowed * (1 + 1e-9)
 
 
 # Cache-conditional routing
@@ -253,16 +258,18 @@ def test_ctrl_c_leaves_the_bound_and_the_runner_right(one_layer, make_elastic, m
 
 def test_the_bonus_is_for_what_is_in_memory(make_elastic):
     runner = make_elastic((3, 3, 3), route=0.25)
-    assert runner.bonus(0, 3).tolist() == [0.0] * EXPERTS
+    assert runner.routing_bias(0, 3).tolist() == [0.0] * EXPERTS
     for step in range(4):
         x, indices, weights = routing(2, 2, step)
         runner(0, x, indices, weights)
         held = runner._loader.table.held(0, list(range(EXPERTS)))
-        assert runner.bonus(0, EXPERTS).tolist() == [0.25 * (n > 0) for n in held]
-    assert runner.bonus(0, EXPERTS + 1) is None, "nearly all are needed anyway"
+        assert runner.routing_bias(0, EXPERTS).tolist() == [0.25 * (n > 0) for n in held]
+    assert runner.routing_bias(0, EXPERTS + 1) is None, "nearly all are needed anyway"
     runner._recover()
-    assert runner.bonus(0, 1).tolist() == [0.25 * (n > 0) for n in runner._loader.table.held(0, list(range(EXPERTS)))]
-    assert make_elastic((3, 3, 3)).bonus(0, 1) is None
+    assert runner.routing_bias(0, 1).tolist() == [
+        0.25 * (n > 0) for n in runner._loader.table.held(0, list(range(EXPERTS)))
+    ]
+    assert make_elastic((3, 3, 3)).routing_bias(0, 1) is None
 
 
 def test_with_everything_in_memory_routing_changes_nothing_and_with_little_the_favoured_are_chosen(store):

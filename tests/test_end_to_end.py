@@ -200,7 +200,7 @@ def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
         stream = llm.stream("Hello there", GREEDY)
         for _ in range(3):
             next(stream)
-        real, calls = llm._engine._runner.add_one, iter(range(1000))
+        real, calls = llm._engine._runner.forward_token, iter(range(1000))
 
         def interrupted(*args):
             if next(calls) == 1:
@@ -208,7 +208,7 @@ def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
             real(*args)
 
         for layer in llm.engine.decoder.layers:
-            monkeypatch.setattr(layer.mlp.experts, "add_one", interrupted)
+            monkeypatch.setattr(layer.mlp.experts, "forward_token", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
         monkeypatch.undo()

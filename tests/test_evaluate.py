@@ -7,13 +7,14 @@ import subprocess
 import pytest
 import torch
 
-from moert import LLM, evaluate
+from moert import LLM
 from moert.config import EngineConfig
 from moert.errors import BudgetError, UsageError
+from moert.measure import evaluate
 from moert.quant import reference
 from moert.scheduler.precision import FixedPrecision
 from moert.store.reader import Store
-from moert.tokenizer import Tokenizer
+from moert.text.tokenizer import Tokenizer
 
 from .child import ENVIRONMENT, PYTHON
 from .program import Program, evaluator

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moert import LLM, SamplingParams, bench_kernels
+from moert import LLM, SamplingParams
 from moert.cli.figures import table
-from moert.engine import Engine
+from moert.engine.model_runner import Engine
 from moert.errors import UsageError
-from moert.runtime import loading, timeline
-from moert.runtime.experts import ExpertRunner
+from moert.measure import bench_kernels
+from moert.runtime import loader as loading
+from moert.runtime import timeline
+from moert.runtime.executor import ExpertRunner
 from moert.runtime.telemetry import Counters, total
 from moert.runtime.timeline import Timeline
 from moert.runtime.transfer import SliceReader
@@ -39,11 +41,11 @@ def arena(llm_store, experts):
 def test_layers_and_phases_are_what_was_asked_of_the_runner_and_of_the_disk(store, monkeypatch):
     path = store(**LAYERS)
     uses, reads = {True: Counter(), False: Counter()}, Counter()
-    add_one, call, submit = ExpertRunner.add_one, ExpertRunner.__call__, SliceReader.submit
+    forward_token, call, submit = ExpertRunner.forward_token, ExpertRunner.__call__, SliceReader.submit
 
     def decoded(self, layer, x, experts, weights, out):
         uses[True][layer] += len(experts)
-        add_one(self, layer, x, experts, weights, out)
+        forward_token(self, layer, x, experts, weights, out)
 
     def prompted(self, layer, x, indices, weights):
         uses[False][layer] += indices.numel()
@@ -53,7 +55,7 @@ def test_layers_and_phases_are_what_was_asked_of_the_runner_and_of_the_disk(stor
         reads[int(read.what.split()[-1]), ahead] += read.nbytes
         submit(self, read, ahead)
 
-    monkeypatch.setattr(ExpertRunner, "add_one", decoded)
+    monkeypatch.setattr(ExpertRunner, "forward_token", decoded)
     monkeypatch.setattr(ExpertRunner, "__call__", prompted)
     monkeypatch.setattr(SliceReader, "submit", submitted)
     monkeypatch.setattr(SliceReader, "cancel", lambda self, read: False)

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from moert.convert.convert import convert
 from moert.errors import StoreError
-from moert.store.convert import convert
 
 from .checkpoints import folder_bytes, make_checkpoint, refusal
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moert import LLM
+from moert.device.cuda import open_cuda
 from moert.errors import DeviceError
-from moert.runtime.cuda import open_cuda
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from moert.devices import devices
+from moert.device.backend import EmulatedDevice
 from moert.errors import DeviceError
-from moert.profiling import gpu, gpu_kernels, measure
-from moert.profiling.figure import Measured
-from moert.profiling.gpu_kernels import find_kernels, measure_kernels
+from moert.hardware.devices import devices
+from moert.measure import gpu, gpu_kernels
+from moert.measure import profile as measure
+from moert.measure.figure import Measured
+from moert.measure.gpu_kernels import find_kernels, measure_kernels
 from moert.quant.format import ExpertLayout
-from moert.runtime.device import EmulatedDevice
 from moert.scheduler.profile import parse_profile
 
 from .machine import shrink
@@ -123,7 +124,7 @@ def test_they_are_in_the_profile():
 
 @pytest.mark.gpu
 def test_the_kernels_of_this_gpu():
-    from moert.runtime import cuda_api
+    from moert.device import cuda_api
 
     reason = cuda_api.why_not(cuda_api.of_torch())
     if reason:

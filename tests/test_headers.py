@@ -15,11 +15,11 @@ import pytest
 import torch
 from huggingface_hub import errors
 
+from moert.checkpoints.safetensors import Checkpoint
 from moert.errors import CheckpointError, MoertError, UnsupportedModelError, UsageError
-from moert.headers import known_model
-from moert.shape import ModelShape, read_shape
-from moert.source import Conversion
-from moert.store.checkpoint import Checkpoint
+from moert.hub.headers import known_model
+from moert.hub.resolve import Conversion
+from moert.planning.model_shape import ModelShape, read_shape
 
 from .checkpoints import make_checkpoint
 
@@ -209,8 +209,8 @@ def test_a_hub_id_has_the_sizes_of_the_checkpoint_there(
 
 
 def test_a_converted_store_in_the_cache_is_used(tmp_path: Path, hub: SimpleNamespace) -> None:
-    from moert.source import cached_store
-    from moert.store.convert import convert
+    from moert.convert.convert import convert
+    from moert.hub.resolve import cached_store
 
     folder = make_checkpoint(tmp_path / "tiny", "olmoe")
     convert(folder, cached_store("owner/tiny", SETTINGS))

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
-from moert import offload as offload_module
-from moert.devices import load_device
+from moert.device import offload as offload_module
+from moert.device.backend import EmulatedDevice, open_device
+from moert.device.hybrid import HybridRunner
 from moert.errors import BudgetError, DeviceError, UsageError
+from moert.hardware.devices import load_device
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
-from moert.runtime.device import EmulatedDevice, open_device
-from moert.runtime.hybrid import HybridRunner
-from moert.scheduler.assign import Pace
+from moert.scheduler.assign import CostModel
 from moert.scheduler.precision import parse_precision
 
 from .child import ENVIRONMENT, PYTHON
@@ -62,10 +62,12 @@ def store(tmp_path_factory):
 def make(store, host, on_device, *, hybrid=True, precision="fixed:4", device=None, profile=FAST):
     """on_device: slots, None for one memory with the host."""
     device = device or EmulatedDevice(1 << 24, integrated=on_device is None)
-    pace = Pace(profile, LAYOUT.widths, LAYOUT.slice_sizes, device.integrated)
+    cost_model = CostModel(profile, LAYOUT.widths, LAYOUT.slice_sizes, device.integrated)
     chosen = parse_precision(precision, LAYOUT.widths)
     slots = None if on_device is None else (on_device,) * 3
-    return HybridRunner(store, (host,) * 3, chosen, "silu", device=device, device_slots=slots, pace=pace, hybrid=hybrid)
+    return HybridRunner(
+        store, (host,) * 3, chosen, "silu", device=device, device_slots=slots, cost_model=cost_model, hybrid=hybrid
+    )
 
 
 def routing(tokens, top_k, seed):
@@ -141,10 +143,10 @@ def test_a_device_that_is_much_faster_takes_over(store):
 
 
 def _routed(asked):
-    from moert.runtime.asked import ask_one
+    from moert.runtime.routing import route_token
 
     _, indices, weights = asked
-    return ask_one(indices[0].tolist(), weights[0].tolist(), [3] * indices.shape[1])
+    return route_token(indices[0].tolist(), weights[0].tolist(), [3] * indices.shape[1])
 
 
 def test_what_a_step_leaves_behind_when_it_breaks_off(store, monkeypatch):
@@ -185,13 +187,13 @@ def test_preparing_a_device_leaves_nothing_behind(store):
 def test_costs_are_corrected_by_what_is_measured(store):
     runner = make(store, 2 * EXPERTS, 4, hybrid=False)
     told = []
-    runner._pace.measured = lambda *what: told.append(what)
+    runner._cost_model.measured = lambda *what: told.append(what)
     for seed in range(12):
         check(runner, store, 0, 3, routing(1, 3, seed))
     assert {part for part, _, _ in told} == {"device", "move"}
     assert all(predicted > 0 and seconds > 0 for _, predicted, seconds in told)
     other = make(store, 2 * EXPERTS, 4)
-    other._pace.measured = lambda *what: told.append(what)
+    other._cost_model.measured = lambda *what: told.append(what)
     for seed in range(12):
         check(other, store, 0, 3, routing(30, 3, seed))
     assert "host" in {part for part, _, _ in told}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moert import LLM
+from moert.hub.resolve import shipped_model
 from moert.quant import matmul
-from moert.source import shipped_model
 
 COMPILED = [k for k in matmul.available_kernels() if k != "reference"]
 TOKENS = 96

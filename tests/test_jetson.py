@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from moert import jetson
 from moert.cli import doctor
-from moert.jetson import read_jetson
-from moert.runtime import cuda
+from moert.device import cuda
+from moert.hardware import jetson
+from moert.hardware.jetson import read_jetson
 
 from .program import Program
 

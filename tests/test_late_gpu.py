@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert import LLM, SamplingParams, offload
-from moert.runtime.cuda import CudaDevice
-from moert.runtime.device import EmulatedDevice, HostExperts
+from moert import LLM, SamplingParams
+from moert.device import offload
+from moert.device.backend import EmulatedDevice, HostExperts
+from moert.device.cuda import CudaDevice
 
 from .fake_cuda import FakeCuda, Stream
 from .test_hybrid import EXPERTS, FAST, LAYERS, MIDDLING, expected, make, routing, store  # noqa: F401

@@ -167,17 +167,17 @@ def test_experts_with_a_bonus_are_chosen_with_the_weights_that_they_have_without
     g = torch.Generator().manual_seed(3)
     step = make_step(g, 48, 4, 2, 32, experts=20, top_k=4, normalise=normalise)
     cos, sin = turn(g, 32)
-    bonus = (torch.rand(20, generator=g) < 0.4) * strength
+    routing_bias = (torch.rand(20, generator=g) < 0.4) * strength
     x = torch.randn(5, 48, generator=g)
     for row in x.split(1):
         cache, before = make_cache(g, 32, 2, 32)
         place = layer_step.Place((cos[None], sin[None]), 11, None)
         _, _, (logits,) = exact_step(step, row, (cos, sin), *before[:, :, :11])
         shares = logits.softmax(-1)
-        many = step.many(row.clone(), [(cache, place)], bonus)
-        _, experts, weights = step(row.clone(), cache, place, bonus)
+        many = step.many(row.clone(), [(cache, place)], routing_bias)
+        _, experts, weights = step(row.clone(), cache, place, routing_bias)
         best, *others = (
-            (logits + 1e9 * (logits == logits.max()) + bonus * (logits.max() - logits.min())).argsort().flip(0)
+            (logits + 1e9 * (logits == logits.max()) + routing_bias * (logits.max() - logits.min())).argsort().flip(0)
         )
         chosen = sorted([int(best), *map(int, others[:3])], key=lambda e: -logits[e])
         assert experts == chosen == many[1][0].tolist()

@@ -11,19 +11,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moert import LLM, evaluate
+from moert import LLM
 from moert.cli import main
 from moert.config import EngineConfig
+from moert.convert.calibration import Calibrated, CalibrationText
+from moert.convert.convert import convert
+from moert.convert.partial import Partial
+from moert.convert.plan import ConversionPlan
+from moert.convert.source_model import SourceModel
 from moert.errors import StoreError, UsageError
+from moert.measure import evaluate
 from moert.quant.dispatch import compiled
-from moert.runtime.experts import ExpertRunner
-from moert.store.calibration import Calibrated, CalibrationText
-from moert.store.convert import convert
+from moert.runtime.executor import ExpertRunner
 from moert.store.layout import slice_name
-from moert.store.partial import Partial
-from moert.store.plan import Plan
 from moert.store.reader import Store
-from moert.store.source import SourceModel
 
 from .checkpoints import folder_bytes, stored_matrices
 
@@ -168,7 +169,9 @@ def test_it_is_said(said, cut, capsys):
 
 def test_the_size_of_everything_else_is_estimated_from_above(source, whole):
     """Whatever a calibration records in moert.json must be counted, or a store could exceed its limit."""
-    plan = Plan(SourceModel.open(source), (2, 3, 4), 64, 16, whole.meta.quantiser, whole.meta.source_name, 10**9)
+    plan = ConversionPlan(
+        SourceModel.open(source), (2, 3, 4), 64, 16, whole.meta.quantiser, whole.meta.source_name, 10**9
+    )
     others = size_of(whole.path) - whole.experts_bytes(3)
     assert others <= plan.fixed_bytes < 1.05 * others
 
@@ -305,10 +308,10 @@ def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
                     found = runner(layer, x[:rows], torch.full((rows, 1), e), torch.ones(rows, 1))
                     assert float((found - true[:rows]).norm() / true[:rows].norm()) < 0.03
                 out = torch.zeros(1, 64)
-                runner.add_one(layer, x[:1], [e], [1.0], out)
+                runner.forward_token(layer, x[:1], [e], [1.0], out)
                 assert float((out - true[:1]).norm() / true[:1].norm()) < 0.03
                 assert bool(runner._unplanned) == (compiled() is not None)  # computed at once
-                runner.add_one(layer, x[:1], [e], [-1.0], out)
+                runner.forward_token(layer, x[:1], [e], [-1.0], out)
                 assert not out.any()
 
 

@@ -314,11 +314,11 @@ def test_full_context_and_empty_input_are_refused(tiny_checkpoint: MakeCheckpoin
 
 def test_a_bonus_changes_which_experts_are_chosen_but_not_what_they_weigh() -> None:
     g = torch.Generator().manual_seed(0)
-    logits, bonus = torch.randn(50, 12, generator=g), (torch.rand(12, generator=g) < 0.5) * 0.2
-    indices, weights = route(logits, 4, True, bonus)
+    logits, routing_bias = torch.randn(50, 12, generator=g), (torch.rand(12, generator=g) < 0.5) * 0.2
+    indices, weights = route(logits, 4, True, routing_bias)
     moved = 0
     for row, chosen, found in zip(logits.double(), indices.tolist(), weights, strict=True):
-        reach = row + bonus * (row.max() - row.min())
+        reach = row + routing_bias * (row.max() - row.min())
         others = sorted((e for e in range(12) if e != int(row.argmax())), key=lambda e: -reach[e])
         want = sorted([int(row.argmax()), *others[:3]], key=lambda e: -row[e])
         assert chosen == want

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from moert import LLM, SamplingParams
-from moert import engine as engine_module
-from moert import offload as offload_module
-from moert.budget import library_bytes
+from moert.device import backend as device_module
+from moert.device import offload as offload_module
+from moert.device.backend import EmulatedDevice
+from moert.engine.model_runner import model_runner as engine_module
 from moert.errors import BudgetError, DeviceError, UsageError
-from moert.runtime import device as device_module
-from moert.runtime.device import EmulatedDevice
-from moert.runtime.loading import Loader
+from moert.runtime.budget import library_bytes
+from moert.runtime.loader import Loader
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -147,7 +147,7 @@ def test_a_budget_without_a_device_is_no_silent_promise():
 @pytest.fixture
 def unusable_gpu(monkeypatch):
     """torch has a GPU, but it cannot be used."""
-    from moert.runtime import cuda
+    from moert.device import cuda
 
     def refuse():
         raise DeviceError("No GPU can be used, since its driver is too old, or use --device cpu.")

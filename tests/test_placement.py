@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moert.dense_quant import load_dense
+from moert.device.backend import EmulatedDevice
+from moert.device.decoder import PlacedDecoder
+from moert.device.dense_quant import load_dense
+from moert.device.matrix import DenseQuant
+from moert.device.placement import Arena, Placement, make_dense, place, workspace_bytes
 from moert.models.architecture import Architecture, kv_bytes
-from moert.models.device_matrix import DenseQuant
 from moert.models.kv_cache import KVCache, KVMemory
 from moert.models.moe import Experts
-from moert.models.placed import PlacedDecoder
 from moert.models.registry import architecture
-from moert.placement import Arena, Placement, make_dense, place, workspace_bytes
-from moert.runtime.device import EmulatedDevice
 from moert.scheduler.profile import Profile, read_profile
 from moert.store.reader import Store
 
@@ -134,7 +134,7 @@ def test_experts_that_gain_more_take_the_caches_place() -> None:
 
 
 def test_accelerate_is_loaded_when_something_is_placed() -> None:
-    assert loaded_after("import moert.placement, moert.dense_quant", "accelerate", "bitsandbytes") == []
+    assert loaded_after("import moert.device.placement, moert.device.dense_quant", "accelerate", "bitsandbytes") == []
 
 
 def test_what_it_says() -> None:
@@ -152,7 +152,7 @@ class NoExperts(Experts):
     def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         return x
 
-    def add_one(self, layer: int, x: Tensor, experts: Any, weights: Any, out: Tensor) -> None:
+    def forward_token(self, layer: int, x: Tensor, experts: Any, weights: Any, out: Tensor) -> None:
         out += x
 
 

@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.budget import Budget
-from moert.devices import load_device
 from moert.errors import BudgetError, UsageError
+from moert.hardware.devices import load_device
 from moert.planning import predict, recommend
+from moert.planning.model_shape import ModelShape
 from moert.planning.predict import Prediction
 from moert.planning.quality import quality_of
 from moert.planning.recommend import CLOSE, LEAST_WIDTH, READING, USABLE, choose, context_for, policies
 from moert.planning.routing import drawn, recorded
+from moert.runtime.budget import Budget
+from moert.scheduler.estimator import estimate, sample, touched, usage
 from moert.scheduler.profile import Profile
-from moert.scheduler.quick import estimate, sample, touched, usage
 from moert.scheduler.simulation import Settings
 from moert.scheduler.simulator import Simulator
 from moert.scheduler.statistics import draw, statistics_for
 from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep, draw_trace
-from moert.shape import ModelShape
 
 MIB = 1 << 20
 # Every figure another power of two, so that none can stand in for another unnoticed.

@@ -41,9 +41,9 @@ TEXT = Text()
 def router(widths=(2, 3, 4), kept=None, exponent=2.0, seed=1):
     g = np.random.default_rng(seed)
     scale = g.lognormal(size=(LAYERS, EXPERTS, 1))
-    damage = scale * 4.0 ** -np.array(widths) * g.uniform(0.7, 1.4, size=(LAYERS, EXPERTS, len(widths)))
+    sensitivity = scale * 4.0 ** -np.array(widths) * g.uniform(0.7, 1.4, size=(LAYERS, EXPERTS, len(widths)))
     curves = {
-        layer: [row[: kept[e] if kept else len(widths)].tolist() for e, row in enumerate(damage[layer])]
+        layer: [row[: kept[e] if kept else len(widths)].tolist() for e, row in enumerate(sensitivity[layer])]
         for layer in range(LAYERS)
     }
     return BitRouter(tuple(widths), curves, dict.fromkeys(range(LAYERS), exponent), TEXT.usage)
@@ -64,11 +64,11 @@ curves = st.lists(st.floats(0, 1), min_size=1, max_size=5)
     st.floats(1e-4, 1),
     st.floats(0.5, 4),
 )
-def test_the_choice_costs_as_little_as_the_best_of_all(widths, damage, price, weight, exponent):
-    one = BitRouter(tuple(widths), {0: [damage]}, {0: exponent}, {0: [quantiles(np.ones(1))]})
+def test_the_choice_costs_as_little_as_the_best_of_all(widths, sensitivity, price, weight, exponent):
+    one = BitRouter(tuple(widths), {0: [sensitivity]}, {0: exponent}, {0: [quantiles(np.ones(1))]})
     count = 1 + int((one.thresholds(price)[0] <= weight).sum())
-    assert 1 <= count <= len(damage), "an expert has only so many slices"
-    costs = [weight**exponent * d + price * b for d, b in zip(damage, widths, strict=False)]
+    assert 1 <= count <= len(sensitivity), "an expert has only so many slices"
+    costs = [weight**exponent * d + price * b for d, b in zip(sensitivity, widths, strict=False)]
     assert costs[count - 1] <= min(costs) * (1 + 1e-9)
 
 
@@ -83,8 +83,8 @@ def test_one_price_gives_the_text_its_mean_width(widths, share):
 def test_more_of_the_same_bits_go_where_they_help_more_than_anywhere_else():
     """No exchange of a bit between two uses, at the same mean width, lowers the sum of errors."""
     counts = chosen(RoutedPrecision(3.0, routed := router()))
-    damage = np.array([routed.damage[layer] for layer in range(LAYERS)])
-    cost = TEXT.weights[..., None].astype(np.float64) ** 2 * damage[np.arange(LAYERS)[:, None, None], TEXT.experts]
+    sensitivity = np.array([routed.sensitivity[layer] for layer in range(LAYERS)])
+    cost = TEXT.weights[..., None].astype(np.float64) ** 2 * sensitivity[np.arange(LAYERS)[:, None, None], TEXT.experts]
     now = np.take_along_axis(cost, counts[..., None] - 1, -1)[..., 0]
     up = np.where(counts < 3, now - np.take_along_axis(cost, np.minimum(counts, 2)[..., None], -1)[..., 0], -np.inf)
     down = np.where(

@@ -14,8 +14,8 @@ from moert.scheduler.predictor import (
     Mixed,
     PathWeights,
     Popularity,
+    PredictorStats,
     RoutingPath,
-    Worth,
     likely,
 )
 
@@ -137,7 +137,7 @@ def test_gate_ahead_learns_how_often_such_guesses_are_right():
         used = np.argsort(-true, axis=1)[:, :4]
         noisy = [true + rng.normal(size=true.shape) * spread for spread in (0.4, 1.5)]
         predictor.used(0, used[0][None])
-        predictor.foresee(0, [guess(rng, layer, noisy[layer - 1][layer], 8) for layer in (1, 2)])
+        predictor.on_router_prediction(0, [guess(rng, layer, noisy[layer - 1][layer], 8) for layer in (1, 2)])
         for layer in (1, 2):
             if step > 500:
                 p = predictor.probabilities(layer)
@@ -156,9 +156,9 @@ def test_gate_ahead_learns_how_often_such_guesses_are_right():
 def test_newer_guesses_replace_older_ones_and_a_new_pass_all():
     rng, predictor = np.random.default_rng(2), GateAhead(range(4), E, K)
     assert predictor.probabilities(3) is None
-    predictor.foresee(0, [guess(rng, 1, np.arange(6.0)), guess(rng, 3, np.arange(6.0))])
+    predictor.on_router_prediction(0, [guess(rng, 1, np.arange(6.0)), guess(rng, 3, np.arange(6.0))])
     assert predictor.probabilities(3).argmax() == 5
-    predictor.foresee(2, [guess(rng, 3, -np.arange(6.0))])
+    predictor.on_router_prediction(2, [guess(rng, 3, -np.arange(6.0))])
     assert predictor.probabilities(3).argmax() == 0
     predictor.begin([0])
     assert predictor.probabilities(3) is None
@@ -175,7 +175,7 @@ class Says:
     def begin(self, tokens):
         pass
 
-    def foresee(self, layer, guesses):
+    def on_router_prediction(self, layer, guesses):
         pass
 
     def used(self, layer, experts):
@@ -235,7 +235,7 @@ def test_whatever_happens_probabilities_are_probabilities(data):
         predictor.begin(rng.integers(0, V, count).tolist())
         if data.draw(st.booleans()):
             scores = rng.normal(size=E) * data.draw(st.sampled_from([0.0, 1.0, 200.0]))
-            predictor.foresee(-1, [guess(rng, layer, scores) for layer in LAYERS])
+            predictor.on_router_prediction(-1, [guess(rng, layer, scores) for layer in LAYERS])
         for layer in LAYERS:
             for source in [predictor, *sources]:
                 p = source.probabilities(layer)
@@ -255,8 +255,8 @@ def test_likely_ones_come_first():
 
 
 def test_worth_counts():
-    worth = Worth()
-    assert (worth.recall, worth.precision) == (None, None)
-    worth.count([1, 2, 3], [3, 4])
-    worth.count([5], [5, 6])
-    assert (worth.recall, worth.precision) == (2 / 4, 2 / 4)
+    stats = PredictorStats()
+    assert (stats.recall, stats.precision) == (None, None)
+    stats.count([1, 2, 3], [3, 4])
+    stats.count([5], [5, 6])
+    assert (stats.recall, stats.precision) == (2 / 4, 2 / 4)

@@ -11,9 +11,9 @@ from moert.runtime.lookahead import LookAhead
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES, Belady, LeastFrequentlyUsed, LeastRecentlyUsed, RecentScore
 from moert.scheduler.hebf import hottest_bit_first
-from moert.scheduler.odds import Odds
 from moert.scheduler.planner import Scheduler, plan_layer
 from moert.scheduler.precision import ElasticPrecision
+from moert.scheduler.rank_precision import RankPrecision
 from moert.scheduler.trial import HOLD, PROBE, WARM, Trial
 from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert, SliceKey
 
@@ -23,22 +23,22 @@ SIZES = (5, 2, 3)
 
 def scheduler_of(slots, policy="score", ahead=40, elastic=False):
     kept = dict.fromkeys(range(LAYERS), (SLICES,) * EXPERTS)
-    ladder = ElasticPrecision(3.0).ladder((2, 3, 4), kept, SIZES) if elastic else None
+    error_budget = ElasticPrecision(3.0).error_budget((2, 3, 4), kept, SIZES) if elastic else None
     capacity = [n * size for n, size in zip(slots, SIZES, strict=True)]
     cache = SliceCache(capacity, POLICIES[policy](range(LAYERS), EXPERTS, SLICES), dict.fromkeys(range(LAYERS), SIZES))
-    return Scheduler(cache, ladder=ladder, ahead=ahead)
+    return Scheduler(cache, error_budget=error_budget, ahead=ahead)
 
 
 class Memory:
     """What is in the arena and what is being read into it, by nothing but sets."""
 
     def __init__(self, slots):
-        self.slots, self.held, self.underway = slots, set(), {}
+        self.slots, self.held, self.in_flight = slots, set(), {}
 
     def evict(self, keys):
         for key in keys:
             self.held.remove(key)
-            self.underway.pop(key, None)
+            self.in_flight.pop(key, None)
 
     def load(self, load, ahead):
         keys = [SliceKey(load.layer, load.expert, i) for i in range(load.first, load.last)]
@@ -48,7 +48,7 @@ class Memory:
         assert not self.held.intersection(keys), "nothing is read twice"
         self.held.update(keys)
         if ahead:
-            self.underway.update(dict.fromkeys(keys, load))
+            self.in_flight.update(dict.fromkeys(keys, load))
         for index, count in enumerate(self.slots):
             assert sum(key.slice == index for key in self.held) <= count, "the budget holds"
 
@@ -98,13 +98,13 @@ def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy, elasti
                 for e in here:
                     keys = {SliceKey(where, e, i) for i in range(plan.slices[e])}
                     assert keys <= memory.held, "what computes is in memory"
-                    late = any(key in memory.underway for key in keys)
+                    late = any(key in memory.in_flight for key in keys)
                     assert not late or e in wave.awaited, "what is still being read is waited for"
                 computed += here
             assert sorted(computed) == sorted(r.expert for r in details), "each expert is computed exactly once"
             busy = [ExpertKey(where, r.expert) for r in details] if len(details) > 1 else []
-            for load in {load for load in memory.underway.values() if (load.layer, load.expert) in used}:
-                memory.underway = {key: other for key, other in memory.underway.items() if other != load}
+            for load in {load for load in memory.in_flight.values() if (load.layer, load.expert) in used}:
+                memory.in_flight = {key: other for key, other in memory.in_flight.items() if other != load}
                 for s in (scheduler, again):
                     s.arrived(load)  # it was waited for
         elif what == "prefetch":
@@ -117,16 +117,16 @@ def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy, elasti
                 memory.load(load, ahead=True)
             kept = {key for key in before if key[:2] in busy}
             assert kept <= memory.held, "nothing that is in use is evicted"
-            size = sum(sum(SIZES[load.first : load.last]) for load in set(memory.underway.values()))
+            size = sum(sum(SIZES[load.first : load.last]) for load in set(memory.in_flight.values()))
             assert size <= 40 or not found.loads, "no more is underway than allowed"
-        elif memory.underway:
-            loads = sorted(set(memory.underway.values()))
+        elif memory.in_flight:
+            loads = sorted(set(memory.in_flight.values()))
             load = loads[where % len(loads)]
-            keys = [key for key, other in memory.underway.items() if other == load]
+            keys = [key for key, other in memory.in_flight.items() if other == load]
             if what == "cancel" and len(keys) < load.last - load.first:
                 continue  # some of it was evicted: then the runtime waits for the rest
             for key in keys:
-                del memory.underway[key]
+                del memory.in_flight[key]
                 if what == "cancel":
                     memory.held.remove(key)
             for s in (scheduler, again):
@@ -223,7 +223,7 @@ def test_a_score_is_the_running_mean_of_uses(steps):
         expected *= 0.9
         for e in experts:
             expected[: 1 + e % 2, e] += 0.1
-    found = [[policy.worth(ExpertKey(7, e), i) for e in range(6)] for i in range(2)]
+    found = [[policy.reuse_score(ExpertKey(7, e), i) for e in range(6)] for i in range(2)]
     assert np.allclose(found, expected)
 
 
@@ -232,7 +232,7 @@ def test_a_prompt_counts_as_its_tokens():
     for _ in range(50):
         one.used(0, [RoutedExpert(2, 1, 1.0, 1)], 1)
     many.used(0, [RoutedExpert(2, 50, 50.0, 1)], 50)
-    assert one.worth(ExpertKey(0, 2), 0) == pytest.approx(many.worth(ExpertKey(0, 2), 0))
+    assert one.reuse_score(ExpertKey(0, 2), 0) == pytest.approx(many.reuse_score(ExpertKey(0, 2), 0))
 
 
 @st.composite
@@ -319,7 +319,7 @@ def test_a_single_choice_needs_no_trial():
 
 
 def test_odds_are_the_shares_of_right_guesses():
-    odds, g = Odds(), np.random.default_rng(1)
+    odds, g = RankPrecision(), np.random.default_rng(1)
     for _ in range(3000):
         used = {e for e, p in ((0, 0.9), (1, 0.4), (2, 0.05)) if g.random() < p}
         odds.watch(0, 5, [(0, 0), (1, 1), (2, 2)])
@@ -340,9 +340,9 @@ def test_a_refinement_is_not_read_whose_base_the_same_prefetch_evicts():
 def test_looking_ahead_counts_how_many_of_the_experts_used_it_had_named():
     ahead = LookAhead((1,))
     assert ahead.line() == ""
-    ahead.hear(0, [SimpleNamespace(layer=1, experts=[5, 6, 7, 8], weights=[0.4, 0.3, 0.2, 0.1])])
+    ahead.on_router_prediction(0, [SimpleNamespace(layer=1, experts=[5, 6, 7, 8], weights=[0.4, 0.3, 0.2, 0.1])])
     found = ahead.predictions(lambda layer, experts, weights: [3] * 4, lambda layer, experts, slices: [1, 3])
     assert found == [Prediction(1, 5, 1.0, 0), Prediction(1, 6, 0.5, 3), Prediction(1, 8, 0.5, 3)]
     ahead.learn(1, [6, 7])
-    assert ahead.worth.recall == 0.5, "of the two best of four named, as many as a router chooses, one was right"
+    assert ahead.stats.recall == 0.5, "of the two best of four named, as many as a router chooses, one was right"
     assert "50.0% of the next layer's experts" in ahead.line()

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moert import devices as devices_module
-from moert.budget import total_bytes
-from moert.devices import closest, devices, load_device, own_file, this_machine
 from moert.errors import ProfileError, UsageError
+from moert.hardware import devices as devices_module
+from moert.hardware.devices import closest, devices, load_device, own_file, this_machine
+from moert.runtime.budget import total_bytes
 from moert.scheduler.profile import FIGURES, REQUIRED, parse_profile, read_profile
 
 SHIPPED = devices()

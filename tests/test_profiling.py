@@ -9,14 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moert import bench_kernels
 from moert.errors import ProfileError
-from moert.profiling import compute, disk, gpu, overheads
-from moert.profiling.figure import measured
+from moert.hub.resolve import shipped_model
+from moert.measure import bench_kernels, compute, disk, gpu, overheads
+from moert.measure.figure import measured
 from moert.quant import dispatch
 from moert.quant.format import ExpertLayout
 from moert.runtime import transfer
-from moert.source import shipped_model
 from moert.store.reader import Store
 
 from .machine import FakeGpu, shrink, without_direct

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moert.runtime import cuda
-from moert.runtime.device import EmulatedDevice
+from moert.device import cuda
+from moert.device.backend import EmulatedDevice
 
 from .fake_cuda import FakeCuda
 

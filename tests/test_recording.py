@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moert import LLM, SamplingParams
-from moert.recording import trace_shape
 from moert.scheduler.trace import DECODE, PREFILL, read_trace
 from moert.store.reader import Store
+from moert.train.recording import trace_shape
 
 from .program import Program
 
@@ -70,7 +70,7 @@ def test_a_pass_that_breaks_off_is_left_out(store, tmp_path, monkeypatch):
         def interrupted(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(experts, "add_one", interrupted)
+        monkeypatch.setattr(experts, "forward_token", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.engine.forward([3])
         monkeypatch.undo()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from moert.cli.main import run
-from moert.store.convert import convert
+from moert.convert.convert import convert
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from moert.errors import StoreError, UsageError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
-from moert.runtime.experts import ExpertRunner
+from moert.runtime.executor import ExpertRunner
 from moert.scheduler.precision import BitRouter, RoutedPrecision
 from moert.store.bit_router import ROUTER_FILE, TrainedRouter, read_router, write_router
 from moert.store.reader import Store
@@ -54,9 +54,9 @@ def experts(tmp_path_factory):
 
 def precision():
     """Thresholds that give every expert all three widths."""
-    damage = {0: [[0.1 * (1 + e), 0.03 * (1 + e), 0.01 * (1 + e)] for e in range(EXPERTS)]}
+    sensitivity = {0: [[0.1 * (1 + e), 0.03 * (1 + e), 0.01 * (1 + e)] for e in range(EXPERTS)]}
     usage = {0: [[100.0, *(i / 16 for i in range(17))]] * EXPERTS}
-    return RoutedPrecision(3.0, BitRouter(LAYOUT.widths, damage, {0: 2.0}, usage))
+    return RoutedPrecision(3.0, BitRouter(LAYOUT.widths, sensitivity, {0: 2.0}, usage))
 
 
 @pytest.mark.parametrize("slots", [(1, 1, 1), (3, 2, 1), (EXPERTS,) * 3])
@@ -79,7 +79,7 @@ def test_every_token_gets_its_experts_at_its_widths(experts, slots, tokens):
                 uses[n] += 1
         if tokens == 1:
             got = torch.zeros(1, HIDDEN)
-            runner.add_one(0, x, indices[0].tolist(), weights[0].tolist(), got)
+            runner.forward_token(0, x, indices[0].tolist(), weights[0].tolist(), got)
         else:
             got = runner(0, x, indices, weights)
         assert ((got - want).norm(dim=1) <= 0.03 * want.norm(dim=1)).all()
@@ -171,9 +171,9 @@ def test_a_mean_width_that_cannot_be_is_refused(calibrated):
 @pytest.fixture
 def trained(calibrated_copy):
     """A store with a router that gives every bit to the first layer."""
-    damage = torch.tensor([1.0, 0.1, 0.01]).expand(2, 8, 3).clone()
-    damage[1] *= 1e-9
-    router = TrainedRouter(damage.numpy(), torch.tensor([2.0, 2.0]).numpy(), "by hand")
+    sensitivity = torch.tensor([1.0, 0.1, 0.01]).expand(2, 8, 3).clone()
+    sensitivity[1] *= 1e-9
+    router = TrainedRouter(sensitivity.numpy(), torch.tensor([2.0, 2.0]).numpy(), "by hand")
     write_router(calibrated_copy, router)
     return calibrated_copy
 
@@ -236,8 +236,8 @@ def test_a_damaged_router_is_named(trained, change, message):
         (torch.ones(2, 8, 3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)),
     ],
 )
-def test_figures_that_cannot_be_are_damage(trained, damage, exponents):
-    write_router(trained, TrainedRouter(damage.numpy(), exponents.numpy(), ""))
+def test_figures_that_cannot_be_are_damage(trained, sensitivity, exponents):
+    write_router(trained, TrainedRouter(sensitivity.numpy(), exponents.numpy(), ""))
     with pytest.raises(StoreError, match="is damaged: delete it"):
         read_router(trained, (2, 8, 3))
 

@@ -15,9 +15,10 @@ from moert.errors import StoreError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
-from moert.runtime import loading, transfer
-from moert.runtime.experts import ExpertRunner
-from moert.runtime.residency import Arena
+from moert.runtime import loader as loading
+from moert.runtime import transfer
+from moert.runtime.arena import Arena
+from moert.runtime.executor import ExpertRunner
 from moert.runtime.transfer import Read, SliceReader
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.precision import FixedPrecision
@@ -116,7 +117,7 @@ def test_a_token_decoded_is_a_chunk_of_one(store, make_runner):
         for seed in range(6):
             x, indices, weights = routing(1, 3, seed)
             out = torch.ones(1, HIDDEN)
-            runner.add_one(0, x, indices[0].tolist(), weights[0].tolist(), out)
+            runner.forward_token(0, x, indices[0].tolist(), weights[0].tolist(), out)
             assert torch.equal(out, 1 + other(0, x, indices, weights))
             assert_close(out - 1, expected(store, 3, x, indices, weights))
         mine, its = runner.counters, other.counters

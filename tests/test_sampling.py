@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from moert.engine.sampling import Sampler, SamplingParams, StopMatcher, candidates, penalise
 from moert.errors import MoertError, UsageError
-from moert.sampling import Sampler, SamplingParams, StopMatcher, candidates, penalise
 
 
 def logits_for(seed: int, size: int = 50) -> torch.Tensor:

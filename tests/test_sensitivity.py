@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moert.convert.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
+from moert.convert.convert import convert
 from moert.errors import StoreError
-from moert.store.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
-from moert.store.convert import convert
 from moert.store.meta import parse
 from moert.store.reader import Store
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moert.engine import needs_of
+from moert.convert.convert import convert
+from moert.engine.model_runner import needs_of
+from moert.hub.resolve import Conversion
 from moert.models.kv_cache import KVCache
+from moert.planning.model_shape import read_shape
 from moert.quant.matmul import PackedMatrix
-from moert.shape import read_shape
-from moert.source import Conversion
-from moert.store.convert import convert
 from moert.store.reader import Store
 
 from .checkpoints import FAMILIES, make_checkpoint
@@ -65,7 +65,7 @@ def test_a_checkpoint_has_the_sizes_of_the_store_that_is_made_of_it(
 
 
 def test_a_store_that_was_cut_to_a_size(calibrated: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
-    from moert.store.calibration import CalibrationText
+    from moert.convert.calibration import CalibrationText
 
     limit = sum(path.stat().st_size for path in calibrated.iterdir()) - 100_000
     text = CalibrationText("numbers", tuple(range(3, 203)))

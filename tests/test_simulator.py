@@ -382,7 +382,7 @@ def test_score_evicts_what_has_the_lowest_running_mean(uses, skipped, foreseen):
             policy.loaded(ExpertKey(layer, e), 0)
             held.add((layer, e))
         if layer == 0:
-            policy.foreseen(1, foreseen)
+            policy.on_prediction(1, foreseen)
         score = {
             (at, e): max(mean[at, e], foreseen.get(e, 0.0) if at > layer else 0.0)
             * (1.0 if at != layer else patience**0.5)

@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from moert import source
 from moert.errors import CheckpointError, MoertError, StoreError, UnsupportedModelError, UsageError
+from moert.hub import resolve as source
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[st
         out.mkdir(parents=True)
         (out / "moert.json").write_text("{}")
 
-    monkeypatch.setitem(sys.modules, "moert.store.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "moert.convert.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
     return calls
 
 

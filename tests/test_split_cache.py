@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moert.device.backend import EmulatedDevice
+from moert.device.split_cache import CacheSegment, SplitCache, merge
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
 from moert.models.registry import architecture
-from moert.models.split_cache import Part, SplitCache, merge
-from moert.runtime.device import EmulatedDevice
 from moert.scheduler.kv_split import AttentionCosts, choose, fill, lengths, slot_gain
 from moert.scheduler.profile import read_profile
 
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.int8: 2e-2}
 
 
-def part(start: int, size: int, J: int, d: int, dtype: torch.dtype) -> Part:
+def part(start: int, size: int, J: int, d: int, dtype: torch.dtype) -> CacheSegment:
     numbers = [torch.full((J, size, d), 99).to(dtype) for _ in range(2)]
-    return Part(start, *numbers, torch.full((2, J, size), 99.0) if dtype == torch.int8 else None)
+    return CacheSegment(start, *numbers, torch.full((2, J, size), 99.0) if dtype == torch.int8 else None)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, past: int, window: int | None) -> Tensor:
@@ -76,7 +76,7 @@ def test_every_split_attends_to_the_same(
 
 
 def test_long_contexts_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moert.models import split_cache
+    from moert.device import split_cache
 
     monkeypatch.setattr(split_cache, "BLOCK_FLOATS", 1)
     monkeypatch.setattr(split_cache, "LEAST_BLOCK", 7)

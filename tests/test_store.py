@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moert.checkpoints.safetensors import Checkpoint, read_header
+from moert.convert.convert import convert
 from moert.errors import CheckpointError, StoreError
 from moert.quant.format import GROUP_SIZES, ExpertLayout, MatrixLayout
-from moert.store.checkpoint import Checkpoint, read_header
-from moert.store.convert import convert
 from moert.store.layout import DenseTensor, Entry, ExpertFile, build_header, dense_order, experts_file, slice_name
 from moert.store.meta import CopiedFile, StoreMeta, WeightFile, parse, read_meta
 from moert.store.reader import Store

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moert.models.foresight import Guess
+from moert.models.router_prediction import RouterPrediction
 from moert.quant.expert_table import ExpertTable
 from moert.quant.format import ExpertLayout
-from moert.runtime import experts as experts_module
-from moert.runtime import loading
-from moert.runtime.experts import ExpertRunner, Policies
+from moert.runtime import executor as experts_module
+from moert.runtime import loader as loading
+from moert.runtime.executor import ExpertRunner, Policies
 from moert.scheduler.cost import Disk
 from moert.scheduler.precision import FixedPrecision, parse_precision
 from moert.scheduler.replay import Foreteller
@@ -106,9 +106,11 @@ def seconds(monkeypatch):
                         clock.now += DENSE_S
                         if runner.horizon:
                             found = teller.guesses(step, layer)
-                            runner.foresee(layer, [Guess(g.layer, list(g.experts), list(g.weights)) for g in found])
+                            runner.on_router_prediction(
+                                layer, [RouterPrediction(g.layer, list(g.experts), list(g.weights)) for g in found]
+                            )
                         x = torch.zeros(1, D)
-                        runner.add_one(layer, x, list(chosen), list(weights), x.clone())
+                        runner.forward_token(layer, x, list(chosen), list(weights), x.clone())
             runner.close()
         return clock.now
 

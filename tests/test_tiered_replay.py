@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from moert.devices import devices, load_device
-from moert.scheduler.assign import Pace
+from moert.hardware.devices import devices, load_device
+from moert.scheduler.assign import CostModel
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.cost import Disk
 from moert.scheduler.eviction import POLICIES
@@ -54,10 +54,10 @@ def decode(wanted, *, at_host, on_device, hybrid=True, unified=False, dense=(10,
             cache.insert(ExpertKey(*key), 1, ())
         return Scheduler(cache, ahead=100)
 
-    pace = Pace(device, (4,), (100,), unified)
-    tiers = Demanded(scheduler(at_host), None if unified else scheduler(on_device), pace, hybrid)
+    cost_model = CostModel(device, (4,), (100,), unified)
+    tiers = Demanded(scheduler(at_host), None if unified else scheduler(on_device), cost_model, hybrid)
     replay = TieredReplay(
-        DeviceCosts(device, sizes, trace.dense_bytes, (4,), pace),
+        DeviceCosts(device, sizes, trace.dense_bytes, (4,), cost_model),
         Disk(10.0, 0.5, 10.0),
         tiers,
         lambda layer, steps: ([RoutedExpert(e, 1, 1.0, 1) for e in wanted[layer]], []),

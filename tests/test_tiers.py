@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.devices import load_device
-from moert.scheduler.assign import Pace
+from moert.hardware.devices import load_device
+from moert.scheduler.assign import CostModel
 from moert.scheduler.cache import SliceCache
-from moert.scheduler.elastic import Ladder, generic_damage
+from moert.scheduler.elastic import ErrorBudget, generic_sensitivity
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.tiers import Tiers
@@ -24,19 +24,19 @@ def slots(cache, count):
     return tuple(n * size for n, size in zip(count, cache, strict=True))
 
 
-def scheduler(count, policy="score", ahead=1 << 62, ladder=None):
+def scheduler(count, policy="score", ahead=1 << 62, error_budget=None):
     """With room for count[i] slices of index i."""
     cache = SliceCache(
         slots(SIZES, count), POLICIES[policy](range(LAYERS), EXPERTS, len(SIZES)), dict.fromkeys(range(LAYERS), SIZES)
     )
-    return Scheduler(cache, ahead=ahead, ladder=ladder)
+    return Scheduler(cache, ahead=ahead, error_budget=error_budget)
 
 
-def tiers(host, device, *, hybrid=True, profile=PROFILE, policy="score", ahead=1 << 62, ladder=None):
+def tiers(host, device, *, hybrid=True, profile=PROFILE, policy="score", ahead=1 << 62, error_budget=None):
     return Tiers(
-        scheduler(host, policy, ahead, ladder),
+        scheduler(host, policy, ahead, error_budget),
         None if device is None else scheduler(device, policy, ahead),
-        Pace(profile, WIDTHS, SIZES, unified=device is None),
+        CostModel(profile, WIDTHS, SIZES, unified=device is None),
         hybrid,
     )
 
@@ -68,8 +68,8 @@ class Memory:
         del self.coming[load]
         self.there |= set(slices_of(load))
 
-    def prefix(self, key, underway=True):
-        found = self.there | {k for load in self.coming if underway for k in slices_of(load)}
+    def prefix(self, key, in_flight=True):
+        found = self.there | {k for load in self.coming if in_flight for k in slices_of(load)}
         return next(n for n in range(99) if (*key, n) not in found)
 
     def fits(self):
@@ -111,7 +111,7 @@ class Executor:
                 self._device_wave(layer, wave, plan, computed)
             coming = dict.fromkeys([*stage.host.awaited, *(load.expert for load in stage.host.loads)])
             for e in [*stage.host.resident, *(e for e in coming if plan.host.get(e))]:
-                assert self.host.prefix((layer, e), underway=False) >= plan.host[e] > 0
+                assert self.host.prefix((layer, e), in_flight=False) >= plan.host[e] > 0
                 computed.append(e)
         assert sorted(computed) == sorted(e for e, n in plan.slices.items() if n)
         self.agrees()
@@ -133,7 +133,7 @@ class Executor:
                 device.land(load)
                 self.tiers.moved(load)
         for e in dict.fromkeys([*wave.resident, *wave.awaited, *(load.expert for load in wave.loads)]):
-            assert device.prefix((layer, e), underway=False) >= plan.device[e] > 0
+            assert device.prefix((layer, e), in_flight=False) >= plan.device[e] > 0
             computed.append(e)
 
     def prefetch(self, predictions, busy=()):
@@ -161,12 +161,12 @@ class Executor:
             memory.fits()
 
 
-def ladder():
-    damage = [generic_damage(WIDTHS)] * EXPERTS
+def error_budget():
+    sensitivity = [generic_sensitivity(WIDTHS)] * EXPERTS
     every = range(LAYERS)
-    allowed, absent = [damage[0][1]] * EXPERTS, [1.0] * EXPERTS
-    return Ladder(
-        dict.fromkeys(every, damage), dict.fromkeys(every, allowed), dict.fromkeys(every, absent), SIZES, skip=0.05
+    allowed, absent = [sensitivity[0][1]] * EXPERTS, [1.0] * EXPERTS
+    return ErrorBudget(
+        dict.fromkeys(every, sensitivity), dict.fromkeys(every, allowed), dict.fromkeys(every, absent), SIZES, skip=0.05
     )
 
 
@@ -194,9 +194,12 @@ def test_whatever_is_routed_all_of_it_is_computed_once_from_what_is_there(data):
         "profile": profile,
         "policy": draw(st.sampled_from(list(POLICIES))),
         "ahead": draw(st.sampled_from([0, 8000 << 8, 1 << 40])),
-        "ladder": ladder() if elastic else None,
+        "error_budget": error_budget() if elastic else None,
     }
-    executor, twin = Executor(tiers(**made)), Executor(tiers(**(made | {"ladder": ladder() if elastic else None})))
+    executor, twin = (
+        Executor(tiers(**made)),
+        Executor(tiers(**(made | {"error_budget": error_budget() if elastic else None}))),
+    )
     for at in range(draw(st.integers(1, 12))):
         layer = at % LAYERS
         asked = draw(routings)
@@ -248,12 +251,18 @@ def test_what_the_device_has_is_computed_there_and_the_host_is_not_told():
     plan = both.plan(0, routed(0, 1))
     assert (plan.device, plan.host) == ({0: 3, 1: 3}, {})
     assert plan.stages[0].device[0].resident == (0, 1)
-    worth = [[tier.cache.policy.worth(ExpertKey(0, e), 0) for e in range(2)] for tier in (both.host, both.device)]
-    assert worth == [[0, 0], [pytest.approx(0.1)] * 2]
+    reuse_score = [
+        [tier.cache.policy.reuse_score(ExpertKey(0, e), 0) for e in range(2)] for tier in (both.host, both.device)
+    ]
+    assert reuse_score == [[0, 0], [pytest.approx(0.1)] * 2]
     plan = both.plan(0, routed(2))
     assert plan.host == {2: 3}  # a move takes longer than computing it
     assert plan.predicted["host"] > 0 == plan.predicted["move"]
-    assert both.host.cache.policy.worth(ExpertKey(0, 2), 0) == both.device.cache.policy.worth(ExpertKey(0, 2), 0) > 0
+    assert (
+        both.host.cache.policy.reuse_score(ExpertKey(0, 2), 0)
+        == both.device.cache.policy.reuse_score(ExpertKey(0, 2), 0)
+        > 0
+    )
 
 
 def test_what_leaves_the_device_is_worth_to_the_host_what_it_was_there():
@@ -261,10 +270,10 @@ def test_what_leaves_the_device_is_worth_to_the_host_what_it_was_there():
     hold(both.host, 0, range(2))
     for _ in range(5):
         both.plan(0, routed(0))
-    known = both.device.cache.policy.worth(ExpertKey(0, 0), 2)
+    known = both.device.cache.policy.reuse_score(ExpertKey(0, 0), 2)
     plan = both.plan(0, routed(1))
     assert [key.expert for key in plan.stages[0].device[0].evictions] == [0, 0, 0]
-    assert both.host.cache.policy.worth(ExpertKey(0, 0), 2) == pytest.approx(known * 0.9)
+    assert both.host.cache.policy.reuse_score(ExpertKey(0, 0), 2) == pytest.approx(known * 0.9)
 
 
 def test_a_device_too_small_for_a_layer_computes_it_in_waves():

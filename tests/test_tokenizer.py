@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moert.errors import StoreError
-from moert.tokenizer import Detokenizer, Tokenizer
+from moert.text.tokenizer import Detokenizer, Tokenizer
 
 SAMPLE = ["the quick brown fox", "naïve café 日本語 🙂👩‍👩‍👧", "import os\n\n    return x"] * 3
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from moert import train_predictor
 from moert.errors import StoreError, UsageError
-from moert.recording import trace_shape
 from moert.scheduler.predictor import RATES, LastToken, PathWeights, RoutingPath, make_predictor
 from moert.scheduler.trace import Routing, TraceStep, write_trace
 from moert.store.predictor import PREDICTOR_FILE, TrainedPredictor, read_predictor, write_predictor
 from moert.store.reader import Store
-from moert.train_predictor import Trainer, Window, measure, read_windows
+from moert.train import predictor as train_predictor
+from moert.train.predictor import Trainer, Window, measure, read_windows
+from moert.train.recording import trace_shape
 
 from .program import Program
 

@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moert import LLM, distil, train_router
+from moert import LLM
 from moert.errors import UsageError
 from moert.quant import dispatch
 from moert.quant.matmul import PackedExpert
 from moert.scheduler.precision import RoutedPrecision
 from moert.store.bit_router import ROUTER_FILE, read_router
 from moert.store.reader import Store
-from moert.train_router import Trainer
+from moert.train import bit_router as train_router
+from moert.train import distil
+from moert.train.bit_router import Trainer
 
 from .program import Program
 
@@ -86,17 +88,17 @@ def test_it_gets_better_from_a_bad_start_and_the_same_each_time(stores, monkeypa
     for _ in range(2):
         trainer = Trainer(store, lossless, short, seed=3)
         # As if the conversion had been wrong about layers and widths: that is what there is to learn.
-        trainer._harm.sensitivity *= torch.tensor([[[1.0, 20.0, 1.0]], [[100.0, 100.0, 100.0]]])
-        damage = {layer: trainer._harm.sensitivity[layer].tolist() for layer in (0, 1)}
-        trainer._before = replace(trainer._before, damage=damage)
+        trainer._sensitivity.sensitivity *= torch.tensor([[[1.0, 20.0, 1.0]], [[100.0, 100.0, 100.0]]])
+        sensitivity = {layer: trainer._sensitivity.sensitivity[layer].tolist() for layer in (0, 1)}
+        trainer._before = replace(trainer._before, sensitivity=sensitivity)
         assert trainer.train(16, 1e9, silent) == 16
         result = trainer.result("about")
-        found.append((result.damage.tobytes(), result.exponents.tobytes(), trainer.compare(silent)))
+        found.append((result.sensitivity.tobytes(), result.exponents.tobytes(), trainer.compare(silent)))
     assert found[0] == found[1]
     assert all(row.after < row.before for row in found[0][2])
     other = Trainer(store, lossless, short, seed=4)
     other.train(2, 1e9, silent)
-    assert other.result("").damage.tobytes() != found[0][0]
+    assert other.result("").sensitivity.tobytes() != found[0][0]
 
 
 def test_it_stops_when_its_time_is_over_and_leaves_the_kernel_as_it_was(stores):
@@ -107,8 +109,8 @@ def test_it_stops_when_its_time_is_over_and_leaves_the_kernel_as_it_was(stores):
 
 
 def test_experts_that_keep_fewer_slices_can_be_trained(tiny_checkpoint, stores, tmp_path):
-    from moert.store.calibration import CalibrationText
-    from moert.store.convert import convert
+    from moert.convert.calibration import CalibrationText
+    from moert.convert.convert import convert
 
     whole = sum(f.stat().st_size for f in stores[0].path.iterdir())
     text = CalibrationText("random", tuple(token for window in WINDOWS for token in window))
@@ -119,8 +121,8 @@ def test_experts_that_keep_fewer_slices_can_be_trained(tiny_checkpoint, stores, 
     trainer = Trainer(small, stores[1], WINDOWS, seed=0)
     trainer.train(2, 1e9, silent)
     result = trainer.result("")
-    assert result.damage.shape == (2, 8, 3)
-    assert torch.isfinite(torch.from_numpy(result.damage)).all()
+    assert result.sensitivity.shape == (2, 8, 3)
+    assert torch.isfinite(torch.from_numpy(result.sensitivity)).all()
     counts = RoutedPrecision(2.3, trainer._after())
     assert all(counts.one(0, [e], [1.0])[0] <= small.kept[0][e] for e in range(8))
 

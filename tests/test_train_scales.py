@@ -5,15 +5,16 @@ import errno
 import pytest
 import torch
 
-from moert import distil, train_scales
 from moert.errors import StoreError
 from moert.quant.matmul import PackedExpert
 from moert.quant.reference import unpack_codes
-from moert.store import rescale as rescaling
 from moert.store.bit_router import ROUTER_FILE, TrainedRouter, write_router
 from moert.store.reader import Store
-from moert.store.rescale import rescale
-from moert.train_scales import Comparison, Trainer
+from moert.train import distil
+from moert.train import rescale as rescaling
+from moert.train import scales as train_scales
+from moert.train.rescale import rescale
+from moert.train.scales import Comparison, Trainer
 
 from .program import Program
 
@@ -120,8 +121,8 @@ def test_sensitivities_are_those_of_the_new_scales(calibrated, store, lossless):
 
 
 def test_experts_that_keep_fewer_slices_can_be_trained(tiny_checkpoint, calibrated, lossless, tmp_path):
-    from moert.store.calibration import CalibrationText
-    from moert.store.convert import convert
+    from moert.convert.calibration import CalibrationText
+    from moert.convert.convert import convert
 
     whole = sum(f.stat().st_size for f in calibrated.iterdir())
     text = CalibrationText("random", tuple(token for window in WINDOWS * 3 for token in window))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moert.errors import StoreError
 from moert.quant.dispatch import compiled, loaded
 from moert.runtime import transfer
-from moert.runtime.residency import Arena
+from moert.runtime.arena import Arena
 from moert.runtime.transfer import NativeReader, Read, SliceReader
 
 PAGE, CHUNK, PAGES = 4096, 4 * 4096, 64

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
-from moert.engine import Engine
+from moert.engine.model_runner import Engine
 from moert.errors import StoreError
+from moert.hub.resolve import warm_file
 from moert.runtime.warm import read_memory, write_memory
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.types import ExpertKey, RoutedExpert
 from moert.scheduler.warm import Memory, remember, restore
-from moert.source import warm_file
 from moert.store.reader import Store
 
 from .program import Program
@@ -48,14 +48,14 @@ def test_what_is_restored_is_what_was_there_and_is_evicted_in_the_same_order(rou
         for e, count in enumerate(counts):
             for index in range(count):
                 key = ExpertKey(layer, e)
-                assert after.policy.worth(key, index) == pytest.approx(before.policy.worth(key, index))
+                assert after.policy.reuse_score(key, index) == pytest.approx(before.policy.reuse_score(key, index))
     again = remember(after, KEPT)
     if name == "lru" and routes:
         assert list(again.resident) == list(memory.resident)
     if name == "score" and routes:  # the layer of the last use counts in the order, and is not restored
         for cache in (before, after):
             cache.policy.used(routes[-1][0], [RoutedExpert(0, 1, 0.5, 3)], 1)
-        scores = [[c.policy.worth(key, 0) for key in remember(c, KEPT).resident] for c in (before, after)]
+        scores = [[c.policy.reuse_score(key, 0) for key in remember(c, KEPT).resident] for c in (before, after)]
         assert scores[0] == pytest.approx(scores[1])
 
 
@@ -134,20 +134,20 @@ def change(**values):
         (change(resident=[[0, 0]]), "is damaged."),
         (change(resident=[[0, 0, 1], [0, 0, 1]]), "is damaged."),
         (change(resident=[["0", 0, 1]]), "is damaged."),
-        (change(worth=[[0, 0, 1, 1, 1, 1]]), "is damaged."),
-        (change(worth=[[0, 0, -1]]), "is damaged."),
-        (change(worth=[[0, 0, float("nan")]]), "is damaged."),
-        (change(worth=None), "is damaged."),
+        (change(reuse_score=[[0, 0, 1, 1, 1, 1]]), "is damaged."),
+        (change(reuse_score=[[0, 0, -1]]), "is damaged."),
+        (change(reuse_score=[[0, 0, float("nan")]]), "is damaged."),
+        (change(reuse_score=None), "is damaged."),
         (change(version=2), "was written by another version of moert."),
         (change(store="0" * 64), "is of another state of the store."),
     ],
 )
-def test_what_is_damaged_or_stale_is_refused_with_a_reason(path, tmp_path, damage, reason):
+def test_what_is_damaged_or_stale_is_refused_with_a_reason(path, tmp_path, sensitivity, reason):
     store, file = Store.open(path), tmp_path / "memory.json"
     memory = Memory({ExpertKey(0, 3): 2, ExpertKey(2, 1): 3}, {ExpertKey(0, 3): [0.25, 0.125, 0.0]})
     write_memory(file, store, memory)
     assert read_memory(file, store) == memory
-    file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(sensitivity(file.read_bytes()))
     with pytest.raises(StoreError) as caught:
         read_memory(file, store)
     assert str(caught.value) == f"{file} {reason}"

@@ -21,7 +21,7 @@ from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.api import LLM
-    from moert.bench import Case
+    from moert.measure.bench import Case
 
 Columns = dict[str, Callable[[dict[str, Any]], str]]
 MODEL_COLUMNS: Columns = {
@@ -125,7 +125,7 @@ class _Table:
 
 
 def _bandwidth(args: argparse.Namespace, status: common.Status, threads: int) -> float:
-    from moert.bench_kernels import memory_bandwidth
+    from moert.measure.bench_kernels import memory_bandwidth
 
     with status.spinner("Measuring the memory bandwidth"):
         bandwidth = memory_bandwidth(threads)
@@ -186,8 +186,8 @@ def _interrupted(status: common.Status) -> int:
 
 
 def _kernels(args: argparse.Namespace, status: common.Status) -> int:
-    from moert import bench_kernels
-    from moert.engine import default_threads
+    from moert.engine.model_runner import default_threads
+    from moert.measure import bench_kernels
     from moert.quant import dispatch
 
     if dispatch.wrong_request is not None:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from moert import source
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes, parse_bytes
 from moert.errors import MoertError, UsageError
+from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
-    from moert.sampling import SamplingParams
+    from moert.engine.sampling import SamplingParams
     from moert.scheduler.trace import Trace
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
@@ -292,7 +292,7 @@ def print_cells(cells: Sequence[str]) -> None:
 
 def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:
     """The model's defaults, changed by the options; says what came from where."""
-    from moert.sampling import generation_fields
+    from moert.engine.sampling import generation_fields
 
     names = [*(name for _, name, _, _ in SAMPLING), "max_tokens", "stop", "ignore_eos"]
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -6,11 +6,12 @@ import argparse
 import os
 from pathlib import Path
 
-from moert import calibration, source
 from moert.cli import common
 from moert.cli.progress import conversion_progress
 from moert.config import format_bytes, parse_bytes
+from moert.convert import calibration_text as calibration
 from moert.errors import StoreError, UsageError
+from moert.hub import resolve as source
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
     status.say(f"Converting {args.src} ({settings}) into {args.out}.")
     with status.spinner("Starting"):
-        from moert.store.convert import convert  # loads torch
+        from moert.convert.convert import convert  # loads torch
 
         text = calibration.tokens(args.calibrate, content, folder) if content is not None else None
     with conversion_progress(status) as progress:

@@ -16,11 +16,12 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from moert import __version__, source
+from moert import __version__
 from moert.config import format_bytes
-from moert.devices import NVIDIA, this_machine
 from moert.errors import MoertError
-from moert.jetson import read_jetson
+from moert.hardware.devices import NVIDIA, this_machine
+from moert.hardware.jetson import read_jetson
+from moert.hub import resolve as source
 
 OPTIONAL = ("bitsandbytes", "triton", "matplotlib", "transformers")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
@@ -137,7 +138,7 @@ def _direct_reads() -> Finding:
 
 def _gpu() -> Finding:
     try:
-        from moert.runtime.cuda import describe_cuda
+        from moert.device.cuda import describe_cuda
 
         line, reason = describe_cuda()
     except (ImportError, OSError) as error:

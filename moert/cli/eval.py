@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moert import source
 from moert.cli import common
 from moert.cli.progress import conversion_progress, line_progress
 from moert.config import EngineConfig, format_bytes, parse_budget, parse_bytes
 from moert.errors import UsageError
+from moert.hub import resolve as source
 
 if TYPE_CHECKING:
-    from moert.evaluate import Evaluation, Row
+    from moert.measure.evaluate import Evaluation, Row
 
 LOSSLESS = {"widths": (16,), "dense_bits": 16}
 
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         **common.device_options(args),
     )
     if args.plot is not None:
-        from moert import plot
+        from moert.measure import plot
 
         plot.check(args.plot)
     path = args.text or source.shipped_model() / "heldout.txt"
@@ -150,7 +150,7 @@ def _show(evaluation: Evaluation, text: Path, windows: Sequence[Sequence[int]], 
             f"kernel {about['kernel']}, {about['threads']} threads, peak memory {peak} of {budget}"
         )
     if args.plot is not None and rows:
-        from moert import plot
+        from moert.measure import plot
 
         points = [
             plot.Point(row.precision, row.model, row.expert_bytes_per_token, row.perplexity)

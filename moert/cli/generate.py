@@ -17,8 +17,8 @@ from moert.cli.progress import line_progress
 from moert.errors import UsageError
 
 if TYPE_CHECKING:
-    from moert.api import LLM, Piece
-    from moert.sampling import SamplingParams
+    from moert.api import LLM, Chunk
+    from moert.engine.sampling import SamplingParams
 
 _TITLE = 60  # characters of a prompt that stand above its text
 
@@ -126,12 +126,12 @@ class _Output:
 
     def __init__(self, llm: LLM, prompts: list[str], as_json: bool) -> None:
         self._llm, self._prompts, self._as_json = llm, prompts, as_json
-        self.pieces: list[list[Piece]] = [[] for _ in prompts]
+        self.pieces: list[list[Chunk]] = [[] for _ in prompts]
         self.ended = 0
         self._next = 0  # the first prompt whose answer is not printed to its end
         self._printed = 0  # pieces of it
 
-    def add(self, index: int, piece: Piece) -> None:
+    def add(self, index: int, piece: Chunk) -> None:
         self.pieces[index].append(piece)
         self.ended += piece.finish_reason is not None
         while self._next < len(self.pieces) and self._print():

@@ -6,11 +6,11 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from moert import source
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes
 from moert.errors import UsageError
+from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.store.reader import Store

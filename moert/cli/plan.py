@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moert import source
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_budget
-from moert.devices import device_or_this, devices
 from moert.errors import BudgetError, UsageError
+from moert.hardware.devices import device_or_this, devices
+from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.planning import Choice, Prediction
-    from moert.planning.routing import Routes
+    from moert.planning.model_shape import ModelShape
+    from moert.planning.routing import RoutingSample
     from moert.scheduler.profile import Profile
-    from moert.shape import ModelShape
 
 SCHEMA_VERSION = 1
 COLUMNS = (
@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', '-')} {value} must be at least 1.")
     if args.plot is not None:
-        from moert import plot
+        from moert.measure import plot
 
         plot.check(args.plot)
 
@@ -125,20 +125,20 @@ def _budgets(args: argparse.Namespace) -> list[int | None]:
 
 
 def _shape(args: argparse.Namespace, status: common.Status) -> ModelShape:
-    from moert.shape import read_shape
+    from moert.planning.model_shape import read_shape
 
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     return read_shape(args.model, settings, offline=args.offline, on_status=status.say)
 
 
-def _routes(args: argparse.Namespace, shape: ModelShape) -> Routes:
+def _routes(args: argparse.Namespace, shape: ModelShape) -> RoutingSample:
     from moert.planning.routing import drawn, recorded
 
     return drawn(shape, args.prompt_tokens) if args.trace is None else recorded(common.load_trace(args.trace), shape)
 
 
 def _assumed(
-    args: argparse.Namespace, shape: ModelShape, profile: Profile, about: str, routes: Routes
+    args: argparse.Namespace, shape: ModelShape, profile: Profile, about: str, routes: RoutingSample
 ) -> Iterator[str]:
     per_token = format_bytes(shape.top_k * len(shape.moe_layers) * shape.expert_bytes(99))
     yield (
@@ -181,7 +181,12 @@ class _Plan:
     """All settings that were asked for, predicted; for those that do not fit, the least budget."""
 
     def __init__(
-        self, args: argparse.Namespace, shape: ModelShape, profile: Profile, routes: Routes, precisions: list[str]
+        self,
+        args: argparse.Namespace,
+        shape: ModelShape,
+        profile: Profile,
+        routes: RoutingSample,
+        precisions: list[str],
     ) -> None:
         from moert.planning.predict import policy_of
 
@@ -190,7 +195,7 @@ class _Plan:
         self.rows: list[tuple[int | None, str, int, Prediction | BudgetError]] = []
         self._available = int(profile.memory_bytes - profile.library_bytes)
         if args.device is None:
-            from moert.budget import available_bytes
+            from moert.runtime.budget import available_bytes
 
             self._available = min(self._available, available_bytes())
 
@@ -254,7 +259,7 @@ class _Plan:
         return f"Nothing fits: the least budget is {what}{there}."
 
     def draw(self, path: Path) -> None:
-        from moert import plot
+        from moert.measure import plot
 
         curves = [
             plot.Curve(

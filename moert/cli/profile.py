@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes
-from moert.devices import own_file
 from moert.errors import ProfileError, UsageError
-from moert.source import Conversion, find
+from moert.hardware.devices import own_file
+from moert.hub.resolve import Conversion, find
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
     if args.model is not None and store is None:
         raise UsageError(f"{args.model} is no store, and none was made from it: moert convert makes one.")
     with status.spinner("Loading moert"):
-        from moert.engine import default_threads
-        from moert.profiling import measure
+        from moert.engine.model_runner import default_threads
+        from moert.measure import profile as measure
         from moert.quant.dispatch import wrong_request
     if wrong_request is not None:
         raise UsageError(f"{wrong_request}.")
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _say_if_busy(status: common.Status) -> None:
-    from moert.bench_kernels import load_average
+    from moert.measure.bench_kernels import load_average
 
     load = load_average()
     if load is not None and load > _BUSY:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from moert.cli.common import Status
-    from moert.store.convert import ConvertProgress
+    from moert.convert.convert import ConvertProgress
 
 PLAIN_SECONDS = 5.0  # between lines of progress where there is no terminal
 

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from moert.chat import Conversation
 from moert.cli.common import SAMPLING, Status, conclude, write_text
 from moert.config import format_bytes
 from moert.errors import MoertError, UsageError
+from moert.text.chat import Conversation
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
-    from moert.sampling import SamplingParams
+    from moert.engine.sampling import SamplingParams
 
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temperature", float),

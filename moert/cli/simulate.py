@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes, parse_bytes
-from moert.devices import device_or_this, devices
 from moert.errors import UsageError
+from moert.hardware.devices import device_or_this, devices
 
 if TYPE_CHECKING:
     from moert.scheduler.profile import Profile

@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moert import source
 from moert.cli import common
 from moert.cli.progress import line_progress
 from moert.config import format_bytes
 from moert.errors import UsageError
+from moert.hub import resolve as source
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     path = source.resolve(args.model, offline=args.offline, on_status=status.say)
     with status.spinner("Reading traces"):
         from moert import train_predictor  # loads torch
-        from moert.engine import default_threads
+        from moert.engine.model_runner import default_threads
         from moert.quant.dispatch import set_num_threads
         from moert.store.predictor import TrainedPredictor, write_predictor
         from moert.store.reader import Store

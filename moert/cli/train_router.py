@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import argparse
 
-from moert import calibration
 from moert.cli import common, training
 from moert.cli.progress import line_progress
+from moert.convert import calibration_text as calibration
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

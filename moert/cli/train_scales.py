@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
     content = training.check(args)
     with status.spinner("Loading"):
         from moert import train_scales  # loads torch
-        from moert.store.rescale import check_out, rescale
+        from moert.train.rescale import check_out, rescale
 
         store, lossless, text, windows = training.load(args, content, MOST_TOKENS)
         check_out(store, args.out)

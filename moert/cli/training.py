@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moert import calibration, source
 from moert.cli import common
+from moert.convert import calibration_text as calibration
 from moert.errors import UsageError
+from moert.hub import resolve as source
 
 if TYPE_CHECKING:
-    from moert.store.calibration import CalibrationText
+    from moert.convert.calibration import CalibrationText
     from moert.store.reader import Store
 
 _SAMPLE = 1 << 16  # characters that the tokenizers of both stores must understand alike
@@ -53,10 +54,10 @@ def load(
 ) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
     from moert import evaluate  # loads torch
-    from moert.distil import WINDOW
-    from moert.engine import default_threads
+    from moert.engine.model_runner import default_threads
     from moert.quant.dispatch import set_num_threads
     from moert.store.reader import Store
+    from moert.train.distil import WINDOW
 
     store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))
     evaluate.encode(content[:_SAMPLE], store, lossless)  # says what is wrong with the two, if anything is

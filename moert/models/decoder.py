@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention, Span, span
-from moert.models.foresight import Foresight, Gate, Watcher
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm, check_tensors
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
+from moert.models.router_prediction import Gate, GateAhead, PredictionListener
 from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection, Router
 from moert.quant.matmul import gather_rows
 
@@ -32,15 +32,15 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(arch, dense, layer)
         self.post_attention_layernorm = RMSNorm(dense, f"{name}.post_attention_layernorm", arch.rms_norm_eps)
         # Methods are kept, because a module looks its parts up slowly and decoding would wait for it.
-        self.bonus: Callable[[int], Tensor | None] = lambda tokens: None
+        self.routing_bias: Callable[[int], Tensor | None] = lambda tokens: None
         if arch.is_moe_layer[layer]:
             self.mlp: nn.Module = (block := MoEBlock(arch, dense, layer, experts))
-            self._add_one, self.bonus = block.add_one, block.bonus
+            self._forward_token, self.routing_bias = block.forward_token, block.routing_bias
         else:
-            self.mlp, self._add_one = GatedMLP(dense, f"{name}.mlp", arch.hidden_act), self._add_mlp
+            self.mlp, self._forward_token = GatedMLP(dense, f"{name}.mlp", arch.hidden_act), self._add_mlp
         self.step = self._step(arch)
-        self.watcher: Watcher | None = None
-        self.foresight: Foresight | None = None
+        self.watcher: PredictionListener | None = None
+        self.foresight: GateAhead | None = None
 
     def _step(self, arch: Architecture) -> LayerStep:
         attn, norms = self.self_attn, (self.input_layernorm.weight, self.post_attention_layernorm.weight)
@@ -53,10 +53,10 @@ class DecoderLayer(nn.Module):
 
     def decode(self, x: Tensor, cache: LayerCache, place: Place) -> None:
         """What the layer does with one token x [1, D], in place, where `step` can do it."""
-        normed, experts, weights = self.step(x, cache, place, self.bonus(1))
+        normed, experts, weights = self.step(x, cache, place, self.routing_bias(1))
         if self.watcher is not None and self.watcher.horizon and self.foresight is not None:
-            self.foresight.tell(x, self.watcher)
-        self._add_one(normed, experts, weights, x)
+            self.foresight.on_router_prediction(x, self.watcher)
+        self._forward_token(normed, experts, weights, x)
 
     def _add_mlp(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         out += self.mlp(x)
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
 
     def together(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> Tensor:
         """Tokens x [T, D] of several sequences in place, as `LayerStep.many` takes them; returns the experts chosen."""
-        normed, indices, weights = self.step.many(x, runs, self.bonus(len(x)))
+        normed, indices, weights = self.step.many(x, runs, self.routing_bias(len(x)))
         x += self.mlp(normed, (indices, weights)) if self.step.router else self.mlp(normed)
         return indices
 
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         self._most_tokens = min((layer.step.most_tokens for layer in steppers), default=math.inf)
         # Called before a pass with each sequence in it: its tokens int64 [T] and the cache that they come behind.
         self.on_pass: list[Callable[[Sequence[tuple[Tensor, KVCache]]], object]] = []
-        self._watched: tuple[Watcher, Foresight] | None = None
+        self._watched: tuple[PredictionListener, GateAhead] | None = None
 
     def _make(self, arch: Architecture, dense: DenseTensors, experts: Experts) -> None:
         self.embed_tokens = Linear(dense, "model.embed_tokens")  # its rows are gathered; as a product it is a tied head
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
             if isinstance(layer.mlp, MoEBlock):
                 layer.mlp.experts = wrapper(layer.mlp.experts)
 
-    def watch(self, watcher: Watcher | None) -> None:
+    def watch(self, watcher: PredictionListener | None) -> None:
         """Tell `watcher` from now on what the next layers will probably ask for, whenever a single token is computed.
 
         Only where the compiled module does a layer's step: without it decoding is slow in any case.
@@ -129,10 +129,10 @@ class Decoder(nn.Module):
         arch, gates = self.arch, list[Gate]()
         for index, layer in reversed(list(enumerate(self._layers))):
             layer.watcher = watcher
-            layer.foresight = Foresight(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
+            layer.foresight = GateAhead(index, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
             if isinstance(layer.mlp, MoEBlock):
                 gates = [Gate(index, layer.post_attention_layernorm, layer.mlp), *gates]
-        first = Foresight(-1, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
+        first = GateAhead(-1, gates, arch.rms_norm_eps, arch.top_k, arch.num_experts)
         self._watched = None if watcher is None else (watcher, first)
 
     @torch.inference_mode()
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         x = gather_rows(self.embed_tokens.weight, tokens)
         if compiled and count == 1:
             if self._watched is not None and self._watched[0].horizon:
-                self._watched[1].tell(x, self._watched[0])
+                self._watched[1].on_router_prediction(x, self._watched[0])
             for step, kept, window in zip(self._steps, cache.layers, windows, strict=True):
                 step(x, kept, places[window])
         else:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moert.device.split_cache import CacheSegment, SplitCache, to_int8
 from moert.errors import UsageError
 from moert.models.architecture import Architecture, kv_bytes
-from moert.models.link import Link
-from moert.models.split_cache import Part, SplitCache, to_int8
+from moert.models.device_backend import DeviceBackend
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.layer_step import LayerCache
 
@@ -38,7 +38,7 @@ class KVMemory:
         dtype: torch.dtype = torch.float16,
         on_device: Sequence[bool] = (),
         kv_positions: int = 0,
-        device: Link | None = None,
+        device: DeviceBackend | None = None,
     ) -> None:
         self.positions, self.dtype = align(positions, KEY_BLOCK), dtype
         self._shape = arch.num_kv_heads, arch.head_dim
@@ -93,9 +93,9 @@ class KVMemory:
         border = min(max(self._border - start, 0), count)  # of these positions, how many are in device memory
         result: list[SplitCache | None] = []
         for host, device, placed in zip(self._host, self._near, self._placed, strict=True):
-            near = Part(0, *self._cut(device, start, border)) if device is not None and border else None
+            near = CacheSegment(0, *self._cut(device, start, border)) if device is not None and border else None
             behind = max(start - self._border, 0)
-            far = Part(border, *self._cut(host, behind, count - border)) if placed and border < count else None
+            far = CacheSegment(border, *self._cut(host, behind, count - border)) if placed and border < count else None
             result.append(SplitCache(near, far, self._device) if placed else None)
         return result
 

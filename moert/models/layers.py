@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moert.device.matrix import DeviceMatrix
 from moert.errors import CheckpointError
 from moert.models.architecture import Architecture
-from moert.models.device_matrix import DeviceMatrix
 from moert.quant import matmul, rows
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 

@@ -24,16 +24,18 @@ class Experts(Protocol):
         """
         ...
 
-    def bonus(self, layer: int, choices: int) -> Tensor | None:
+    def routing_bias(self, layer: int, choices: int) -> Tensor | None:
         """What `route` adds to the logits of these experts, where they are asked for `choices` contributions in all."""
         return None
 
-    def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+    def forward_token(
+        self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor
+    ) -> None:
         """The same for a single token, added to `out`: x and out float32 contiguous [1, D]. What decoding calls."""
         out += self(layer, x, torch.tensor([experts]), torch.tensor([weights]))
 
 
-def route(logits: Tensor, top_k: int, normalise: bool, bonus: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, normalise: bool, routing_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Router logits [T, E] -> indices int64 [T, K] and weights float32 [T, K], largest first.
 
     Weights are the softmax over all experts, divided by their sum over the chosen ones if `normalise`.
@@ -44,11 +46,11 @@ def route(logits: Tensor, top_k: int, normalise: bool, bonus: Tensor | None = No
     token's own needs no state.)
     """
     weights = torch.softmax(logits, dim=-1)
-    if bonus is None:
+    if routing_bias is None:
         weights, indices = weights.topk(top_k, dim=-1)
     else:
         low, high = logits.aminmax(dim=-1, keepdim=True)
-        favoured = torch.where(logits == high, torch.inf, logits + bonus * (high - low))
+        favoured = torch.where(logits == high, torch.inf, logits + routing_bias * (high - low))
         chosen = favoured.topk(top_k, dim=-1).indices
         weights, order = weights.gather(-1, chosen).sort(dim=-1, descending=True)
         indices = chosen.gather(-1, order)
@@ -77,17 +79,17 @@ class MoEBlock(nn.Module):
     def forward(self, x: Tensor, chosen: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`chosen`: what `route` says, where it is known already."""
         if chosen is None:
-            chosen = route(self.gate(x), self.top_k, self.norm_topk_prob, self.bonus(len(x)))
+            chosen = route(self.gate(x), self.top_k, self.norm_topk_prob, self.routing_bias(len(x)))
         y = self.experts(self.layer, x, *chosen)
         return y if self.shared_expert is None else y + self._shared(self.shared_expert, x)
 
-    def bonus(self, tokens: int) -> Tensor | None:
+    def routing_bias(self, tokens: int) -> Tensor | None:
         """What the router of so many tokens adds to the logits, [E]; see `route`."""
-        return self.experts.bonus(self.layer, tokens * self.top_k)
+        return self.experts.routing_bias(self.layer, tokens * self.top_k)
 
-    def add_one(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
+    def forward_token(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
         """Add what the block makes of one token x [1, D], for which its router has chosen, to `out` [1, D]."""
-        self.experts.add_one(self.layer, x, experts, weights, out)
+        self.experts.forward_token(self.layer, x, experts, weights, out)
         if self.shared_expert is not None:
             out += self._shared(self.shared_expert, x)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moert.budget import available_bytes, library_bytes
 from moert.config import EngineConfig, format_bytes
-from moert.devices import this_machine
-from moert.meter import GenerationStats
+from moert.engine.statistics import GenerationStats
+from moert.hardware.devices import this_machine
+from moert.measure.disk import store_speed
+from moert.planning.model_shape import store_shape
 from moert.planning.predict import PROMPT_TOKENS, Prediction
 from moert.planning.recommend import Choice, recommend
 from moert.planning.routing import drawn
-from moert.profiling.disk import store_speed
-from moert.shape import store_shape
+from moert.runtime.budget import available_bytes, library_bytes
 from moert.store.reader import Store
 
 OFF = 0.25  # a speed that is so far from the predicted one is worth a word

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from moert.budget import Budget, split_budget
 from moert.config import PREFILL_CHUNK
 from moert.errors import UsageError
+from moert.planning.model_shape import ModelShape
 from moert.planning.quality import Quality, quality_of
 from moert.quant.format import KEY_BLOCK, align
+from moert.runtime.budget import Budget, split_budget
+from moert.scheduler.estimator import Estimate, estimate, touched, usage
 from moert.scheduler.precision import BitRouter, Precision
 from moert.scheduler.profile import Profile
-from moert.scheduler.quick import Estimate, estimate, touched, usage
 from moert.scheduler.replay import read_precision
 from moert.scheduler.simulation import Settings
 from moert.scheduler.trace import Trace
-from moert.shape import ModelShape
 
 PROMPT_TOKENS = 256  # of the first prompt, whose time to first token is predicted
 RECALLS = (0.8,)  # of a router applied one layer early, where nothing is known of the model: FATE, arXiv 2502.12224

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from moert.budget import Needs, split_budget
 from moert.config import format_bytes
 from moert.errors import BudgetError
+from moert.planning.model_shape import ModelShape
 from moert.planning.predict import RECALLS, Prediction, policy_of, predict
 from moert.planning.quality import quality_of
+from moert.runtime.budget import Needs, split_budget
 from moert.scheduler.profile import Profile
 from moert.scheduler.trace import Trace
-from moert.shape import ModelShape
 
 READING = 10.0  # tokens/s: people read some 4 words a second, of 1.3 tokens each, and skim faster
 USABLE = 2.0  # tokens/s: below that few would wait for an answer

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moert.errors import UsageError
+from moert.planning.model_shape import ModelShape
 from moert.planning.predict import MOST_TOKENS, fit
 from moert.scheduler.statistics import draw, statistics_for
 from moert.scheduler.trace import DECODE, Trace
-from moert.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class Routes:
+class RoutingSample:
     """A trace with the layers of the model. recalls: what its routers know of the next layers. about: where all that is
     from, for people."""
 
@@ -21,15 +21,15 @@ class Routes:
     about: str
 
 
-def drawn(shape: ModelShape, prompt_tokens: int) -> Routes:
+def drawn(shape: ModelShape, prompt_tokens: int) -> RoutingSample:
     """From what is published of the model's family."""
     statistics = statistics_for(shape.model_type, shape.name)
     trace = draw(shape, statistics, prompt=prompt_tokens, tokens=MOST_TOKENS)
     about = f"drawn from statistics ({statistics.source}; routers one layer early: {statistics.recall_source})"
-    return Routes(trace, statistics.recalls, about)
+    return RoutingSample(trace, statistics.recalls, about)
 
 
-def recorded(trace: Trace, shape: ModelShape) -> Routes:
+def recorded(trace: Trace, shape: ModelShape) -> RoutingSample:
     """UsageError where the trace is of another model, or decodes nothing."""
     fit(trace, shape, None, 1)
     tokens = sum(step.phase == DECODE for step in trace.steps)
@@ -37,4 +37,4 @@ def recorded(trace: Trace, shape: ModelShape) -> Routes:
         raise UsageError(f"The trace of {trace.model} decodes nothing: record one of a run that answers.")
     statistics = statistics_for(shape.model_type, shape.name)
     about = f"as recorded with {trace.model}, the first {min(tokens, MOST_TOKENS)} of {tokens} tokens decoded"
-    return Routes(trace, statistics.recalls, f"{about} (routers one layer early: {statistics.recall_source})")
+    return RoutingSample(trace, statistics.recalls, f"{about} (routers one layer early: {statistics.recall_source})")

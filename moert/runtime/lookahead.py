@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from moert.scheduler.odds import Odds
-from moert.scheduler.predictor import Predictor, Worth, likely
+from moert.scheduler.predictor import Predictor, PredictorStats, likely
+from moert.scheduler.rank_precision import RankPrecision
 from moert.scheduler.trial import Trial
 from moert.scheduler.types import Prediction
 
@@ -16,7 +16,7 @@ _LEAST_ODDS = 0.3  # measured: from 0.3 to 0.5 makes no difference; at 0.3 a qua
 _NAMED = 0.05  # what a predictor holds to be less likely is not even ranked
 
 
-class Guess(Protocol):
+class RouterPrediction(Protocol):
     """What is said of a layer to come: experts, the likeliest first, and their softmax over all."""
 
     @property
@@ -36,11 +36,11 @@ class LookAhead:
     """
 
     def __init__(self, horizons: tuple[int, ...], predictor: Predictor | None = None) -> None:
-        self._trial, self._odds, self._predictor = Trial(horizons), Odds(), predictor
-        self.worth = Worth()  # of what was named for the very next layer
+        self._trial, self._rank_precision, self._predictor = Trial(horizons), RankPrecision(), predictor
+        self.stats = PredictorStats()  # of what was named for the very next layer
         self._named: dict[int, Sequence[int]] = {}
         self.horizon = self._trial.choice
-        self.guesses: Sequence[Guess] = ()
+        self.guesses: Sequence[RouterPrediction] = ()
         self._began = 0.0
 
     def step(self, now: float) -> None:
@@ -58,17 +58,17 @@ class LookAhead:
         if self._predictor is not None:
             self._predictor.begin(ids)
 
-    def hear(self, layer: int, guesses: Sequence[Guess]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
         """Behind `layer` (-1: before the first) this is what the routers of the next layers make of what they see."""
         self.guesses = guesses
         if self._predictor is not None:
-            self._predictor.foresee(layer, [(g.layer, g.experts, g.weights) for g in guesses])
+            self._predictor.on_router_prediction(layer, [(g.layer, g.experts, g.weights) for g in guesses])
 
     def learn(self, layer: int, experts: Sequence[int]) -> None:
         """What a single token was routed to in the end."""
-        self._odds.learn(layer, experts)
+        self._rank_precision.learn(layer, experts)
         if layer in self._named:
-            self.worth.count(self._named.pop(layer), experts)
+            self.stats.count(self._named.pop(layer), experts)
         if self._predictor is not None:
             self._predictor.used(layer, np.array([experts]))
 
@@ -89,26 +89,26 @@ class LookAhead:
                 self._named[guess.layer] = experts[: len(experts) // 2]
             counts = wanted(guess.layer, experts, weights)
             lacking = set(missing(guess.layer, experts, counts))
-            self._odds.watch(ahead, guess.layer, [(rank, experts[rank]) for rank in sorted(lacking)])
+            self._rank_precision.watch(ahead, guess.layer, [(rank, experts[rank]) for rank in sorted(lacking)])
             for rank, expert in enumerate(experts):
                 if rank not in lacking:
                     if rank < len(experts) / 2:  # twice as many are named as the router chooses
                         result.append(Prediction(guess.layer, expert, 1.0, 0))
-                elif (probability := self._odds.of(ahead, rank)) >= _LEAST_ODDS:
+                elif (probability := self._rank_precision.of(ahead, rank)) >= _LEAST_ODDS:
                     result.append(Prediction(guess.layer, expert, probability, counts[rank]))
         return result
 
     def line(self) -> str:
         """What looking ahead came to, for people; empty where nobody looked."""
-        if self.worth.recall is None:
+        if self.stats.recall is None:
             return ""
         trial = ", ".join(f"{1000 * s:.1f} ms/token with {n}" for n, s in sorted(self._trial.seconds.items()))
         return (
-            f"looking ahead: {self.worth.recall:.1%} of the next layer's experts were named; layers ahead now: "
+            f"looking ahead: {self.stats.recall:.1%} of the next layer's experts were named; layers ahead now: "
             f"{self.horizon}" + (f" (last trial: {trial})" if trial else "")
         )
 
-    def _ranked(self, guess: Guess) -> tuple[Sequence[int], Sequence[float]]:
+    def _ranked(self, guess: RouterPrediction) -> tuple[Sequence[int], Sequence[float]]:
         found = None if self._predictor is None else self._predictor.probabilities(guess.layer)
         if found is None:
             return guess.experts, guess.weights

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from moert.runtime.device import Copy
+from moert.device.backend import Copy
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import Read
 from moert.scheduler.types import Load, SliceKey

@@ -28,7 +28,7 @@ def write_memory(path: Path, store: Store, memory: Memory) -> None:
         "version": VERSION,
         "store": _identity(store),
         "resident": [[*key, count] for key, count in memory.resident.items()],
-        "worth": [[*key, *(float(f"{value:.4g}") for value in row)] for key, row in memory.worth.items()],
+        "worth": [[*key, *(float(f"{value:.4g}") for value in row)] for key, row in memory.reuse_scores.items()],
     }
     with atomic_file(path) as file:
         file.write(json_bytes(value))
@@ -43,10 +43,10 @@ def read_memory(path: Path, store: Store) -> Memory:
         if value["store"] != _identity(store):
             raise StoreError(f"{path} is of another state of the store.")
         resident = {_key(row, store): _count(row[2], row, store) for row in value["resident"]}
-        worth = {_key(row, store): [_share(x) for x in row[2:]] for row in value["worth"]}
+        reuse_scores = {_key(row, store): [_share(x) for x in row[2:]] for row in value["worth"]}
         if len(resident) < len(value["resident"]):
             raise ValueError("an expert twice")
-        if any(len(row) > store.kept[key.layer][key.expert] for key, row in worth.items()):
+        if any(len(row) > store.kept[key.layer][key.expert] for key, row in reuse_scores.items()):
             raise ValueError("too many slices")
     except FileNotFoundError:
         raise
@@ -54,7 +54,7 @@ def read_memory(path: Path, store: Store) -> Memory:
         raise StoreError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         raise StoreError(f"{path} is damaged.") from None
-    return Memory(resident, worth)
+    return Memory(resident, reuse_scores)
 
 
 def _identity(store: Store) -> str:

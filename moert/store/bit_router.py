@@ -31,13 +31,13 @@ _FORMAT = {"format": "moert-bit-router", "format_version": "1"}
 class TrainedRouter:
     """damage: float32 [L, E, B]. exponents: float32 [L]. about: how it was trained."""
 
-    damage: NDArray[np.float32]
+    sensitivity: NDArray[np.float32]
     exponents: NDArray[np.float32]
     about: str
 
 
-def _checksum(damage: NDArray[np.float32], exponents: NDArray[np.float32]) -> str:
-    return str(zlib.crc32(exponents.tobytes(), zlib.crc32(damage.tobytes())))
+def _checksum(sensitivity: NDArray[np.float32], exponents: NDArray[np.float32]) -> str:
+    return str(zlib.crc32(exponents.tobytes(), zlib.crc32(sensitivity.tobytes())))
 
 
 def _store_id(store: Path) -> str:
@@ -46,9 +46,9 @@ def _store_id(store: Path) -> str:
 
 def write_router(store: Path, router: TrainedRouter) -> None:
     """Put it into the folder of a store, in place of one that is there: it appears whole or not at all."""
-    checksum = _checksum(router.damage, router.exponents)
+    checksum = _checksum(router.sensitivity, router.exponents)
     metadata = {**_FORMAT, "about": router.about, "store": _store_id(store), "crc32": checksum}
-    tensors = {"damage": router.damage, "exponents": router.exponents}
+    tensors = {"damage": router.sensitivity, "exponents": router.exponents}
     with atomic_file(store / ROUTER_FILE) as file:
         file.write(safetensors.numpy.save(tensors, metadata))
 
@@ -61,18 +61,18 @@ def read_router(store: Path, shape: tuple[int, int, int]) -> TrainedRouter | Non
     advice = "delete it (its store works without), or run moert train-router again."
     try:
         with safe_open(path, "np") as file:
-            metadata, damage, exponents = file.metadata(), file.get_tensor("damage"), file.get_tensor("exponents")
+            metadata, sensitivity, exponents = file.metadata(), file.get_tensor("damage"), file.get_tensor("exponents")
         known = {key: metadata[key] for key in _FORMAT} == _FORMAT
-        whole = metadata["crc32"] == _checksum(damage, exponents)
+        whole = metadata["crc32"] == _checksum(sensitivity, exponents)
         about, belongs = metadata["about"], metadata["store"] == _store_id(store)
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is damaged: {advice}") from error
     if not known:
         raise StoreError(f"{path} has a format that this moert does not read: {advice}")
-    values = np.concatenate([damage.ravel(), exponents.ravel()])
-    right = damage.shape == shape and exponents.shape == shape[:1] and values.dtype == np.dtype(np.float32)
-    if not whole or not right or not (np.isfinite(values).all() and (exponents > 0).all() and (damage >= 0).all()):
+    values = np.concatenate([sensitivity.ravel(), exponents.ravel()])
+    right = sensitivity.shape == shape and exponents.shape == shape[:1] and values.dtype == np.dtype(np.float32)
+    if not whole or not right or not (np.isfinite(values).all() and (exponents > 0).all() and (sensitivity >= 0).all()):
         raise StoreError(f"{path} is damaged: {advice}")
     if not belongs:
         raise StoreError(f"{path} was trained for another store: {advice}")
-    return TrainedRouter(damage, exponents, about)
+    return TrainedRouter(sensitivity, exponents, about)

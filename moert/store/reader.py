@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moert.errors import StoreError
-from moert.memory import allocate
+from moert.hardware.allocator import allocate
 from moert.models import registry
 from moert.models.architecture import Architecture
 from moert.quant.format import SLICE_ALIGN, ExpertLayout

@@ -1,0 +1,311 @@
+"""Calibrated conversion: text runs through the source, layer by layer, and every expert is quantised for its inputs.
+
+The hidden states of all tokens are kept, and one layer's dense weights; experts are loaded one at a time for each core.
+The states pass through the experts as they are in the source. Before the experts of a layer are quantised, the states
+that enter it are saved in the folder of the conversion, from where a later run goes on to the same bytes.
+
+Two changes leave the function alone and make the weights easier to quantise, in the manner of AWQ (arXiv 2306.00978,
+section 3.2): a factor per input channel of a layer's experts, divided out of the norm before them, and a factor per
+inner channel of an expert, divided out of its rows of `up`. The former are powers of two, so that the dense tensors
+that take them up stay exact in their dtype.
+
+What rounding an expert's weights does to its outputs is measured on the way: `sensitivity` in meta.py.
+"""
+
+# T tokens, W tokens of a window, D hidden, E experts, F expert inner size, K experts per token, B widths
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moert.convert.parallel import Workers
+from moert.convert.quantiser import Measured
+from moert.convert.source_model import SourceModel
+from moert.errors import CheckpointError, StoreError
+from moert.models.attention import span
+from moert.models.decoder import DecoderLayer
+from moert.models.kv_cache import KVCache
+from moert.models.moe import Experts
+from moert.models.rope import Rotation
+from moert.quant import calibrate
+from moert.quant.format import ExpertLayout
+from moert.quant.layer_step import Place
+from moert.quant.matmul import ACTIVATIONS, PackedExpert
+from moert.store.fileio import atomic_file
+from moert.store.meta import QUANTILES
+
+STATE_FILE = "calibration.safetensors"
+WINDOW = 512
+FEW_TOKENS = 256  # an expert that sees fewer borrows tokens of its layer
+SENSITIVITY_TOKENS = 512  # of those that an expert sees, at even distances: more would slow the conversion down
+MOST_SHIFT = 12
+# What stands before the experts, and what reads the same inputs as they do.
+_NORM = "post_attention_layernorm"
+_READERS = ("mlp.gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids and a name that says which text they are; same name, same ids."""
+
+    name: str
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class _Routed:
+    """What enters the experts of a layer: x [T, D], indices and weights [T, K]; `out` [T, D] takes what they add."""
+
+    x: Tensor
+    indices: Tensor
+    weights: Tensor
+    out: Tensor
+
+
+class Calibrated:
+    """A `Quantiser` that chooses codes by their effect on the outputs for `text`. Deterministic for a seed."""
+
+    files: Sequence[str] = (STATE_FILE,)
+
+    def __init__(self, source: SourceModel, text: CalibrationText, seed: int = 0) -> None:
+        self.name = f"calibrated on {text.name}" + (f", seed {seed}" if seed else "")
+        self._source, self._arch, self._seed = source, source.architecture, seed
+        self._tokens = torch.tensor(text.tokens)
+        self._state = Path()
+        self._layer = 0  # the hidden states are those that enter this layer
+        self._hidden = torch.empty(0)
+        self._shifts: dict[int, Tensor] = {}  # layer -> int8 [D]: channels of the experts' weights times 2 ** shift
+        self._routed: _Routed | None = None
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tuple[Tensor, Tensor]] = {}
+        self._next = 0
+        self._borrowed = 0
+        self._errors: dict[int, list[float]] = {}  # expert -> mean squared error of its outputs at each width
+
+    def begin(self, folder: Path) -> None:
+        """Start, or go on from what an earlier run left in `folder`. StoreError where that is damaged."""
+        self._state = folder / STATE_FILE
+        if self._state.is_file():
+            try:
+                with safe_open(self._state, "pt") as file:
+                    self._layer = int(file.metadata()["layer"])
+                    self._borrowed = int(file.metadata()["borrowed"])
+                    self._hidden = file.get_tensor("hidden")
+                    shifts = {name: file.get_tensor(name) for name in file.keys() if name != "hidden"}  # noqa: SIM118
+                    self._shifts = {int(name): shift for name, shift in shifts.items()}
+            except (SafetensorError, KeyError, ValueError, TypeError) as error:
+                raise StoreError(f"{self._state} is damaged: delete {folder} and convert again.") from error
+            return
+        name = "model.embed_tokens.weight"
+        unique, places = torch.unique(self._tokens, return_inverse=True)
+        rows = torch.cat([self._source.dense(name, t, t + 1) for t in unique.tolist()])
+        self._hidden = rows.float()[places]
+
+    def prepare(self, layer: int, pool: Workers, report: Callable[[str], None]) -> None:
+        """Bring the states to the experts of `layer`, before these are quantised."""
+        while self._layer < layer:
+            self._pass(self._layer, pool, report)
+        self._enter(layer, pool, report)
+        if layer not in self._shifts:
+            self._shifts[layer] = self._input_shift(layer, pool)
+        with atomic_file(self._state) as file:
+            tensors = {"hidden": self._hidden, **{str(at): shift for at, shift in self._shifts.items()}}
+            file.write(safetensors.torch.save(tensors, {"layer": str(layer), "borrowed": str(self._borrowed)}))
+
+    def __call__(
+        self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout
+    ) -> Sequence[Tensor]:
+        """The slices of one expert; called for every expert of the layer that was prepared, from any thread."""
+        routed = self._routed
+        assert routed is not None
+        gate, up, down = gate.float(), up.float(), down.float()
+        tokens, weights = self._tokens_of(expert)
+        inner = self._add_output(expert, gate, up, down, tokens, weights)
+        x = routed.x[tokens]
+        if len(tokens) < FEW_TOKENS:
+            generator = torch.Generator().manual_seed((self._seed << 32) + (layer << 16) + expert)
+            borrowed = torch.randperm(len(routed.x), generator=generator)[: FEW_TOKENS - len(tokens)]
+            x = torch.cat([x, routed.x[borrowed]])
+            inner = torch.cat([inner, self._inner(routed.x[borrowed], gate, up)])
+            weights = torch.cat([weights, routed.weights.mean().expand(len(borrowed))])
+            with self._lock:
+                self._borrowed += 1
+        factors = torch.exp2(self._shifts[layer].float())
+        slices = calibrate.pack_expert((gate * factors, up * factors, down), x / factors, inner, weights, layout)
+        chosen = slice(None, None, -(-len(x) // SENSITIVITY_TOKENS))
+        errors = self._output_errors(slices, layout, x[chosen] / factors, inner[chosen] @ down.T)
+        with self._lock:
+            self._errors[expert] = errors
+        return slices
+
+    def finish(self, layer: int) -> Measured | None:
+        """The experts of the layer that was prepared are done."""
+        routed = self._routed
+        assert routed is not None
+        energy = torch.linalg.vector_norm(routed.out, dim=-1).double().square().mean().clamp_min(1e-30)
+        sensitivity = [[error / float(energy) for error in self._errors[e]] for e in sorted(self._errors)]
+        squares = routed.weights.flatten().double().square()
+        usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
+        quantiles = [weight_quantiles(self._tokens_of(e)[1]) for e in range(self._arch.num_experts)]
+        self._leave(layer)
+        return Measured(sensitivity, (usage / len(routed.out)).tolist(), quantiles)
+
+    def _leave(self, layer: int) -> None:
+        assert self._routed is not None
+        self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
+
+    def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> list[float]:
+        """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
+        errors = []
+        for count in range(1, layout.num_slices + 1):
+            gate, up, down = PackedExpert.from_slices(slices[:count], layout).floats()
+            wrong = self._inner(x, gate, up) @ down.T - outputs
+            errors.append(float(torch.linalg.vector_norm(wrong, dim=-1).double().square().mean()))
+        return errors
+
+    def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
+        """What some experts of a layer see: (expert, x [n, D], inner activations [n, F]). For measurements."""
+        self.begin(Path())
+        while self._layer < layer:
+            self._pass(self._layer, pool, lambda stage: None)
+        self._enter(layer, pool, lambda stage: None)
+        assert self._routed is not None
+        result = []
+        for expert in experts:
+            gate, up, _ = (w.float() for w in self._source.expert(layer, expert))
+            x = self._routed.x[self._tokens_of(expert)[0]]
+            result.append((expert, x, self._inner(x, gate, up)))
+        return result
+
+    def summary(self) -> str:
+        """How well the text covered the experts."""
+        total = len(self._arch.moe_layers) * self._arch.num_experts
+        return (
+            f"Calibrated on {len(self._tokens)} tokens; {self._borrowed} of {total} experts saw fewer than {FEW_TOKENS}"
+            " of them and borrowed others of their layer."
+        )
+
+    def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
+        """Rows `start` ... of a dense tensor, changed to undo the factors of its layer's experts."""
+        parts = name.split(".")
+        shift = self._shifts.get(int(parts[2])) if len(parts) > 3 and parts[1] == "layers" else None
+        if shift is None:
+            return weights
+        part = ".".join(parts[3:-1])
+        if part == _NORM:
+            return (weights.float() * torch.exp2(-shift[start : start + len(weights)].float())).to(weights.dtype)
+        if part in _READERS:
+            return (weights.float() * torch.exp2(shift.float())).to(weights.dtype)
+        return weights
+
+    def _pass(self, layer: int, pool: Workers, report: Callable[[str], None]) -> None:
+        """Through a whole layer, without quantising."""
+        self._enter(layer, pool, report)
+        if self._arch.is_moe_layer[layer]:
+            for _ in pool.map(lambda e: self._output_alone(layer, e), range(self._arch.num_experts)):
+                report(f"calibration, layer {layer + 1} of {self._arch.num_layers}")
+        self._leave(layer)
+
+    def _output_alone(self, layer: int, expert: int) -> None:
+        gate, up, down = (w.float() for w in self._source.expert(layer, expert))
+        self._add_output(expert, gate, up, down, *self._tokens_of(expert))
+
+    def _enter(self, layer: int, pool: Workers, report: Callable[[str], None]) -> None:
+        """Attention, router and shared expert of a layer, or all of one that has no experts."""
+        prefix = f"model.layers.{layer}."
+        names = [name for name in self._arch.dense_tensors() if name.startswith(prefix)]
+        routes = _Routes()
+        block = DecoderLayer(self._arch, {name: self._source.dense(name) for name in names}, layer, routes)
+        rotation, window = Rotation(self._arch.rope, self._arch.head_dim), self._arch.sliding_windows[layer]
+
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            cache = KVCache(self._arch, len(x), torch.float32)
+            place = Place(rotation.cos_sin(0, len(x)), 0, window)
+            return block(x, place, span(0, len(x), window), cache), *routes.take()
+
+        found = []
+        for part in pool.map(run, torch.split(self._hidden, min(WINDOW, self._arch.max_position_embeddings))):
+            found.append(part)
+            report(f"calibration, layer {layer + 1} of {self._arch.num_layers}")
+        out, x, indices, weights = ([*map(torch.cat, zip(*found, strict=True)), *[torch.empty(0)] * 3])[:4]
+        if not bool(out.isfinite().all()):
+            raise CheckpointError(f"The hidden states of layer {layer} are not finite: the checkpoint may be damaged.")
+        self._routed, self._waiting, self._next, self._errors = _Routed(x, indices, weights, out), {}, 0, {}
+
+    def _tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        assert self._routed is not None
+        tokens, places = (self._routed.indices == expert).nonzero(as_tuple=True)
+        return tokens, self._routed.weights[tokens, places]
+
+    def _inner(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return ACTIVATIONS[self._arch.hidden_act](x @ gate.T).mul_(x @ up.T)
+
+    def _add_output(
+        self, expert: int, gate: Tensor, up: Tensor, down: Tensor, tokens: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Add what an expert says about its tokens; returns its inner activations [n, F]."""
+        routed = self._routed
+        assert routed is not None
+        inner = self._inner(routed.x[tokens], gate, up)
+        output = (inner @ down.T).mul_(weights[:, None])
+        with self._lock:  # in the order of the experts, so that the sums do not depend on the threads
+            self._waiting[expert] = tokens, output
+            while self._next in self._waiting:
+                routed.out.index_add_(0, *self._waiting.pop(self._next))
+                self._next += 1
+        return inner
+
+    def _input_shift(self, layer: int, pool: Workers) -> Tensor:
+        """int8 [D]: the powers of two that balance the channels of a layer's inputs and of its experts' weights."""
+        assert self._routed is not None
+
+        def energy(expert: int) -> Tensor:
+            gate, up, _ = self._source.expert(layer, expert)
+            return gate.float().square().sum(0) + up.float().square().sum(0)
+
+        columns = torch.stack(list(pool.map(energy, range(self._arch.num_experts)))).sum(0).sqrt()
+        factors = calibrate.balance(self._routed.x.square().mean(0).sqrt(), columns)
+        shift = factors.log2().round().clamp(-MOST_SHIFT, MOST_SHIFT).to(torch.int8)
+        # float16 has few exponents: a channel that would not come through exactly stays as it is.
+        prefix = f"model.layers.{layer}."
+        for name in self._arch.dense_tensors():
+            reader = name.removeprefix(prefix).removesuffix(".weight")
+            if name.startswith(prefix) and (reader in _READERS or reader == _NORM):
+                tensor, sign = self._source.dense(name), -1.0 if reader == _NORM else 1.0
+                scale = torch.exp2(sign * shift.float())
+                exact = (tensor.float() * scale).to(tensor.dtype).float() == tensor.float() * scale
+                shift[~(exact if exact.ndim == 1 else exact.all(0))] = 0
+        return shift
+
+
+def weight_quantiles(weights: Tensor) -> list[float]:
+    """Of the router weights of an expert [n] what moert.json says: their number and their quantiles."""
+    if not len(weights):
+        return [0.0] * (2 + QUANTILES)
+    ordered = weights.sort().values
+    places = torch.linspace(0, len(ordered) - 1, 1 + QUANTILES).round().long()
+    return [float(len(ordered)), *(round(w, 6) for w in ordered[places].tolist())]
+
+
+class _Routes(Experts):
+    """Stands in for the experts: notes what the router says, in the thread that asks, and adds nothing."""
+
+    def __init__(self) -> None:
+        self._found = threading.local()
+
+    def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        self._found.value = x, indices, weights
+        return torch.zeros_like(x)
+
+    def take(self) -> tuple[Tensor, ...]:
+        """x, indices and weights of the last call; nothing where there was none, in a layer without experts."""
+        value: tuple[Tensor, ...] = getattr(self._found, "value", ())
+        return value

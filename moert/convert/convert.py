@@ -1,0 +1,245 @@
+"""Turns a checkpoint into a store: one expert, or some rows of a dense matrix, in memory at a time for each core.
+
+Works in OUT.partial beside OUT: progress.json records every finished file with its checksums, and store/ becomes OUT
+by one rename at the end, so that OUT is whole or not there. The source is only read. Under a limit of the size all
+experts are quantised and measured before it is known what is kept of them, which is then copied.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moert.convert import prune as cut
+from moert.convert.calibration import Calibrated, CalibrationText
+from moert.convert.parallel import Workers, workers
+from moert.convert.partial import Finished, Partial
+from moert.convert.plan import ConversionPlan, check_settings
+from moert.convert.quantiser import Quantiser, RoundToNearest
+from moert.convert.source_model import SourceModel, row_chunks
+from moert.errors import CheckpointError, StoreError, UsageError
+from moert.quant import nested
+from moert.quant.format import RAW_WIDTH
+from moert.store.fileio import atomic_file, readable
+from moert.store.layout import CONFIG_FILE, DENSE_FILE, TOKENIZER_FILE, DenseTensor, ExpertFile
+from moert.store.meta import CopiedFile
+from moert.store.reader import Store
+from moert.store.writer import TensorWriter, file_checksum
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertProgress:
+    """`done` of `total` bytes; `resumed` of them were there before this run began."""
+
+    stage: str
+    done: int
+    total: int
+    resumed: int
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    widths: Sequence[int] = (2, 3, 4),
+    group_size: int = 64,
+    dense_bits: int = 8,
+    resume: bool = False,
+    progress: Callable[[ConvertProgress], None] | None = None,
+    quantiser: Quantiser | None = None,
+    calibration: CalibrationText | None = None,
+    on_status: Callable[[str], None] | None = None,
+    source_name: str | None = None,
+    max_size: int | None = None,
+) -> Store:
+    """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
+
+    With a `calibration` text (in place of a `quantiser`) the codes are chosen by their effect on the outputs for it;
+    `on_status` is told how many experts saw too little of it. `source_name` is recorded as where the model came from
+    (default: the folder's name). A run that was cut off goes on with `resume`, which also begins where there is nothing
+    to resume.
+
+    max_size: bytes of the whole store. Each expert then keeps only as many slices as minimise the errors together, by
+    what the calibration measures. Until that is known the disk holds the store with all slices.
+
+    Raises UsageError for impossible settings, CheckpointError and UnsupportedModelError for the source, StoreError for
+    the output: a full disk, an OUT that exists, settings or a source other than those of the run to be resumed.
+    """
+    source, out = Path(source), Path(out)
+    checked = check_settings(widths, group_size, dense_bits)
+    if os.path.lexists(out):
+        raise StoreError(f"{out} exists already: delete it or choose another name.")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise StoreError(f"{out} lies inside the checkpoint, which is never written to: choose another folder.")
+    if calibration is not None and checked == (RAW_WIDTH,):
+        raise UsageError("Calibration has no effect on experts that are kept as they are: choose widths from 2 to 8.")
+    if max_size is not None and calibration is None:
+        raise UsageError("A limit of the size needs to know which experts matter: add --calibrate default.")
+    model = SourceModel.open(source)
+    if calibration is not None:
+        quantiser = Calibrated(model, calibration)
+    quantiser = quantiser or RoundToNearest()
+    name = source_name or source.resolve().name
+    plan = ConversionPlan(model, checked, group_size, dense_bits, quantiser.name, name, max_size)
+    fingerprint = plan.source.checkpoint.fingerprint()
+    run = _Run(plan, quantiser, out, progress)
+    said: list[str] = []
+    try:
+        with Partial.begin(out, plan.settings(), fingerprint, resume, quantiser.files) as partial:
+            run.write(partial)
+            kept = None
+            if plan.cut:
+                kept, allocation = plan.allocate(cut.measured(plan, partial.finished))
+                cut.cut(plan, partial, kept, run.report)
+                how_good = f"at most {allocation.gap:.2%} above the least" if allocation.gap else "the least possible"
+                said.append(f"The error that is expected of this is {how_good}.")
+            copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}
+            partial.publish(plan.meta(partial.finished, copies, kept))
+    except OSError as error:
+        raise run.explain(error) from error
+    store = Store.open(out)
+    if on_status is not None and isinstance(quantiser, Calibrated):
+        on_status(quantiser.summary())
+        if max_size is not None:
+            on_status(" ".join([f"Kept under the limit: {store.kept_widths()}.", *said]))
+    return store
+
+
+class _Run:
+    """Writes the files of a plan that are not there yet, and reports on the way."""
+
+    def __init__(
+        self, plan: ConversionPlan, quantiser: Quantiser, out: Path, progress: Callable[[ConvertProgress], None] | None
+    ) -> None:
+        self.plan, self.quantiser, self.out, self.progress = plan, quantiser, out, progress
+        self.done = self.resumed = self.kept = 0  # bytes written, there before this run, and in finished files
+        self.total = plan.total_bytes
+
+    def report(self, stage: str, done: int, total: int, resumed: int = 0) -> None:
+        if self.progress is not None:
+            self.progress(ConvertProgress(stage, min(done, total), total, resumed))
+
+    def _advance(self, stage: str, nbytes: int) -> None:
+        self.done += nbytes
+        self.report(stage, self.done, self.total, self.resumed)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of disk that are still needed; to cut a file down, room for both."""
+        return self.total - self.kept + (max(file.size for file in self.plan.experts) if self.plan.cut else 0)
+
+    def write(self, partial: Partial) -> None:
+        """Everything, with all slices of the experts."""
+        names = {file.name: self.plan.first_name(file) for file in self.plan.experts}
+        missing = [file for file in self.plan.experts if not {file.name, names[file.name]} & partial.finished.keys()]
+        self.kept = self.total - sum(file.size for file in missing)
+        self.kept -= 0 if DENSE_FILE in partial.finished else self.plan.dense_bytes
+        self.done = self.resumed = self.kept
+        needed, free = self.needed, shutil.disk_usage(partial.folder).free
+        if free < needed:
+            partial.abandon()
+            before = " before the store is cut down to its limit" if self.plan.cut else ""
+            raise StoreError(
+                f"Converting needs {readable(needed)} on the disk of {self.out}{before}, but only {readable(free)}"
+                " are free: free some space or choose another place."
+            )
+        self._copy(partial)
+        weights = sum(n * k for n, k in self.plan.layout.shapes)
+        self.quantiser.begin(partial.folder)
+        with workers(4 * weights) as pool:
+            for file in missing:
+                self.quantiser.prepare(file.layer, pool, lambda stage: self._advance(stage, 0))
+                stage = f"experts of layer {self.plan.experts.index(file) + 1} of {len(self.plan.experts)}"
+                name = names[file.name]
+                written = self._write_experts(partial.store / name, file, stage, pool)
+                if (found := self.quantiser.finish(file.layer)) is not None:
+                    measured = {field.name: getattr(found, field.name) for field in fields(found)}
+                    written = replace(written, **measured)
+                self._finish(partial, name, written)
+            # After the experts: some of it may depend on how these were quantised.
+            if DENSE_FILE not in partial.finished:
+                self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))
+
+    def _finish(self, partial: Partial, name: str, file: Finished) -> None:
+        partial.finish(name, file)
+        self.kept += file.size
+
+    def _copy(self, partial: Partial) -> None:
+        for path in self.plan.copied_files():
+            with atomic_file(partial.store / path.name) as file:
+                file.write(path.read_bytes())
+
+    def _write_dense(self, path: Path, pool: Workers) -> Finished:
+        with atomic_file(path) as file:
+            writer = TensorWriter(file, [t.entry for t in self.plan.dense])
+            self._advance("dense weights", writer.size)
+            checksums = []
+            for tensor in self.plan.dense:
+                try:
+                    checksums.append(writer.write(self._dense_parts(tensor, pool)))
+                except ValueError as error:
+                    raise CheckpointError(f"Cannot convert tensor {tensor.name}: {error}.") from error
+            writer.finish()
+        return Finished(writer.size, writer.data_start, checksums)
+
+    def _dense_parts(self, tensor: DenseTensor, pool: Workers) -> Iterator[Tensor]:
+        """The bytes of a dense tensor, some rows at a time: all codes, then all scales (rows are independent)."""
+        scales: list[Tensor] = []
+        left = tensor.nbytes
+        for part, rest in pool.map(functools.partial(self._dense_rows, tensor), row_chunks(tensor.shape)):
+            scales.append(rest)
+            self._advance("dense weights", part.nbytes)
+            left -= part.nbytes
+            yield part
+        if left:
+            padding = torch.zeros(left - sum(s.nbytes for s in scales), dtype=torch.uint8)
+            self._advance("dense weights", left)
+            yield torch.cat([*scales, padding])
+
+    def _dense_rows(self, tensor: DenseTensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes and scales of some rows of a packed tensor; of another the rows as they are, and nothing."""
+        weights = self.quantiser.dense(tensor.name, rows[0], self.plan.source.dense(tensor.name, *rows))
+        if tensor.packed is None:
+            return weights, weights.new_empty(0, dtype=torch.uint8)
+        layout = replace(tensor.packed, rows=len(weights))
+        (packed,) = nested.quantise(weights.float(), layout)
+        codes, scales = packed[: layout.codes_bytes(0)], packed[layout.codes_bytes(0) :]
+        return codes, scales[: layout.scales_bytes()].clone()
+
+    def _write_experts(self, path: Path, plan: ExpertFile, stage: str, pool: Workers) -> Finished:
+        with atomic_file(path) as file:
+            writer = TensorWriter(file, list(plan.entries()))
+            self._advance(stage, writer.size)
+            checksums = []
+            for slices in pool.map(functools.partial(self._expert, plan.layer), range(plan.num_experts)):
+                checksums += [writer.write([piece]) for piece in slices]
+                self._advance(stage, sum(piece.nbytes for piece in slices))
+            writer.finish()
+        return Finished(writer.size, writer.data_start, checksums)
+
+    def _expert(self, layer: int, e: int) -> Sequence[Tensor]:
+        weights, layout = self.plan.source.expert(layer, e), self.plan.layout
+        try:
+            slices = self.quantiser(layer, e, *weights, layout)
+            if tuple(piece.nbytes for piece in slices) != layout.slice_sizes:
+                raise ValueError(f"{self.quantiser.name} gave slices of other sizes than planned")
+        except ValueError as error:
+            raise CheckpointError(f"Cannot convert expert {e} of layer {layer}: {error}.") from error
+        return slices
+
+    def explain(self, error: OSError) -> StoreError:
+        """The sentence for a write that failed."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return StoreError(
+                f"The disk of {self.out} is full: converting needs {readable(self.needed)} of free space there;"
+                " make room and go on with --resume."
+            )
+        return StoreError(f"Cannot convert to {self.out}: {error.filename or 'writing'}: {error.strerror}.")

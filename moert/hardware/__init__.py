@@ -1,0 +1,1 @@
+"""This machine: memory that is available, allocator, device profile, boards; knows no models."""

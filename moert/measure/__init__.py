@@ -1,0 +1,1 @@
+"""Speed, quality and this machine, measured; nothing here decides what a run does."""
