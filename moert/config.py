@@ -64,11 +64,10 @@ class EngineConfig:
     KV cache. cache_policy, load_order: which slices go first when room is needed, and in which order they are read.
     prefetch: `auto`, `off`, or for how many layers ahead. overlap: whether experts compute while others are read.
     batch_size: sequences that are decoded together, each with a context of its own; None: up to AUTO_BATCH that share
-    the KV cache of one context. token_scheduler: a policy of `moert.scheduler.batching`. device: `auto` (a GPU where
-    one can be used), `cpu`, `cuda`, or without hardware `emulated` and `interpreter`. device_budget: bytes of its
-    memory. hybrid: whether the host's cores compute experts beside the device. dense_quant: how everything but the
-    experts lies on the device: `16` bits, `int8`, `nf4`, or `off`, which leaves it on the host. Raises UsageError for
-    bad values.
+    the KV cache of one context. device: `auto` (a GPU where one can be used), `cpu`, `cuda`, or without hardware
+    `emulated` and `interpreter`. device_budget: bytes of its memory. hybrid: whether the host's cores compute experts
+    beside the device. dense_quant: how everything but the experts lies on the device: `16` bits, `int8`, `nf4`, or
+    `off`, which leaves it on the host. Raises UsageError for bad values.
     """
 
     memory_budget: int | None = None
@@ -82,7 +81,6 @@ class EngineConfig:
     prefetch: str = "auto"
     overlap: bool = True
     batch_size: int | None = 1
-    token_scheduler: str = "first-come"
     device: str = "auto"
     device_budget: int | None = None
     hybrid: bool = True

@@ -248,7 +248,6 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
             prefetch=args.prefetch,
             overlap=not args.no_overlap,
             batch_size=vars(args).get("batch_size", 1),
-            token_scheduler=vars(args).get("token_scheduler", "first-come"),
             **device_options(args),
             warm=vars(args).get("warm", False),
             offline=args.offline,

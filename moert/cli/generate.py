@@ -42,12 +42,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts that run together, each with a context of its own (default: as many as one context holds)",
     )
-    group.add_argument(
-        "--token-scheduler",
-        default="first-come",
-        metavar="NAME",
-        help="which of them take a step together: first-come (default) or most-overlap",
-    )
     add_figures_options(parser)
 
 

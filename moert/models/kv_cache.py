@@ -21,6 +21,7 @@ from moert.quant.format import KEY_BLOCK, align
 from moert.quant.layer_step import LayerCache
 
 _Flat = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
+Region = tuple[int, int]  # the position of the memory that it begins at, and how many it has
 
 
 class KVMemory:
@@ -98,6 +99,51 @@ class KVMemory:
             far = CacheSegment(border, *self._cut(host, behind, count - border)) if placed and border < count else None
             result.append(SplitCache(near, far, self._device) if placed else None)
         return result
+
+    def copy(self, source: Region, target: Region, count: int) -> None:
+        """Copy the first `count` positions of one region into another, which may overlap it.
+
+        A region begins at a multiple of a block and is as many blocks long; what the two share is overwritten.
+        """
+        count = align(count, KEY_BLOCK)
+        for index in range(len(self._host)):
+            sources, targets = self._views(index, *source), self._views(index, *target)
+            for heads, moved in zip(sources, targets, strict=True):
+                if len(heads) > 1 or len(moved) > 1:  # in two memories, where no order of the heads suits both
+                    parts = [(first, view.clone()) for first, view in heads]
+                    for head in range(self._shape[0]):
+                        _copy_rows([(at, view[head]) for at, view in parts], [(at, v[head]) for at, v in moved], count)
+                    continue
+                (_, old), (_, new) = heads[0], moved[0]
+                # Heads whose rows move up go from the last to the first, and the others the other way round: so none
+                # is overwritten before it is copied.
+                shifts = [new[head].data_ptr() - old[head].data_ptr() for head in range(len(old))]
+                rising = [head for head in reversed(range(len(old))) if shifts[head] > 0]
+                for head in [*rising, *(head for head in range(len(old)) if shifts[head] < 0)]:
+                    rows = old[head, :count]
+                    near = abs(shifts[head]) < rows.numel() * rows.element_size()
+                    new[head, :count] = rows.clone() if near else rows
+
+    def _views(self, index: int, start: int, size: int) -> list[list[tuple[int, Tensor]]]:
+        """Keys, values and scales of a layer in a region: a list of parts each, with the positions they begin at.
+
+        Heads first, then positions; of keys in blocks, whole blocks are whole rows.
+        """
+        near, border = self._near[index], 0
+        parts: list[tuple[int, tuple[Tensor, Tensor, Tensor | None]]] = []
+        if self._placed[index]:
+            border = min(max(self._border - start, 0), size)
+            if near is not None and border:
+                parts.append((0, self._cut(near, start, border)))
+        if border < size:
+            begin = max(start - self._border, 0) if self._placed[index] else start
+            parts.append((border, self._cut(self._host[index], begin, size - border)))
+        views = [[(first, part[i]) for first, part in parts] for i in range(2)]
+        for i in range(2):
+            scales = [(first, part[2][i]) for first, part in parts if part[2] is not None]
+            if scales:
+                views.append(scales)
+        return views
 
     def _cut(self, flat: _Flat, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
@@ -178,3 +224,12 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
+
+
+def _copy_rows(source: Sequence[tuple[int, Tensor]], target: Sequence[tuple[int, Tensor]], count: int) -> None:
+    """Copy the first `count` rows of a head from parts into parts, each with the position that it begins at."""
+    for first, rows in source:
+        for begin, place in target:
+            low, high = max(first, begin), min(first + len(rows), begin + len(place), count)
+            if low < high:
+                place[low - begin : high - begin] = rows[low - first : high - first]
