@@ -22,8 +22,8 @@ from moert.engine.statistics import GenerationStats as GenerationStats
 from moert.engine.statistics import RequestTimer
 from moert.errors import UsageError
 from moert.hub.resolve import resolve, warm_file
+from moert.models.stored_model import StoredModel as Store
 from moert.planning.automatic import Automatic, choose
-from moert.store.reader import Store
 from moert.text.chat import render
 from moert.text.tokenizer import Tokenizer
 from moert.train.recording import Recorder

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moert.errors import MoertError
 from moert.models import registry
+from moert.models.stored_model import StoredModel
 from moert.quant import reference
-from moert.store.reader import Store
 
 BASE = {
     "hidden_size": 48,
@@ -106,7 +106,7 @@ def folder_bytes(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def stored_matrices(store: Store, layer: int, expert: int, count: int) -> Iterator[Tensor]:
+def stored_matrices(store: StoredModel, layer: int, expert: int, count: int) -> Iterator[Tensor]:
     """Gate, up and down of a stored expert with its first `count` slices, in float64, from the bytes of its file."""
     path, at = store.location(layer, expert)
     data, layout = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), store.layout

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from moert.config import EngineConfig, format_bytes, parse_bytes
 from moert.errors import BudgetError, UsageError
+from moert.hardware.memory import available_bytes, library_bytes, total_bytes
 from moert.runtime import budget
-from moert.runtime.budget import Needs, available_bytes, library_bytes, split_budget, total_bytes
+from moert.runtime.budget import Needs, split_budget
 
 MIB, GIB = 1 << 20, 1 << 30
 NEEDS = Needs(

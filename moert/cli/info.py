@@ -13,7 +13,7 @@ from moert.errors import UsageError
 from moert.hub import resolve as source
 
 if TYPE_CHECKING:
-    from moert.store.reader import Store
+    from moert.models.stored_model import StoredModel as Store
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     if store_path is None:
         source.checkpoint(args.model, offline=True)  # says what is wrong with the name, if anything is
         raise UsageError(f"{args.model} is not converted yet ({settings}): moert convert or moert chat does it.")
-    from moert.store.reader import Store
+    from moert.models.stored_model import StoredModel as Store
 
     with status.spinner("Reading"):
         store = Store.open(store_path)

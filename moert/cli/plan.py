@@ -195,7 +195,7 @@ class _Plan:
         self.rows: list[tuple[int | None, str, int, Prediction | BudgetError]] = []
         self._available = int(profile.memory_bytes - profile.library_bytes)
         if args.device is None:
-            from moert.runtime.budget import available_bytes
+            from moert.hardware.memory import available_bytes
 
             self._available = min(self._available, available_bytes())
 

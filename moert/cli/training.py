@@ -13,7 +13,7 @@ from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.convert.calibration import CalibrationText
-    from moert.store.reader import Store
+    from moert.models.stored_model import StoredModel as Store
 
 _SAMPLE = 1 << 16  # characters that the tokenizers of both stores must understand alike
 
@@ -53,10 +53,10 @@ def load(
     args: argparse.Namespace, content: str, most_tokens: int
 ) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
-    from moert import evaluate  # loads torch
     from moert.engine.model_runner import default_threads
+    from moert.measure import evaluate  # loads torch
+    from moert.models.stored_model import StoredModel as Store
     from moert.quant.dispatch import set_num_threads
-    from moert.store.reader import Store
     from moert.train.distil import WINDOW
 
     store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))

@@ -26,12 +26,12 @@ from moert.convert.plan import ConversionPlan, check_settings
 from moert.convert.quantiser import Quantiser, RoundToNearest
 from moert.convert.source_model import SourceModel, row_chunks
 from moert.errors import CheckpointError, StoreError, UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant import nested
 from moert.quant.format import RAW_WIDTH
 from moert.store.fileio import atomic_file, readable
 from moert.store.layout import CONFIG_FILE, DENSE_FILE, TOKENIZER_FILE, DenseTensor, ExpertFile
 from moert.store.meta import CopiedFile
-from moert.store.reader import Store
 from moert.store.writer import TensorWriter, file_checksum
 
 
@@ -59,7 +59,7 @@ def convert(
     on_status: Callable[[str], None] | None = None,
     source_name: str | None = None,
     max_size: int | None = None,
-) -> Store:
+) -> StoredModel:
     """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
 
     With a `calibration` text (in place of a `quantiser`) the codes are chosen by their effect on the outputs for it;
@@ -105,7 +105,7 @@ def convert(
             partial.publish(plan.meta(partial.finished, copies, kept))
     except OSError as error:
         raise run.explain(error) from error
-    store = Store.open(out)
+    store = StoredModel.open(out)
     if on_status is not None and isinstance(quantiser, Calibrated):
         on_status(quantiser.summary())
         if max_size is not None:

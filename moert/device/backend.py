@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moert.errors import DeviceError
 from moert.hardware.allocator import allocate
+from moert.hardware.memory import available_bytes, total_bytes
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, experts_ffn
-from moert.runtime.budget import available_bytes, total_bytes
 
 
 class Copy(Protocol):
@@ -122,7 +122,7 @@ class Device(Protocol):
         """x of the device on the host, once it is computed."""
 
     def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        """As `moert.models.device_backend.DeviceBackend` says."""
+        """As `moert.device.link.DeviceBackend` says."""
 
     def synchronise(self) -> None:
         """Wait until all is done. Raises DeviceError where the device was lost."""

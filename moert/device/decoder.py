@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from moert.device.layer import DeviceLayer, DeviceLinear, DeviceNorm, OneToken, SequenceRun
+from moert.device.link import DeviceBackend
 from moert.device.matrix import DeviceMatrix
 from moert.device.split_cache import SplitCache
 from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
 from moert.models.decoder import Decoder, DecoderLayer, Step
-from moert.models.device_backend import DeviceBackend
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm
 from moert.models.moe import Experts

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moert.device.link import DeviceBackend
 from moert.device.matrix import DeviceMatrix, product
 from moert.device.split_cache import SplitCache
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention
-from moert.models.device_backend import DeviceBackend
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
 from moert.models.moe import Experts, MoEBlock, route
 from moert.models.router_prediction import GateAhead, PredictionListener

@@ -17,11 +17,11 @@ from moert.device.matrix import DenseQuant
 from moert.device.placement import NOTHING, Placement, place
 from moert.errors import BudgetError, DeviceError
 from moert.hardware.devices import this_machine
+from moert.models.stored_model import StoredModel as Store
 from moert.runtime.budget import AUTO_SHARE, Sizes, split_line
 from moert.scheduler.assign import CostModel
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.precision import Precision
-from moert.store.reader import Store
 
 _MIB = 1 << 20
 

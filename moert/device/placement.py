@@ -2,7 +2,7 @@
 
 accelerate places whole layers, and the head with the last norm, in their order (`infer_auto_device_map` over modules on
 the meta device that have the sizes which they will have there); a cost model says how much of their KV cache goes with
-them. Sizes are exact: `moert.device.dense_quant` and `KVMemory` allocate what is said here.
+them. Sizes are exact: `moert.device.dense_quant` and `SplitKVMemory` allocate what is said here.
 """
 
 # T tokens, V vocabulary, D hidden, H query heads

@@ -15,20 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moert.device.link import DeviceBackend
 from moert.device.matrix import products
-from moert.models.device_backend import DeviceBackend
+from moert.models.kv_cache import to_int8
 
 BLOCK_FLOATS = 1 << 20  # scores, or keys, that are looked at at a time
 LEAST_BLOCK = 128
 _LOWEST = torch.finfo(torch.float32).min
 
 Attended = tuple[Tensor, Tensor]  # softmax(scores) @ values [H, T, d] and log-sum-exp of the scores [H, T], float32
-
-
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., d] as integers from -127 to 127, in float32, and the scale [..., 1] of each."""
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scale > 0, x / scale, 0.0).round_(), scale
 
 
 @dataclass(frozen=True, eq=False)

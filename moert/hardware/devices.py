@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from moert.config import cache_folder
 from moert.errors import ProfileError, UsageError
-from moert.hub.resolve import cache_folder
-from moert.runtime.budget import total_bytes
+from moert.hardware.memory import total_bytes
 from moert.scheduler.profile import Profile, read_profile
 
 DEVICE_TREE = Path("/proc/device-tree/model")  # what an Arm board calls itself

@@ -19,11 +19,11 @@ from moert.engine.model_runner import Engine
 from moert.errors import UsageError
 from moert.measure.bench_kernels import expert_bytes, load_average, matrix_bytes, timestamp
 from moert.models.architecture import Architecture
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.dispatch import Kernel, kernel_name, kernel_seconds
 from moert.quant.format import TILE_ROWS, align
 from moert.runtime.telemetry import Counters, peak_rss_bytes
 from moert.store.layout import EMBEDDING, HEAD, DenseTensor
-from moert.store.reader import Store
 
 SEED = 1234
 

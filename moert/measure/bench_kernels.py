@@ -22,11 +22,11 @@ import torch
 
 import moert
 from moert.errors import MoertError, UsageError
+from moert.hardware.memory import available_bytes
 from moert.quant import dispatch
 from moert.quant.dispatch import Kernel
 from moert.quant.format import RAW_DTYPE_BYTES, SLICE_ALIGN, ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedExpert, experts_ffn
-from moert.runtime.budget import available_bytes
 
 BUFFER_BYTES = 1 << 30  # read from memory, not from a last-level cache, of which some machines have hundreds of MiB
 HIDDEN, INNER = 2048, 768  # those of Qwen3-30B-A3B

@@ -22,14 +22,15 @@ from torch import Tensor
 from moert.config import EngineConfig
 from moert.engine.model_runner import Engine, needs_of, read_precision, say_what_is_kept
 from moert.errors import UsageError
+from moert.hardware.memory import available_bytes, library_bytes
 from moert.measure.bench import Case, bytes_without_experts
 from moert.measure.bench_kernels import expert_bytes
 from moert.models.decoder import DecoderLayer
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
-from moert.runtime.budget import Budget, available_bytes, library_bytes, split_budget
+from moert.runtime.budget import Budget, split_budget
 from moert.runtime.telemetry import Counters
 from moert.scheduler.precision import Precision
-from moert.store.reader import Store
 from moert.text.tokenizer import Tokenizer
 
 LAYER_TOKENS = 4096  # of these the layers' errors are measured; a mean of so many does not move

@@ -24,11 +24,11 @@ from moert.api import LLM
 from moert.config import EngineConfig, format_bytes, parse_bytes
 from moert.engine.model_runner import Engine
 from moert.errors import ProfileError
+from moert.hardware.memory import available_bytes
 from moert.measure.figure import Measured, Progress, measured
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.dispatch import kernel_seconds
-from moert.runtime.budget import available_bytes
 from moert.runtime.timeline import Spans
-from moert.store.reader import Store
 
 TOKENS = 120  # decoded with a small model, for each share of the experts that is in memory
 SHARES = (0.85, 0.6, 0.35)

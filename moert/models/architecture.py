@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from moert.errors import UnsupportedModelError
+from moert.store.layout import TensorSpec
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 QKNorm = Literal["none", "head", "full"]
@@ -23,14 +24,6 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 def kv_bytes(vectors: int, size: int, bits: int) -> int:
     """Bytes of so many vectors of `size` numbers in a KV cache; at 8 bits each has a float32 scale beside it."""
     return vectors * (size * bits // 8 + (4 if bits == 8 else 0))
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape of a tensor, and whether it is a large matrix that may be stored at 8 bits."""
-
-    shape: tuple[int, ...]
-    quantise: bool
 
 
 @dataclass(frozen=True)

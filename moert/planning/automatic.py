@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from moert.config import EngineConfig, format_bytes
 from moert.engine.statistics import GenerationStats
 from moert.hardware.devices import this_machine
-from moert.measure.disk import store_speed
+from moert.hardware.memory import available_bytes, library_bytes
+from moert.models.stored_model import StoredModel
 from moert.planning.model_shape import store_shape
 from moert.planning.predict import PROMPT_TOKENS, Prediction
 from moert.planning.recommend import Choice, recommend
 from moert.planning.routing import drawn
-from moert.runtime.budget import available_bytes, library_bytes
-from moert.store.reader import Store
+from moert.runtime.disk_speed import store_speed
 
 OFF = 0.25  # a speed that is so far from the predicted one is worth a word
 _SLOW = 0.5  # of the disk that was measured: a difference that is no noise
@@ -80,7 +80,7 @@ class Automatic:
         )
 
 
-def choose(store: Store, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
+def choose(store: StoredModel, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
     """Precision and context for a store on this machine, so far as `config` leaves them open.
 
     The budget stays open: the engine takes what the plan goes by, all that the model can use within 80% of what is

@@ -20,13 +20,12 @@ from moert.errors import UnsupportedModelError
 from moert.hub.headers import find_known, from_hub, known_model
 from moert.hub.resolve import Conversion, Status, checkpoint, downloaded, find, is_hub_id
 from moert.models.architecture import Architecture, kv_bytes
+from moert.models.stored_model import StoredModel
 from moert.planning.unsupported_model import UnsupportedModel
 from moert.quant.format import KEY_BLOCK, RAW_WIDTH, ExpertLayout, align
-from moert.router import bit_router
 from moert.runtime.budget import Needs, workspace_bytes
 from moert.scheduler.precision import BitRouter
 from moert.store.layout import EMBEDDING, DenseTensor, ExpertFile, build_header, stored_dense
-from moert.store.reader import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +148,7 @@ def read_shape(
 
 def store_shape(path: Path) -> ModelShape:
     """Of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
-    store = Store.open(path)
+    store = StoredModel.open(path)
     return _shape(
         store.architecture,
         store.meta.dense,
@@ -161,7 +160,7 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=store.meta.dense_bits,
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
-        router=bit_router(store, trained=False),
+        router=store.bit_router(trained=False),
     )
 
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from moert.models.architecture import TensorSpec
 from moert.quant.format import RAW_DTYPE_BYTES, SLICE_ALIGN, ExpertLayout, MatrixLayout, align
 
 META_FILE = "moert.json"
@@ -44,6 +43,14 @@ def experts_file(layer: int) -> str:
 def slice_name(layer: int, expert: int, index: int) -> str:
     """Name of the tensor that holds one slice of one expert."""
     return f"layers.{layer}.experts.{expert}.slice.{index}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape of a tensor, and whether it is a large matrix that may be stored at 8 bits."""
+
+    shape: tuple[int, ...]
+    quantise: bool
 
 
 @dataclass(frozen=True, slots=True)

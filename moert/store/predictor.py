@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from moert.errors import StoreError
 from moert.store.fileio import atomic_file
-from moert.store.layout import CONFIG_FILE
+from moert.store.layout import CONFIG_FILE, EMBEDDING
 from moert.store.reader import Store
 
 PREDICTOR_FILE = "predictor.safetensors"
@@ -44,7 +44,8 @@ class TrainedPredictor:
 
 def _shapes(store: Store, found: Arrays) -> dict[str, tuple[int, ...]]:
     """Of all tensors, from the model and from those sizes that training may choose."""
-    rows, vocabulary = len(store.moe_layers) * store.num_experts, store.architecture.vocab_size
+    rows = len(store.moe_layers) * store.num_experts
+    vocabulary = next(tensor.shape[0] for tensor in store.meta.dense if tensor.name == EMBEDDING)
     width, (inputs, hidden) = found["tokens"].shape[1], found["context"].shape
     routes, rates = found["routes"].shape[1], found["recent"].shape[1]
     return {

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from moert.convert.calibration import weight_quantiles
 from moert.errors import UsageError
-from moert.router import bit_router
+from moert.models.stored_model import StoredModel
 from moert.scheduler.precision import BitRouter, RoutedPrecision
 from moert.store.bit_router import TrainedRouter
-from moert.store.reader import Store
 from moert.train import distil
 from moert.train.distil import NestedExperts
 
@@ -49,7 +48,7 @@ class Comparison:
 class _Nested(NestedExperts):
     """While `price` is set the widths are drawn and learn, else `chooser` chooses them."""
 
-    def __init__(self, store: Store, sensitivity: _Sensitivity, generator: torch.Generator) -> None:
+    def __init__(self, store: StoredModel, sensitivity: _Sensitivity, generator: torch.Generator) -> None:
         super().__init__(store)
         self._sensitivity, self._generator = sensitivity, generator
         self._bits = torch.tensor(store.meta.widths, dtype=torch.float32)
@@ -107,8 +106,8 @@ class Trainer:
     known, for stores that do not belong together, and where memory does not suffice.
     """
 
-    def __init__(self, store: Store, lossless: Store, windows: Sequence[Sequence[int]], seed: int) -> None:
-        thresholds = bit_router(store, trained=False)
+    def __init__(self, store: StoredModel, lossless: StoredModel, windows: Sequence[Sequence[int]], seed: int) -> None:
+        thresholds = store.bit_router(trained=False)
         if thresholds is None or store.meta.sensitivity is None:
             raise UsageError(
                 f"{store.path} does not say how sensitive its experts are, from which training starts: convert the"

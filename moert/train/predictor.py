@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moert.errors import UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedMatrix, floats
 from moert.scheduler.predictor import (
     CONTEXT,
@@ -36,7 +37,6 @@ from moert.scheduler.predictor import (
 )
 from moert.scheduler.trace import TraceStep, read_trace
 from moert.store.layout import EMBEDDING
-from moert.store.reader import Store
 
 WINDOW = 512
 _WIDTH, _HIDDEN, _SUMMARY = 32, 128, 32
@@ -61,7 +61,7 @@ class Recall:
     layers: tuple[float, ...]
 
 
-def read_windows(store: Store, paths: Sequence[Path]) -> list[Window]:
+def read_windows(store: StoredModel, paths: Sequence[Path]) -> list[Window]:
     """The tokens of traces of `store`, at most WINDOW of one turn together.
 
     UsageError for one that cannot be read, is of another model or does not say which tokens went in.
@@ -94,7 +94,7 @@ def read_windows(store: Store, paths: Sequence[Path]) -> list[Window]:
 class _Path(nn.Module):
     """As `RoutingPath` computes it, for a whole window."""
 
-    def __init__(self, store: Store, popularity: Tensor) -> None:
+    def __init__(self, store: StoredModel, popularity: Tensor) -> None:
         super().__init__()
         rows, layers = popularity.numel(), len(store.moe_layers)
         hidden, inputs = store.architecture.hidden_size, (CONTEXT + 1) * _WIDTH
@@ -142,7 +142,7 @@ class Trainer:
     Deterministic for a seed and a number of epochs. UsageError for too few windows.
     """
 
-    def __init__(self, store: Store, windows: Sequence[Window], seed: int) -> None:
+    def __init__(self, store: StoredModel, windows: Sequence[Window], seed: int) -> None:
         if len(windows) < 2:
             raise UsageError(f"Training needs more than one text of two or {WINDOW} tokens: record longer traces.")
         count, kept = 0, len(windows)

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from moert.errors import UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert, PackedMatrix
 from moert.quant.reference import unpack_scales
-from moert.router import bit_router
 from moert.scheduler.precision import FixedPrecision, Precision, RoutedPrecision
-from moert.store.reader import Store
 from moert.train import distil
 from moert.train.distil import NestedExperts
 
@@ -50,7 +49,7 @@ class Comparison:
 class _Scaled(NestedExperts):
     """Experts whose scales learn: `changes` are the logarithms of their factors, used where `learning` is set."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: StoredModel) -> None:
         super().__init__(store)
         self._group_size = store.meta.group_size
         self.learning = True
@@ -103,7 +102,7 @@ class Trainer:
     not suffice.
     """
 
-    def __init__(self, store: Store, lossless: Store, windows: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(self, store: StoredModel, lossless: StoredModel, windows: Sequence[Sequence[int]], seed: int) -> None:
         if store.layout.raw:
             raise UsageError(f"{store.path} keeps its experts as they are, without scales: name one of 2 to 8 bits.")
         self._windows, self._checked = distil.set_apart(windows)
@@ -114,7 +113,7 @@ class Trainer:
         self._model = distil.decoder(store, self._experts)
         self._right = _Watched(lossless)
         self._lossless = distil.decoder(lossless, self._right)
-        widths, router = store.meta.widths, bit_router(store)
+        widths, router = store.meta.widths, store.bit_router()
         self._fixed: list[Precision] = [FixedPrecision(b) for b in reversed(widths)]
         self._routed: list[Precision] = []
         if router is not None and len(widths) > 1:
