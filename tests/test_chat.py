@@ -39,6 +39,7 @@ JSON = """{{ {'a': messages[0].content, 'n': 1} | tojson }}
 {{ strftime_now('%Y') }}{% for x in [1, 2, 3] %}{{ loop.length }}{{ loop.revindex }}{% endfor %}
 {% macro twice(t) %}{{ t * 2 }}{% endmacro %}{{ twice('é<') }}"""
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": " What's <b>1+1</b> & 'é'? "}
 BOT = {"role": "assistant", "content": "2"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -59,16 +60,16 @@ def test_rendering_equals_transformers(
     expected = reference.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
-    mine = render(messages, template, add_generation_prompt=prompt, bos="<s>", eos="</s>")
+    mine = render(messages, template, add_generation_prompt=prompt, special_tokens=SPECIAL)
     assert mine == expected
 
 
 def test_a_template_that_refuses_system_prompts(reference: PreTrainedTokenizerFast) -> None:
     turns = [USER, BOT, USER]
     expected = reference.apply_chat_template(turns, chat_template=MISTRAL, tokenize=False)
-    assert render(turns, MISTRAL, bos="<s>", eos="</s>") == expected
+    assert render(turns, MISTRAL, special_tokens=SPECIAL) == expected
     with pytest.raises(TemplateError, match="failed: Conversation roles must alternate"):
-        render([SYSTEM, USER], MISTRAL, bos="<s>", eos="</s>")
+        render([SYSTEM, USER], MISTRAL, special_tokens=SPECIAL)
 
 
 def test_the_year_is_now() -> None:
