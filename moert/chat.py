@@ -99,7 +99,7 @@ def render(
     where that fails, loses a part or writes the list itself, each list becomes one string.
     """
     checked = as_messages(messages)
-    arguments = _checked_arguments(template_args)
+    arguments = check_template_args(template_args)
     if template is None:
         if arguments:
             raise UsageError("The model has no chat template, so template arguments have no effect: leave them out.")
@@ -130,10 +130,17 @@ def check_template(template: str) -> None:
 
 
 def _render(template: str, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
-    with _explained():
-        environment, compiled = _compile(template)
-        environment.steps = 0
-        return compiled.render(messages=messages, **arguments)
+    try:
+        with _explained():
+            environment, compiled = _compile(template)
+            environment.steps = 0
+            return compiled.render(messages=messages, **arguments)
+    except TemplateError as error:
+        empty = next((number for number, message in enumerate(messages, 1) if "content" not in message), None)
+        if empty is None:
+            raise
+        why = f"message {empty} has no content, which this template may need"
+        raise TemplateError(f"{str(error).rstrip('.')} ({why}).") from None
 
 
 @contextlib.contextmanager
@@ -152,7 +159,8 @@ def _explained() -> Iterator[None]:
         raise TemplateError(f"The model's chat template failed: {_sentence(error)}") from None
 
 
-def _checked_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_template_args(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of what is to be given to a template; UsageError names what cannot be."""
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):

@@ -34,9 +34,6 @@ class Tokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise StoreError(f"{path} is not a valid tokenizer: {error}.") from None
-        # Set by training scripts for batches; here a long prompt must not be cut short.
-        self._inner.no_truncation()
-        self._inner.no_padding()
         self._config = self._read_json("tokenizer_config.json")
         side = SideTokens(
             self.folder,
@@ -45,6 +42,9 @@ class Tokenizer:
             *map(self._read_json, ("special_tokens_map.json", "added_tokens.json")),
         )
         self._inner.add_tokens(side.missing())
+        # Set by training scripts for batches; here a long prompt must not be cut short.
+        self._inner.no_truncation()
+        self._inner.no_padding()
         self._inner.encode_special_tokens = self._config.get("split_special_tokens") is True
         self.special_tokens = {name: str(token) for name, token in side.named.items()}
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "calibration": {"errors", "store", "tokenizer"},
     "memory": set(),
     "models": {"errors", "quant"},
-    "store": {"errors", "memory", "quant", "models"},
+    "store": {"errors", "memory", "quant", "models", "tokenizer", "chat", "sampling"},
     "runtime": {"errors", "budget", "config", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
     "router": {"scheduler", "store"},
