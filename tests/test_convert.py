@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moert.errors import CheckpointError, StoreError, UsageError
+from moert.errors import StoreError, UsageError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedMatrix
@@ -30,7 +29,6 @@ from .checkpoints import (
     make_checkpoint,
     make_config,
     make_weights,
-    refusal,
     save_checkpoint,
 )
 from .child import ENVIRONMENT, PYTHON
@@ -398,48 +396,3 @@ def test_workers_keep_order_raise_and_give_torch_its_threads_back(monkeypatch: p
 def test_large_experts_get_fewer_workers() -> None:
     assert parallel.num_workers(parallel.MEMORY_BYTES * 2) == 1
     assert 1 <= parallel.num_workers(0) <= parallel.MAX_WORKERS
-
-
-def test_what_a_chat_needs_is_checked_before_the_work(tmp_path: Path) -> None:
-    def refused(name: str, text: str, *parts: str) -> None:
-        source = make_checkpoint(tmp_path / f"src-{name}")
-        (source / name).write_text(text)
-        refusal(lambda: convert(source, tmp_path / "out"), CheckpointError, *parts)
-        assert not (tmp_path / "out.partial").exists()
-
-    refused("tokenizer.json", "{", "tokenizer.json is not a valid tokenizer")
-    refused("added_tokens.json", '{"x": "y"}', "x has no number for its id")
-    refused("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON")
-    refused("chat_template.jinja", "{% for %}", "chat template has a syntax error in line 1", "Correct it")
-
-
-def test_defaults_that_cannot_be_used_are_warnings(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "src")
-    for number, (text, warning) in enumerate(
-        {'{"temperature": "hot"}': "temperature is 'hot'", '{"top_p": 0.9,}': "not valid JSON"}.items()
-    ):
-        (source / "generation_config.json").write_text(text)
-        said: list[str] = []
-        convert(source, tmp_path / f"out-{number}", on_status=said.append)
-        assert len(said) == 1
-        assert warning in said[0]
-    (source / "generation_config.json").write_text('{"top_k": -1, "temperature": null}')
-    (source / "added_tokens.json").write_text(json.dumps({f"<{i}>": i for i in range(1, 60)}))
-    said = []
-    convert(source, tmp_path / "out", on_status=said.append)
-    assert len(said) == 1
-    assert "has 10 tokens, such as '<50>', beyond the 50" in said[0]
-
-
-def test_every_file_of_the_tokenizer_is_copied(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "src")
-    names = ["chat_template.json", "special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"]
-    for name in names:
-        (source / name).write_text("{}")
-    (source / "additional_chat_templates").mkdir()
-    names += ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
-    for name in names[-2:]:
-        (source / name).write_text(name)
-    convert(source, tmp_path / "out")
-    copied = folder_bytes(tmp_path / "out")
-    assert {name: copied[name] for name in names} == {name: (source / name).read_bytes() for name in names}
