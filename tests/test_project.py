@@ -29,7 +29,7 @@ ALLOWED = {
     "engine": {
         "errors", "config", "quant", "scheduler", "hardware", "store", "text", "models", "runtime", "device",
     },
-    "convert": {"errors", "quant", "kernels", "store", "checkpoints", "text", "models"},
+    "convert": {"errors", "quant", "kernels", "store", "checkpoints", "text", "models", "engine"},
     "hub": {"errors", "config", "store", "checkpoints", "models", "convert"},
     "train": {"errors", "config", "quant", "kernels", "scheduler", "hardware", "store", "models", "convert"},
     "planning": {

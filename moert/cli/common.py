@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -136,6 +137,38 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
     add_conversion_options(parser)
+
+
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that use a chat template; `template_args` reads them."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable for the chat template; VALUE is JSON, or else text (may be given again)",
+    )
+    group.add_argument(
+        "--no-think", action="store_true", help="answer without thinking first: --template-arg enable_thinking=false"
+    )
+
+
+def template_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the variables that the options give the chat template. Raises UsageError."""
+    from moert.text.chat import check_template_args  # loads jinja2
+
+    found: dict[str, Any] = {"enable_thinking": False} if args.no_think else {}
+    for text in args.template_arg:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--template-arg {text} is not of the form KEY=VALUE, such as enable_thinking=false.")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    check_template_args(found)
+    return found
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
@@ -292,14 +325,12 @@ def print_cells(cells: Sequence[str]) -> None:
 
 def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:
     """The model's defaults, changed by the options; says what came from where."""
-    from moert.engine.sampling import generation_fields
+    from moert.engine.sampling import usable_fields
 
     names = [*(name for _, name, _, _ in SAMPLING), "max_tokens", "stop", "ignore_eos"]
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     params = llm.default_params.replace(**given)
-    origins = dict.fromkeys(generation_fields(llm.tokenizer.generation_config), "model") | dict.fromkeys(
-        given, "option"
-    )
+    origins = dict.fromkeys(usable_fields(llm.tokenizer.generation_config)[0], "model") | dict.fromkeys(given, "option")
     values = {name: getattr(params, name) for name in names}
     values["seed"] = "random" if params.seed is None else params.seed
     if not params.ignore_eos:

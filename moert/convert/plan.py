@@ -28,6 +28,7 @@ from moert.store.layout import (
     stored_dense,
 )
 from moert.store.meta import QUANTILES, CopiedFile, StoreMeta, WeightFile
+from moert.text.tokenizer import TEMPLATE_FILES
 
 COPIED_FILES = (
     CONFIG_FILE,
@@ -43,7 +44,7 @@ COPIED_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-COPIED_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+COPIED_PATTERNS = (TEMPLATE_FILES, "LICENSE*", "LICENCE*", "NOTICE*")
 # Of the usage of an expert on the calibration text. On four other texts of a trained model its logarithm was 0.76 to
 # 0.94 times as far from the mean as on that text, with correlations from 0.7 to 0.8; exponents from 0.5 to 0.75 led to
 # allocations with the least errors on all of them.

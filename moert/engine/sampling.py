@@ -67,11 +67,11 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
-        """The defaults that a checkpoint's generation_config.json asks for; what it leaves out keeps ours."""
-        try:
-            return cls(**generation_fields(config))
-        except UsageError as error:
-            raise UsageError(f"generation_config.json cannot be used: {error}") from None
+        """The defaults that a checkpoint's generation_config.json asks for; what it leaves out keeps ours.
+
+        A value that cannot be used keeps ours too: `usable_fields` says which ones.
+        """
+        return cls(**usable_fields(config)[0])
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed."""
@@ -82,11 +82,26 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
-def generation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of SamplingParams that a generation_config.json gives, unchecked."""
+def usable_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of SamplingParams that a generation_config.json gives, and a warning for each unusable one."""
+    fields, warnings = {}, []
+    for name, value in _generation_fields(config).items():
+        try:
+            SamplingParams(**{name: value})
+        except (UsageError, TypeError) as error:
+            reason = str(error) if isinstance(error, UsageError) else f"{name} is {value!r}."
+            warnings.append(f"A default in generation_config.json cannot be used: {reason[:-1]}; moert's own is used.")
+        else:
+            fields[name] = value
+    return fields, warnings
+
+
+def _generation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     names = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
     names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    if found.get("top_k") == -1:  # other programs' way to say off, as 0 and null are transformers'
+        found["top_k"] = 0
     if config.get("do_sample") is False:
         found["temperature"] = 0.0
     if isinstance(found.get("stop"), str):

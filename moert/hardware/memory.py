@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
 _MIB = 1 << 20
+_ROOT = Path("/")
 # What is measured of interpreter and libraries differs by a few pages from run to run: rounded up, it does not.
 _LIBRARY_STEP = 32 * _MIB
 # Grown later by thread stacks, the allocator's slack and code pages not touched yet.
@@ -35,13 +37,52 @@ def total_bytes() -> int:
 
 
 def _group_limits() -> Iterator[tuple[int, int]]:
-    """Of the control groups that limit memory: the limit and what is in use, in bytes."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    """Yield limit and bytes in use of each control group that limits this process: its own one and all above it.
+
+    What is in use leaves out page cache that the kernel would give up: file pages that were not used lately, and half
+    of those that were. The other half may be code and data of running programs, so that taking it would make them read
+    it again and again; pages that wait to be written are not free until the disk has them.
+    """
+    for folder, limit, usage, prefix in _memory_groups():
         try:
-            with open(limit_file) as limit, open(used_file) as used:
-                yield int(limit.read()), int(used.read())
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))
         except (OSError, ValueError):  # no such file, or "max"
             continue
+        yield most, max(used - _reclaimable(folder / "memory.stat", prefix), 0)
+
+
+def _memory_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Yield folders of control groups with the names of their files, and what `memory.stat` puts before totals.
+
+    In a container the path of the process may be the host's, of which only a part, or nothing, can be seen here: then
+    the folder where the controllers are mounted is the container's own group.
+    """
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    paths = {"": "/", "memory": "/"}
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        paths |= dict.fromkeys(paths.keys() & set(controllers.split(",")), path)
+    mount = _ROOT / "sys/fs/cgroup"
+    versions = (
+        (mount, paths[""], "memory.max", "memory.current", ""),
+        (mount / "memory", paths["memory"], "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    )
+    for top, path, limit, usage, prefix in versions:
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for count in range(len(parts), -1, -1):
+            yield top.joinpath(*parts[:count]), limit, usage, prefix
+
+
+def _reclaimable(stat: Path, prefix: str) -> int:
+    """Bytes of page cache in a control group that the kernel gives up for programs; 0 where it does not say."""
+    try:
+        words = [line.split() for line in stat.read_text().splitlines()]
+        values = {name: int(value) for name, value in words}
+    except (OSError, ValueError):
+        return 0
+    written = ("dirty", "writeback") if prefix else ("file_dirty", "file_writeback")
+    inactive, active, *waiting = (values.get(prefix + name, 0) for name in ("inactive_file", "active_file", *written))
+    return max(inactive + active // 2 - sum(waiting), 0)

@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = [
     "*.safetensors",
     "*.json",
-    "*.jinja",
+    "*.jinja",  # in folders too: a star of the hub client's patterns matches slashes
     "*.model",
     "merges.txt",
     "vocab.txt",
@@ -129,7 +129,8 @@ def cached_store(model: str | Path, settings: Conversion) -> Path:
     folder = Path(model).expanduser()
     identity: list[Any] = [str(model)]
     if folder.is_dir():
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja"))
+        files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja")]
+        files = sorted([*files, *folder.glob("additional_chat_templates/*.jinja")])
         identity = [str(folder.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
     text = json.dumps([identity, astuple(settings)])
     name = folder.resolve().name if folder.is_dir() else str(model).replace("/", "--")
