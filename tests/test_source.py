@@ -80,7 +80,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_the_shipped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(source, "__file__", str(tmp_path / "source.py"))
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "hub" / "resolve.py"))
     with pytest.raises(StoreError, match="no model of its own; name one with -m"):
         source.resolve(None)
     (tmp_path / "demo_model").mkdir()
