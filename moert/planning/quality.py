@@ -30,7 +30,7 @@ class Quality:
         return f"+{low}%" if low == high else f"+{low} to {high}%"
 
 
-# Calibrated conversion with trained scales, as README.md says under "What a width costs" and "Experts that do not fit".
+# Calibrated conversion with trained scales: moert/docs/quality.md, "Beside other quantisers" and "Elastic precision".
 _CALIBRATED = {
     "fixed:4": Quality((1.0009, 1.0035), (0.0058, 0.0063)),
     "routed:3": Quality((1.0024, 1.0048), (0.0074, 0.0082)),
