@@ -25,7 +25,7 @@ AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
 
 
 class Sizes(Protocol):
-    """What the workspace depends on: of an `Architecture`, or of a `ModelShape`."""
+    """The sizes on which the workspace depends, taken from an `Architecture` or a `ModelShape`."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -74,7 +74,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How memory is split, in bytes. `total` is the promise: peak resident memory stays below it."""
+    """A split of the memory, in bytes. `total` is the promise: peak resident memory stays below it."""
 
     total: int
     libraries: int
@@ -140,7 +140,7 @@ def total_bytes() -> int:
 
 
 def _group_limits() -> Iterator[tuple[int, int]]:
-    """Of the control groups that limit memory: the limit and what is in use, in bytes."""
+    """Yield limit and use of each control group that limits memory, in bytes."""
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

@@ -1,4 +1,4 @@
-"""What a store knows of the harm that each width does, for precisions that go by it."""
+"""Read what a store knows of the harm that each width does, for precisions that go by it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from moert.store.reader import Store
 
 
 def bit_router(store: Store, trained: bool = True) -> BitRouter | None:
-    """What decides on routed widths: the trained router if the store has one and it is wanted, else the sensitivities.
+    """Return what decides on routed widths: the trained router if the store has one and it is wanted, else the
+    sensitivities.
 
     None where the conversion did not measure these. Raises StoreError where what was trained is damaged.
     """

@@ -1,4 +1,4 @@
-"""What `-m` names: a store, a checkpoint folder or a Hugging Face hub id, made into a store folder.
+"""Find the model that `-m` names, a store, a checkpoint folder or a hub id, and make it into a store folder.
 
 Checkpoints are converted once, into the cache folder; the name there follows from the model and the settings.
 """
@@ -59,7 +59,7 @@ class Conversion:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $MOERT_CACHE, else $XDG_CACHE_HOME/moert, else ~/.cache/moert."""
+    """Return the folder of converted models: $MOERT_CACHE, else $XDG_CACHE_HOME/moert, else ~/.cache/moert."""
     if own := os.environ.get("MOERT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moert"
@@ -132,7 +132,7 @@ def find(model: str | Path | None, settings: Conversion) -> Path | None:
 
 
 def cached_store(model: str | Path, settings: Conversion) -> Path:
-    """Where the cache keeps `model` converted with `settings`, whether it is there or not."""
+    """Return where the cache keeps `model` converted with `settings`, whether it is there or not."""
     folder = Path(model).expanduser()
     identity: list[Any] = [str(model)]
     if folder.is_dir():
@@ -145,13 +145,13 @@ def cached_store(model: str | Path, settings: Conversion) -> Path:
 
 
 def warm_file(store: Path, precision: str) -> Path:
-    """Where the cache keeps which experts of a store were in memory at the end of a run, for each precision."""
+    """Return where the cache keeps which experts of a store were in memory at the end of a run, for each precision."""
     identity = json.dumps([str(store.resolve()), precision])
     return cache_folder() / "warm" / f"{store.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
 
 def is_hub_id(model: str | Path) -> TypeGuard[str]:
-    """Whether it has the form owner/name."""
+    """Tell whether `model` has the form owner/name."""
     return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None
 
 
@@ -200,7 +200,7 @@ def downloaded(repo: str) -> Path:
 
 
 def hub_error(repo: str, offline: bool, error: Exception) -> CheckpointError:
-    """What a user is told where the hub client raised `error` for `repo`."""
+    """Make the error that a user is shown where the hub client raised `error` for `repo`."""
     from huggingface_hub import errors
 
     match error:

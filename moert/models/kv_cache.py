@@ -87,7 +87,7 @@ class KVMemory:
         return result
 
     def split(self, start: int, count: int) -> list[SplitCache | None]:
-        """The same for the layers on the device, None for the others."""
+        """Make the caches of the layers on the device; None stands for the other layers."""
         if self._device is None:
             return [None] * len(self._host)
         border = min(max(self._border - start, 0), count)  # of these positions, how many are in device memory
@@ -109,7 +109,7 @@ class KVMemory:
 
 
 class KVCache:
-    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own.
+    """A `LayerCache` of one sequence for each layer: in `memory` from position `start` on, or in memory of its own.
 
     `split` has those of the layers on a device, which `append` and `read` do not know.
     """
@@ -129,7 +129,7 @@ class KVCache:
 
     @property
     def steppable(self) -> bool:
-        """Whether a `LayerStep` can run over this cache."""
+        """Tell whether a `LayerStep` can run over this cache."""
         return self.layers[0].steppable()
 
     @staticmethod

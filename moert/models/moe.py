@@ -25,11 +25,15 @@ class Experts(Protocol):
         ...
 
     def bonus(self, layer: int, choices: int) -> Tensor | None:
-        """What `route` adds to the logits of these experts, where they are asked for `choices` contributions in all."""
+        """Return what `route` adds to the logits of these experts, where they are asked for `choices` contributions in
+        all.
+        """
         return None
 
     def add_one(self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:
-        """The same for a single token, added to `out`: x and out float32 contiguous [1, D]. What decoding calls."""
+        """Add the experts' output for a single token to `out`: x and out float32 contiguous [1, D]. What decoding
+        calls.
+        """
         out += self(layer, x, torch.tensor([experts]), torch.tensor([weights]))
 
 
@@ -82,7 +86,7 @@ class MoEBlock(nn.Module):
         return y if self.shared_expert is None else y + self._shared(self.shared_expert, x)
 
     def bonus(self, tokens: int) -> Tensor | None:
-        """What the router of so many tokens adds to the logits, [E]; see `route`."""
+        """Return what the router of so many tokens adds to the logits, [E]; see `route`."""
         return self.experts.bonus(self.layer, tokens * self.top_k)
 
     def add_one(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:

@@ -43,7 +43,7 @@ class TrainedPredictor:
 
 
 def _shapes(store: Store, found: Arrays) -> dict[str, tuple[int, ...]]:
-    """Of all tensors, from the model and from those sizes that training may choose."""
+    """Return the shapes of all tensors, from the model and from those sizes that training may choose."""
     rows, vocabulary = len(store.moe_layers) * store.num_experts, store.architecture.vocab_size
     width, (inputs, hidden) = found["tokens"].shape[1], found["context"].shape
     routes, rates = found["routes"].shape[1], found["recent"].shape[1]
@@ -80,7 +80,7 @@ def write_predictor(store: Store, predictor: TrainedPredictor) -> None:
 
 
 def read_predictor(store: Store) -> TrainedPredictor | None:
-    """That of a store; None where there is none. StoreError where it is damaged or of another model."""
+    """Read the predictor of a store; None where there is none. StoreError where it is damaged or of another model."""
     path = store.path / PREDICTOR_FILE
     if not path.exists():
         return None
