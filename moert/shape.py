@@ -166,7 +166,7 @@ def store_shape(path: Path) -> ModelShape:
 
 
 def checkpoint_shape(source: Checkpoint, settings: Conversion, name: str, origin: str) -> ModelShape:
-    """Return the sizes of a checkpoint as it would be converted. Of its tensors only names, types and shapes are used."""
+    """Return the sizes of a checkpoint as it would be converted, from names, types and shapes of its tensors."""
     widths = check_settings(settings.widths, settings.group_size, settings.dense_bits)
     arch: Architecture | ForeignModel
     try:

@@ -223,5 +223,5 @@ class Trainer:
         return {layer: (torch.tensor(known[layer]).double() * growth[layer]).tolist() for layer in layers}
 
     def result(self, layer: int, expert: int) -> list[list[Tensor]]:
-        """Return the scales learnt so far: of each slice of an expert the scales of gate, up and down, fp16 [N, K / G]."""
+        """Return the scales learnt so far: for each slice of an expert those of gate, up and down, fp16 [N, K / G]."""
         return [self._experts.rounded((layer, expert, n)) for n in range(self._store.kept[layer][expert])]

@@ -118,7 +118,7 @@ class ExpertTable:
 
 
 def _places(layout: ExpertLayout) -> list[list[Any]]:
-    """Return the offsets that the compiled module wants: for each number of slices where gate, up and down lie in them."""
+    """Return the offsets that the compiled module wants: for each number of slices those of gate, up and down."""
     offsets = [layout.offsets(index) for index in range(layout.num_slices)]
     return [
         [

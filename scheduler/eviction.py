@@ -43,7 +43,7 @@ class CachePolicy(Protocol):
         """The first of these that is evictable, None where there is none."""
 
     def worth(self, key: ExpertKey, index: int) -> float:
-        """Return how often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
+        """Return how often a token is expected to use a slice of an expert: the least for a prefetch that evicts it."""
 
     def restore(self, key: ExpertKey, worth: Sequence[float]) -> None:
         """Restore what `worth` said of the slices of an expert when another run ended; told before anything is used."""

@@ -48,11 +48,11 @@ class Precision(Protocol):
         ...
 
     def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
-        """Return what chooses the slices, of a store with `widths` that has, by layer, so many slices of each expert."""
+        """Return the chooser of slices for a store with `widths` that has, by layer, so many slices of each expert."""
         ...
 
     def shares(self, widths: Sequence[int]) -> list[float]:
-        """Return, for each of those `slices`, the share of uses of experts that is expected to need it; the first: 1."""
+        """Return, for each of those `slices`, the share of uses of experts expected to need it; the first: 1."""
         ...
 
     def ladder(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]) -> Ladder | None:

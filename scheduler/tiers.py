@@ -260,7 +260,7 @@ class Tiers:
         return tuple(stages)
 
     def _lost(self, evicted: Sequence[SliceKey]) -> None:
-        """Tell the host what the device lost: it is worth there what it was to the device, whose uses it did not see."""
+        """Tell the host what the device lost: it is worth there what it was to the device, whose uses were not told."""
         assert self.device is not None
         policy = self.device.cache.policy
         for layer, expert, index in evicted:

@@ -172,7 +172,7 @@ class Calibrated:
         return errors
 
     def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
-        """Return the inputs of some experts of a layer: (expert, x [n, D], inner activations [n, F]). For measurements."""
+        """Return the inputs of some experts, for measurements: (expert, x [n, D], inner activations [n, F])."""
         self.begin(Path())
         while self._layer < layer:
             self._pass(self._layer, pool, lambda stage: None)

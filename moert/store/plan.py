@@ -154,7 +154,7 @@ class Plan:
         return "whole-" + file.name if self.cut else file.name
 
     def settings(self) -> dict[str, Any]:
-        """Return what a run that is resumed must have in common with the one before; `version`: the codes may change."""
+        """Return what a resumed run must have in common with the one before; `version`: the codes may change."""
         return {
             "version": __version__,
             "widths": list(self.layout.widths),

@@ -107,7 +107,7 @@ class Store:
         return sum(t.nbytes for t in self.meta.dense)
 
     def location(self, layer: int, expert: int) -> Location:
-        """Return where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError for an expert not there."""
+        """Return where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError where there is none."""
         file = self._experts[layer]
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert {expert} is not one of {self.num_experts}")
