@@ -1,4 +1,4 @@
-"""Which compiled kernel is in use.
+"""Choose the compiled kernel that is in use.
 
 At import the widest instruction set that the processor has is taken, or the one that the environment
 variable MOERT_KERNEL names (amx, avx512, avx2, neon, generic, reference). `reference` is torch alone; it is also the

@@ -110,7 +110,7 @@ class Replay:
         return self.totals
 
     def _settle(self) -> None:
-        """All that is on its way arrives."""
+        """Let all that is on its way arrive."""
         for load, read in self._ahead.items():
             self.now = max(self.now, self.disk.wait(read))
             self.scheduler.arrived(load)
@@ -385,6 +385,6 @@ class Simulator:
 
 
 def _again(visits: Sequence[tuple[int, list[RoutedExpert]]]) -> Iterator[Asked]:
-    """The same as was computed before."""
+    """Yield the same requests as were computed before."""
     for _, routed in visits:
         yield routed, [0.0] * len(routed)

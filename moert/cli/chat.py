@@ -62,7 +62,7 @@ def make_prompt() -> PromptSession[str]:
 
 
 def history_file() -> Path | None:
-    """Where questions are kept, readable by the user alone; None where nothing can be written."""
+    """Return the file in which questions are kept, readable by the user alone; None where nothing can be written."""
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "moert"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

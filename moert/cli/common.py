@@ -1,4 +1,4 @@
-"""What the commands share: options, the status stream (stderr), loading a model, the line of speeds."""
+"""Shared code of the commands: options, the status stream (stderr), loading a model, the line of speeds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Status:
 
     @property
     def live(self) -> bool:
-        """Whether spinners and bars make sense."""
+        """Tell whether spinners and bars make sense."""
         return self.console.is_terminal and not self.quiet
 
     def say(self, text: str) -> None:
@@ -172,7 +172,7 @@ def template_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """What `open_llm` wants to know besides the model and its conversion."""
+    """Add the options that `open_llm` reads besides the model and its conversion."""
     group = parser.add_argument_group("memory and speed")
     group.add_argument(
         "--memory-budget",
@@ -201,7 +201,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """What `device_options` reads."""
+    """Add the options that `device_options` reads."""
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device",
@@ -351,7 +351,7 @@ def write_text(text: str) -> None:
 
 
 def conclude(llm: LLM, stats: GenerationStats, status: Status, more: str = "") -> None:
-    """What an answer took, and that the plan was wrong, if it was."""
+    """Say what an answer took, and that the plan was wrong if it was."""
     status.say(speeds(stats) + more)
     if llm.plan is not None:
         llm.plan.add(stats)

@@ -110,7 +110,7 @@ def _values(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _text(name: str, value: Any) -> str:
-    """With a unit that suits people."""
+    """Write a figure with a unit that suits people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("_bytes_per_s"):

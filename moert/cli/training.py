@@ -1,4 +1,4 @@
-"""What the commands share that learn from a lossless store."""
+"""Shared code of the commands that learn from a lossless store."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class CudaDevice:
         self._passing: StagingPool | None = None
 
     def guard(self) -> AbstractContextManager[None]:
-        """Where torch is used on this device: its errors become DeviceError."""
+        """Turn torch's errors on this device into DeviceError."""
         return translated(self.name, self._left)
 
     def limit(self, nbytes: int) -> None:
@@ -195,7 +195,9 @@ class CudaDevice:
         return block[first : first + nbytes]
 
     def page_lock(self, memory: Tensor) -> Tensor | None:
-        """As the protocol says. All its pages are taken at once: that costs memory, and a second for a few GB."""
+        """Page-lock `memory` as the protocol says. All its pages are taken at once: that costs memory, and a second for
+        a few GB.
+        """
         begin = memory.data_ptr()
         with self.guard():
             if begin not in self._locked:
@@ -212,7 +214,7 @@ class CudaDevice:
             return shared if shared.data_ptr() == address else None  # a copy would not do
 
     def copy(self, source: Tensor, target: Tensor) -> Copy:
-        """As the protocol says; where `source` is not locked, blocks while the pool is full."""
+        """Start a copy as the protocol says; where `source` is not locked, blocks while the pool is full."""
         with self.guard():
             begin = self._mark(self._copying)
             if self._is_locked(source):
@@ -269,7 +271,7 @@ class CudaDevice:
         return target
 
     def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        """As a CUDA graph, where that can be made and is faster."""
+        """Record `function` as a CUDA graph, where that can be made and is faster."""
         if not self._recording:
             return function
         with self.guard():

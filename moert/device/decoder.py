@@ -140,7 +140,7 @@ class PlacedDecoder(Decoder):
             self._place_of_one()
 
     def _place_of_one(self) -> OneToken:
-        """Where a single token is on the device, and layers recorded for it."""
+        """Make the place of a single token on the device, and record the layers for it."""
         if self._one is None:
             arch, link = self.arch, self._link
             halves = [arch.hidden_size, arch.head_dim // 2, arch.head_dim // 2, arch.num_heads * arch.head_dim]

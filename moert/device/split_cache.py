@@ -43,7 +43,7 @@ class CacheSegment:
         return self.start + self.keys.shape[1]
 
     def write(self, first: int, keys: Tensor, values: Tensor) -> None:
-        """Those of keys and values [J, T, d] of positions first .. first + T that lie in this part."""
+        """Write the keys and values [J, T, d] of those positions first .. first + T that lie in this part."""
         low, high = max(first, self.start), min(first + keys.shape[1], self.end)
         if low >= high:
             return
@@ -108,7 +108,7 @@ class CacheSegment:
 
 
 def merge(a: Attended, b: Attended) -> Attended:
-    """What attention over both sets of positions gives."""
+    """Combine attention over two sets of positions into attention over both."""
     (x, lse_x), (y, lse_y) = a, b
     lse = torch.logaddexp(lse_x, lse_y)
     safe = lse.clamp(min=_LOWEST)

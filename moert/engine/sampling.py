@@ -25,7 +25,7 @@ _MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn and when to stop.
+    """Settings of how tokens are drawn and when to stop.
 
     `temperature` 0 and `top_k` 1 are greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed`
     None draws a random one. Raises UsageError that names the field.
@@ -139,7 +139,9 @@ def penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """What top-k, top-p and min-p leave of `logits` [V]: values [C] and token ids [C] (None: all of them, in order)."""
+    """Return what top-k, top-p and min-p leave of `logits` [V]: values [C] and token ids [C] (None: all of them, in
+    order).
+    """
     ids: Tensor | None = None
     if 0 < params.top_k < len(logits):
         # Tokens as likely as the last of the k stay in. Done first, so that top-p sorts few values.

@@ -188,7 +188,7 @@ def sample(pool: ExpertPool, x: torch.Tensor, out: torch.Tensor) -> float:
 
 
 def kernels() -> list[Kernel]:
-    """Those compiled for this machine; the torch reference where there are none."""
+    """Return the kernels compiled for this machine, or the torch reference where there are none."""
     available = dispatch.available_kernels()
     return [kernel for kernel in available if kernel != Kernel.REFERENCE or len(available) == 1]
 
@@ -247,7 +247,7 @@ class KernelMeasurement:
             dispatch.set_kernel(active)
 
     def rows(self) -> Iterator[KernelRow]:
-        """What was measured, kernel by kernel."""
+        """Yield the figures measured, kernel by kernel."""
         case, layout = self._case, self._case.layout
         weights = sum(rows * cols for rows, cols in layout.shapes)
         touched = expert_bytes(layout, case.slices)

@@ -39,8 +39,9 @@ _BLOCK_FLOATS = 1 << 20  # logits that are compared at a time, in float64
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """What the width does to the experts of one layer, all else being lossless: its MoE block gets the hidden states of
-    the lossless model, and its output y' is compared with the lossless y; h is the hidden state that leaves the layer.
+    """Errors that a width causes in the experts of one layer, all else being lossless: its MoE block gets the hidden
+    states of the lossless model, and its output y' is compared with the lossless y; h is the hidden state that leaves
+    the layer.
 
     output_error: ||y' - y|| / ||y||. hidden_error: ||y' - y|| / ||h||, the share of what later layers see that is
     wrong, so that a layer that contributes little counts little: the figure to compare layers by. Norms are over all
@@ -203,7 +204,7 @@ class Evaluation:
         self._lossless_sums = Sums()
 
     def _split(self, config: EngineConfig, slices: int) -> tuple[Budget, int]:
-        """What both engines take together, and how much of the arena is the store's."""
+        """Return the budget of both engines together, and the store's share of the arena."""
         store, against, libraries = self._store, self._against, library_bytes()
         own = needs_of(store, config.kv_bits, self._window, slices, libraries)
         # Logits of a window: of both, a copy while they are put together, and the blocks in float64.

@@ -1,4 +1,4 @@
-"""All figures of this machine, as a device profile."""
+"""Measure all figures of this machine, as a device profile."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def measure_device(
 
 
 def checked(content: Mapping[str, Any]) -> Profile:
-    """What it says. Raises ProfileError where that is impossible."""
+    """Parse the content of a profile. Raises ProfileError where it is impossible."""
     try:
         return parse_profile(json.loads(json.dumps(content)))
     except ValueError as error:
@@ -147,7 +147,7 @@ def _of(found: Measured, source: str) -> dict[str, Any]:
 
 
 def _digits(value: float) -> float:
-    """As many as mean something."""
+    """Round a figure to as many digits as mean something."""
     return float(f"{value:.4g}")
 
 
@@ -250,7 +250,7 @@ def _kernel_figures(name: str, own: KernelFigures) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, for people."""
+    """Return the name of the processor, for people."""
     cores = f"{os.cpu_count() or 1} logical cores"
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,4 +1,5 @@
-"""What a model is, independent of its family's spelling: sizes, variants, and the canonical names of its dense tensors.
+"""Description of a model, independent of its family's spelling: sizes, variants, and the canonical names of its dense
+tensors.
 
 Canonical names are those of Qwen2-MoE and Qwen3-MoE checkpoints with one tensor per expert matrix. Knows nothing of
 configuration files, checkpoints or torch.
@@ -106,7 +107,9 @@ class Architecture:
 
     @property
     def kv_vectors(self) -> int:
-        """How many vectors of `kv_vector_size` numbers a position takes in the KV cache, over all layers."""
+        """Return the number of vectors of `kv_vector_size` numbers that a position takes in the KV cache, over all
+        layers.
+        """
         return 2 * self.num_layers * self.num_kv_heads
 
     @property

@@ -32,7 +32,9 @@ class Span:
 
 
 def span(past: int, count: int, window: int | None) -> Span:
-    """What `count` tokens behind `past` cached ones see; made once per forward pass and window, not per layer."""
+    """Return the span of positions that `count` tokens behind `past` cached ones see; made once per forward pass and
+    window, not per layer.
+    """
     end = past + count
     start = 0 if window is None else max(0, past - window + 1)
     if count == 1:

@@ -78,7 +78,7 @@ class KVMemory:
 
 
 class KVCache:
-    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own.
+    """A `LayerCache` of one sequence for each layer: in `memory` from position `start` on, or in memory of its own.
 
     `split` has those of the layers on a device, which `append` and `read` do not know.
     """
@@ -98,7 +98,7 @@ class KVCache:
 
     @property
     def steppable(self) -> bool:
-        """Whether a `LayerStep` can run over this cache."""
+        """Tell whether a `LayerStep` can run over this cache."""
         return self.layers[0].steppable()
 
     @staticmethod

@@ -63,7 +63,7 @@ class Linear(nn.Module):
 
 
 def linear_many(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
-    """What each of several layers makes of the same x [T, K]; packed ones that are alike take it in one call."""
+    """Apply several layers to the same x [T, K]; packed ones that are alike take it in one call."""
     packed = [layer.weight for layer in layers if isinstance(layer.weight, PackedMatrix)]
     if len(packed) < len(layers) or len({w.layout.group_size for w in packed}) > 1:
         return [layer(x) for layer in layers]

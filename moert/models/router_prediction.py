@@ -31,7 +31,7 @@ class PredictionListener(Protocol):
     def horizon(self) -> int: ...
 
     def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
-        """What the next MoE layers behind `layer` will probably ask for, the nearest first.
+        """Take what the next MoE layers behind `layer` will probably ask for, the nearest first.
 
         Called for a single token, when the experts of `layer` are known and before they are computed; before the first
         layer as -1, with what the token alone says.
@@ -52,7 +52,7 @@ class Gate:
 
 
 class GateAhead:
-    """What a layer can say about the MoE layers behind it, whose `gates` come in their order.
+    """Predictions of a layer about the MoE layers behind it, whose `gates` come in their order.
 
     Twice as many experts are named as a router chooses: nearly all of those that it will choose are among them.
     """

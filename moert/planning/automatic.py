@@ -23,7 +23,7 @@ _ENOUGH = 64  # tokens behind these, before that is judged
 
 @dataclass
 class Automatic:
-    """What was chosen for this machine, what it is predicted to do, and what it did so far.
+    """The choice made for this machine, with what it is predicted to do and what it did so far.
 
     device: where the machine's figures are from. tokens, seconds: of answers, but for the first few tokens.
     """
@@ -37,7 +37,7 @@ class Automatic:
     _said: bool = False
 
     def line(self, budget_bytes: int) -> str:
-        """What was chosen, with the budget that came of it, and what for."""
+        """Describe what was chosen, with the budget that came of it, and what for."""
         p = self.prediction
         return (
             f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(budget_bytes)}; predicted are "
@@ -69,7 +69,7 @@ class Automatic:
         return [f"speed: {p.decode_tokens_per_s:.1f} tokens/s predicted, {achieved}", *lines]
 
     def warning(self) -> str | None:
-        """That the plan is off, once, when there were enough tokens to tell."""
+        """Warn that the plan is off, once, when there were enough tokens to tell."""
         p, speed = self.prediction, self.achieved
         if self._said or speed is None or self.tokens < _ENOUGH or abs(speed / p.decode_tokens_per_s - 1) <= OFF:
             return None

@@ -16,7 +16,7 @@ AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
 
 
 class Sizes(Protocol):
-    """What the workspace depends on: of an `Architecture`, or of a `ModelShape`."""
+    """The sizes on which the workspace depends, taken from an `Architecture` or a `ModelShape`."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -65,7 +65,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How memory is split, in bytes. `total` is the promise: peak resident memory stays below it."""
+    """A split of the memory, in bytes. `total` is the promise: peak resident memory stays below it."""
 
     total: int
     libraries: int

@@ -30,7 +30,7 @@ MAX_IOV = 1024  # buffers that one preadv call may take (IOV_MAX on Linux)
 
 
 def direct_io_works(file: Path) -> bool:
-    """Whether `file` can be read with O_DIRECT."""
+    """Tell whether `file` can be read with O_DIRECT."""
     reader = File(file)
     try:
         return reader.direct

@@ -78,7 +78,7 @@ def build_header(entries: Iterable[Entry]) -> bytes:
 
 @dataclass(frozen=True)
 class ExpertFile:
-    """Where everything lies in the file of one MoE layer. kept[e]: how many slices expert e has; None: all."""
+    """The layout of the file of one MoE layer. kept[e]: how many slices expert e has; None: all."""
 
     layer: int
     num_experts: int
@@ -87,7 +87,7 @@ class ExpertFile:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many slices each expert has."""
+        """Return how many slices each expert has."""
         return self.kept or (self.layout.num_slices,) * self.num_experts
 
     @property
@@ -105,7 +105,7 @@ class ExpertFile:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each expert begins, counted from the first, and where the last one ends."""
+        """Return where each expert begins, counted from the first, and where the last one ends."""
         prefixes = [0, *itertools.accumulate(self.layout.slice_sizes)]
         return (0, *itertools.accumulate(prefixes[count] for count in self.counts))
 
@@ -126,7 +126,7 @@ class ExpertFile:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """How one dense tensor is stored: packed (`packed` set), or row-major in `dtype` (`packed` None)."""
+    """The form in which one dense tensor is stored: packed (`packed` set), or row-major in `dtype` (`packed` None)."""
 
     name: str
     shape: tuple[int, ...]
@@ -159,7 +159,9 @@ def dense_order(tensors: Iterable[DenseTensor]) -> list[DenseTensor]:
 def stored_dense(
     tensors: Mapping[str, TensorSpec], dtype_of: Callable[[str], str], group_size: int, dense_bits: int
 ) -> list[DenseTensor]:
-    """How each of `tensors`, by canonical name, is stored, in order; dtype_of gives the source's dtype for a name."""
+    """Decide how each of `tensors`, by canonical name, is stored, in order; dtype_of gives the source's dtype for a
+    name.
+    """
 
     def stored(name: str, spec: TensorSpec) -> DenseTensor:
         packed = None

@@ -43,7 +43,7 @@ class TrainedPredictor:
 
 
 def _shapes(store: Store, found: Arrays) -> dict[str, tuple[int, ...]]:
-    """Of all tensors, from the model and from those sizes that training may choose."""
+    """Return the shapes of all tensors, from the model and from those sizes that training may choose."""
     rows = len(store.moe_layers) * store.num_experts
     vocabulary = next(tensor.shape[0] for tensor in store.meta.dense if tensor.name == EMBEDDING)
     width, (inputs, hidden) = found["tokens"].shape[1], found["context"].shape
@@ -81,7 +81,7 @@ def write_predictor(store: Store, predictor: TrainedPredictor) -> None:
 
 
 def read_predictor(store: Store) -> TrainedPredictor | None:
-    """That of a store; None where there is none. StoreError where it is damaged or of another model."""
+    """Read the predictor of a store; None where there is none. StoreError where it is damaged or of another model."""
     path = store.path / PREDICTOR_FILE
     if not path.exists():
         return None

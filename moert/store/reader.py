@@ -33,7 +33,7 @@ from moert.store.meta import StoreMeta, read_meta
 
 
 class Location(NamedTuple):
-    """Where slice 0 of an expert begins; its further slices follow."""
+    """The place where slice 0 of an expert begins; its further slices follow."""
 
     file: Path
     offset: int
@@ -94,14 +94,14 @@ class Store:
         return sum(t.nbytes for t in self.meta.dense)
 
     def location(self, layer: int, expert: int) -> Location:
-        """Where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError for an expert not there."""
+        """Return where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError where there is none."""
         file = self._experts[layer]
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert {expert} is not one of {self.num_experts}")
         return Location(self.path / file.name, self.meta.weights[file.name].data_start + file.starts[expert])
 
     def experts_with(self, index: int) -> int:
-        """How many experts, over all layers, have slice `index`."""
+        """Count how many experts, over all layers, have slice `index`."""
         return sum(count > index for counts in self.kept.values() for count in counts)
 
     def experts_bytes(self, slices: int) -> int:
@@ -110,12 +110,12 @@ class Store:
 
     @property
     def widest(self) -> dict[int, int]:
-        """How many experts, over all layers, have slices up to each width, ascending."""
+        """Count how many experts, over all layers, have slices up to each width, ascending."""
         counts = Counter(self.layout.widths[count - 1] for counts in self.kept.values() for count in counts)
         return dict(sorted(counts.items()))
 
     def kept_widths(self) -> str:
-        """What `widest` says, for people."""
+        """Describe the counts of `widest` for people."""
         mean = sum(width * n for width, n in self.widest.items()) / sum(self.widest.values())
         parts = (f"{n} experts at {width}" for width, n in self.widest.items())
         return f"{mean:.2f} bits on average ({', '.join(parts)})"
@@ -125,7 +125,7 @@ class Store:
         return self.meta.checksums[layer][expert][index]
 
     def load_dense(self, but: Container[str] = ()) -> dict[str, Tensor | PackedMatrix]:
-        """All tensors but the experts' and those named, by canonical name, in memory of their own.
+        """Read all tensors but the experts' and those named, by canonical name, in memory of their own.
 
         StoreError names a damaged one.
         """
@@ -137,7 +137,7 @@ class Store:
     def read_dense(
         self, names: Container[str], room: Callable[[int], Tensor] = allocate
     ) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
-        """These of the tensors but the experts', one after the other, each in memory that `room` gives for it."""
+        """Read the named tensors, experts' excepted, one after the other, each in memory that `room` gives for it."""
         offset = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
@@ -208,7 +208,7 @@ class Store:
                 advance(before + self.location(layer, e).offset + read)
 
     def read_expert(self, layer: int, expert: int) -> list[Tensor]:
-        """Its slices, uint8 [layout.slice_sizes[i]] each, checked: StoreError names a damaged one."""
+        """Read the slices of an expert, uint8 [layout.slice_sizes[i]] each, checked: StoreError names a damaged one."""
         with _reading(self.location(layer, expert).file) as fd:
             return list(self._read_slices(fd, layer, expert))
 

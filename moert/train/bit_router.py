@@ -81,7 +81,9 @@ class _Nested(NestedExperts):
 
 
 class _Sensitivity(nn.Module):
-    """What is learnt. sensitivity: float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the width."""
+    """The parameters that are learnt. sensitivity: float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the
+    width.
+    """
 
     def __init__(self, sensitivity: Tensor, absent: Tensor) -> None:
         super().__init__()
@@ -164,7 +166,7 @@ class Trainer:
         return float(kl.detach()), float(width.detach())
 
     def result(self, about: str) -> TrainedRouter:
-        """What is learnt so far."""
+        """Return the router that is learnt so far."""
         exponents = self._sensitivity.exponents.detach().clamp_min(0.1)
         return TrainedRouter(self._sensitivity.sensitivity().detach().numpy(), exponents.numpy(), about)
 
@@ -206,7 +208,7 @@ class Trainer:
         self._experts.chooser = RoutedPrecision(mean, router)
 
     def _usage(self) -> dict[int, list[list[float]]]:
-        """As `router_weights` in moert.json, of all that the experts have seen."""
+        """Return `router_weights` as in moert.json, of all that the experts have seen."""
         result = {}
         for layer in self._store.moe_layers:
             seen = [(indices, weights) for at, indices, weights in self._experts.routed if at == layer]

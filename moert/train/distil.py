@@ -1,4 +1,4 @@
-"""What commands share that learn from the logits of the lossless store: both models in float32, with gradients.
+"""Shared code of training against the logits of a lossless store: both models in float32, with gradients.
 
 Everything is computed by torch, with all experts in memory, so that this is for small models.
 """
@@ -66,7 +66,7 @@ class NestedExperts(Experts):
         return self.sum(layer, x, indices, weights, chosen)
 
     def sum(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """As `__call__`. chosen: int64 [T, K], index of the width."""
+        """Sum the experts as `__call__` does, at given widths. chosen: int64 [T, K], index of the width."""
         out = torch.zeros_like(x)
         for e in torch.unique(indices).tolist():
             for n in range(self.kept[layer][e]):
@@ -77,7 +77,7 @@ class NestedExperts(Experts):
         return out
 
     def ffn(self, layer: int, expert: int, n: int, x: Tensor) -> Tensor:
-        """What an expert makes of x [T, D] with its first n + 1 slices."""
+        """Compute the output of an expert for x [T, D] with its first n + 1 slices."""
         gate, up, down = self.matrices(layer, expert, n)
         return (ACTIVATIONS[self.activation](x @ gate.T) * (x @ up.T)) @ down.T
 
@@ -124,7 +124,9 @@ def set_apart(windows: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tens
 
 
 def check_memory(store: StoredModel, lossless: StoredModel, copies: int) -> None:
-    """All experts lie in memory in float32, those of the store `copies` times at each of its widths. UsageError."""
+    """Raise UsageError where all experts in float32, the store's `copies` times at each of its widths, do not fit in
+    memory.
+    """
     weights = sum(rows * cols for rows, cols in store.layout.shapes)
     experts = sum(copies * sum(counts) + len(counts) for counts in store.kept.values())
     needed = 4 * weights * experts + 3 * (store.dense_bytes + lossless.dense_bytes)

@@ -92,7 +92,7 @@ def read_windows(store: StoredModel, paths: Sequence[Path]) -> list[Window]:
 
 
 class _Path(nn.Module):
-    """As `RoutingPath` computes it, for a whole window."""
+    """The predictor as `RoutingPath` computes it, for a whole window."""
 
     def __init__(self, store: StoredModel, popularity: Tensor) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _Path(nn.Module):
 
 
 def recent_shares(rows: Tensor, like: Tensor) -> Tensor:
-    """For each rate, token and expert its decayed share of the tokens before: [R, T, L, E]. rows: [T, L * K]."""
+    """Return for each rate, token and expert its decayed share of the tokens before: [R, T, L, E]. rows: [T, L * K]."""
     T = len(rows)
     hot = torch.zeros(T, like[0].numel()).scatter_(1, rows, 1.0)
     shares = torch.zeros(len(RATES), T, hot.shape[1])
@@ -197,7 +197,7 @@ class Trainer:
 
     @torch.no_grad()
     def result(self) -> PathWeights:
-        """What is learnt so far, with the vectors of all tokens."""
+        """Return what is learnt so far, with the vectors of all tokens."""
         model, rows = self._model, self._store.architecture.vocab_size
         projected = [_normed(self._embedding, i, min(i + 4096, rows)) @ model.projection for i in range(0, rows, 4096)]
         vectors = torch.cat(projected) + model.tokens.weight
@@ -207,7 +207,7 @@ class Trainer:
         return PathWeights(tokens=codes.numpy(), token_scales=scales.numpy(), **others)
 
     def compare(self, on_progress: Callable[[str], None]) -> list[Recall]:
-        """What the predictor names, and what the baselines name, on windows that were not trained on."""
+        """Compare what the predictor and the baselines name, on windows that were not trained on."""
         layers, experts = self._store.moe_layers, self._store.num_experts
         weights = self.result()
         candidates: list[Callable[[], Predictor]] = [

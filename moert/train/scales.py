@@ -184,8 +184,10 @@ class Trainer:
 
     @torch.no_grad()
     def sensitivity(self, on_progress: Callable[[str], None]) -> dict[int, list[list[float]]] | None:
-        """As in moert.json, if the store says it: by as much more or less as the outputs of the experts are wrong with
-        what is learnt so far, where they see what the lossless model sees of the windows set apart."""
+        """Return the sensitivity as in moert.json, if the store says it: by as much more or less as the outputs of the
+        experts are wrong with what is learnt so far, where they see what the lossless model sees of the windows set
+        apart.
+        """
         known, layers = self._store.meta.sensitivity, self._store.moe_layers
         if known is None:
             return None
@@ -220,5 +222,5 @@ class Trainer:
         return {layer: (torch.tensor(known[layer]).double() * growth[layer]).tolist() for layer in layers}
 
     def result(self, layer: int, expert: int) -> list[list[Tensor]]:
-        """What is learnt so far: of each slice of an expert the scales of gate, up and down, fp16 [N, K / G]."""
+        """Return the scales learnt so far: for each slice of an expert those of gate, up and down, fp16 [N, K / G]."""
         return [self._experts.rounded((layer, expert, n)) for n in range(self._store.kept[layer][expert])]
