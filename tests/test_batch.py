@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
 from moert.errors import BudgetError, StoreError, UsageError
+from moert.kernels.elementwise import combine
 from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
-from moert.quant.rows import combine
 from moert.runtime import experts
 from moert.scheduler.batching import POLICIES
 from moert.slots import Slots

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # What each package may import of ours, besides itself. "models" sees experts only through a protocol.
 ALLOWED = {
     "quant": set(),
+    "kernels": {"quant"},
     "scheduler": set(),
     "errors": set(),
     "config": {"errors"},
@@ -21,9 +22,9 @@ ALLOWED = {
     "chat": {"errors"},
     "calibration": {"errors", "store", "tokenizer"},
     "memory": set(),
-    "models": {"errors", "quant"},
-    "store": {"errors", "memory", "quant", "models"},
-    "runtime": {"errors", "budget", "config", "memory", "quant", "scheduler", "store"},
+    "models": {"errors", "kernels", "quant"},
+    "store": {"errors", "kernels", "memory", "quant", "models"},
+    "runtime": {"errors", "budget", "config", "kernels", "memory", "quant", "scheduler", "store"},
     "budget": {"errors", "config", "quant"},
     "router": {"scheduler", "store"},
     "shape": {
@@ -63,6 +64,7 @@ ALLOWED = {
         "budget",
         "bench_kernels",
         "engine",
+        "kernels",
         "memory",
         "quant",
         "runtime",

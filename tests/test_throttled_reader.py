@@ -55,7 +55,7 @@ class ThrottledReader:
     def submit(self, read, ahead=False):
         read._done = Ticket(self.clock, self.disk, self.disk.submit(self.clock.now, read.nbytes, ahead))
 
-    def hurry(self, read):
+    def promote(self, read):
         self.disk.hurry(self.clock.now, read._done.read)
 
     def cancel(self, read):

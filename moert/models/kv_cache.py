@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from moert.errors import UsageError
+from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes
 from moert.models.link import Link
 from moert.models.split_cache import Part, SplitCache, to_int8
 from moert.quant.format import KEY_BLOCK, align
-from moert.quant.layer_step import LayerCache
 
 _Flat = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
 

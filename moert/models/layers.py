@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from moert.errors import CheckpointError
+from moert.kernels import elementwise
 from moert.models.architecture import Architecture
 from moert.models.device_matrix import DeviceMatrix
-from moert.quant import matmul, rows
+from moert.quant import matmul
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
 DenseTensors = Mapping[str, Tensor | PackedMatrix | DeviceMatrix]
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rows.rms_norm(x, self.weight, self.eps)
+        return elementwise.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Module):

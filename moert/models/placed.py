@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moert.kernels.layer_step import Place
 from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
 from moert.models.decoder import Decoder, DecoderLayer, Step
@@ -23,7 +24,6 @@ from moert.models.layers import DenseTensors, Linear, RMSNorm
 from moert.models.link import Link
 from moert.models.moe import Experts
 from moert.models.split_cache import SplitCache
-from moert.quant.layer_step import Place
 from moert.quant.matmul import gather_rows
 
 HEAD_TOKENS = 32  # whose logits are made at a time

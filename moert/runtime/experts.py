@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moert.quant.rows import add_rows, combine
+from moert.kernels.elementwise import add_rows, combine
 from moert.runtime.asked import Places, ask_many, ask_one, sums_by_expert
 from moert.runtime.loading import Loader
 from moert.runtime.lookahead import Guess, LookAhead

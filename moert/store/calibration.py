@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moert.errors import CheckpointError, StoreError
+from moert.kernels.layer_step import Place
 from moert.models.attention import span
 from moert.models.decoder import DecoderLayer
 from moert.models.kv_cache import KVCache
@@ -34,7 +35,6 @@ from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate
 from moert.quant.format import ExpertLayout
-from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.store.fileio import atomic_file
 from moert.store.meta import QUANTILES
