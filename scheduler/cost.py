@@ -84,7 +84,7 @@ class Disk:
         (self._ahead if ahead else self._demanded).append(read)
         return read
 
-    def hurry(self, now: float, read: Read) -> None:
+    def promote(self, now: float, read: Read) -> None:
         """Somebody waits for it now."""
         self.advance(now)
         if read in self._ahead:

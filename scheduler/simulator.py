@@ -166,7 +166,7 @@ class Replay:
             self._compute(self.costs.ladder_s)
         for number, wave in enumerate(waves):
             self._release(wave.evictions)
-            reads = self._hurry(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]
+            reads = self._promote(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]
             if number == 0:
                 self._look_ahead(layer, step)
             self._run(layer, wave, reads, slices)
@@ -245,11 +245,11 @@ class Replay:
         del self._ahead[load]
         self.scheduler.arrived(load)
 
-    def _hurry(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:
+    def _promote(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:
         """Prefetches of these experts: from now on somebody waits for them."""
         found = [(load, read) for load, read in self._ahead.items() if load.layer == layer and load.expert in experts]
         for _, read in found:
-            self.disk.hurry(self.now, read)
+            self.disk.promote(self.now, read)
         return found
 
     def _release(self, keys: Sequence[SliceKey]) -> None:

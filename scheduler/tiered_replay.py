@@ -113,7 +113,7 @@ class TieredReplay(Replay):
             self._compute(self.costs.ladder_s)
         for number, stage in enumerate(plan.stages):
             self._release(stage.host.evictions)
-            reads = self._hurry(layer, stage.host.awaited)
+            reads = self._promote(layer, stage.host.awaited)
             reads += [(load, self._submit(load)) for load in stage.host.loads]
             begun, waiting = self.now, {load.expert for load, _ in reads}
             first = stage.device[0].loads if stage.device else ()

@@ -190,8 +190,7 @@ def _kernels(args: argparse.Namespace, status: common.Status) -> int:
     from moert.measure import bench_kernels
     from moert.quant import dispatch
 
-    if dispatch.wrong_request is not None:
-        raise UsageError(f"{dispatch.wrong_request}.")
+    common.check_kernel()
     size = parse_bytes(args.size, "size")
     group_size = 64 if args.group_size is None else args.group_size
     try:

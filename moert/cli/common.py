@@ -296,6 +296,16 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
     return llm
 
 
+def check_kernel() -> None:
+    """Raise UsageError where MOERT_KERNEL names a kernel that this machine lacks."""
+    from moert.quant.dispatch import choose_kernel  # loads torch
+
+    try:
+        choose_kernel()
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
 def model_name(args: argparse.Namespace) -> str:
     return Path(args.model).name if args.model else "the shipped model"
 

@@ -50,9 +50,7 @@ def main(args: argparse.Namespace) -> int:
     with status.spinner("Loading moert"):
         from moert.engine.model_runner import default_threads
         from moert.measure import profile as measure
-        from moert.quant.dispatch import wrong_request
-    if wrong_request is not None:
-        raise UsageError(f"{wrong_request}.")
+    common.check_kernel()
     try:
         path = None if args.out == STDOUT else own_file() if args.out is None else Path(args.out).expanduser()
     except RuntimeError as error:

@@ -42,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
         from moert.train import predictor as train_predictor  # loads torch
 
         store = Store.open(path)
+        common.check_kernel()
         set_num_threads(args.threads or default_threads())
         windows = train_predictor.read_windows(store, args.trace)
         trainer = train_predictor.Trainer(store, windows, args.seed)

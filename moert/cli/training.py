@@ -62,6 +62,7 @@ def load(
     store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))
     evaluate.encode(content[:_SAMPLE], store, lossless)  # says what is wrong with the two, if anything is
     text = calibration.tokens(args.text, content, store.path, most_tokens)
+    common.check_kernel()
     set_num_threads(args.threads or default_threads())
     size = min(WINDOW, store.architecture.max_position_embeddings)
     return store, lossless, text, evaluate.cut(text.tokens, size, 0)

@@ -30,6 +30,7 @@ from moert.convert.parallel import Workers
 from moert.convert.quantiser import Measured
 from moert.convert.source_model import SourceModel
 from moert.errors import CheckpointError, StoreError
+from moert.kernels.layer_step import Place
 from moert.models.attention import span
 from moert.models.decoder import DecoderLayer
 from moert.models.kv_cache import KVCache
@@ -37,7 +38,6 @@ from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate
 from moert.quant.format import ExpertLayout
-from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.store.fileio import atomic_file
 from moert.store.meta import QUANTILES

@@ -17,13 +17,13 @@ from moert.device.layer import DeviceLayer, DeviceLinear, DeviceNorm, OneToken, 
 from moert.device.link import DeviceBackend
 from moert.device.matrix import DeviceMatrix
 from moert.device.split_cache import SplitCache
+from moert.kernels.layer_step import Place
 from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
 from moert.models.decoder import Decoder, DecoderLayer, Step
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm
 from moert.models.moe import Experts
-from moert.quant.layer_step import Place
 from moert.quant.matmul import gather_rows
 
 HEAD_TOKENS = 32  # whose logits are made at a time

@@ -10,10 +10,10 @@ import torch
 
 from moert.device.link import DeviceBackend
 from moert.device.split_cache import CacheSegment, SplitCache
+from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes
 from moert.models.kv_cache import FlatLayer, KVMemory
 from moert.quant.format import KEY_BLOCK, align
-from moert.quant.layer_step import LayerCache
 
 
 class SplitKVMemory(KVMemory):

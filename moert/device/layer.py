@@ -73,7 +73,7 @@ class DeviceAttention(Attention):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x as `quant.rows.rotate` does: [T, H, d] -> [H, T, d]."""
+    """Rotate x as `kernels.elementwise.rotate` does: [T, H, d] -> [H, T, d]."""
     first, second = x.transpose(0, 1).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

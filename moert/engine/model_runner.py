@@ -31,8 +31,7 @@ from moert.hardware.memory import available_bytes, library_bytes
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
 from moert.models.stored_model import StoredModel as Store
-from moert.quant import dispatch
-from moert.quant.dispatch import kernel_name, set_num_threads
+from moert.quant.dispatch import choose_kernel, kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
 from moert.runtime.budget import AUTO_SHARE, Budget, Needs, split_budget, workspace_bytes
@@ -116,8 +115,10 @@ class Engine:
 
     def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
         arch = store.architecture
-        if dispatch.wrong_request is not None:
-            raise UsageError(f"{dispatch.wrong_request}.")
+        try:
+            choose_kernel()
+        except ValueError as error:
+            raise UsageError(f"{error}.") from None
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH

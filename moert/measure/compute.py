@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moert.kernels.layer_step import LayerCache, LayerStep, Place, Projection
 from moert.measure.bench_kernels import EXPERTS_PER_CALL, ExpertPool, random_buffer
 from moert.measure.figure import Measured, Progress, measured
 from moert.quant.dispatch import compiled, kernel_seconds
 from moert.quant.format import KEY_BLOCK, ExpertLayout, MatrixLayout
-from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection
 from moert.quant.matmul import PackedMatrix, experts_ffn, linear
 
 DEFAULT_LAYOUTS = ((2, 3, 4), (6,), (8,))  # widths of the stores that are measured where none is given

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moert.kernels.elementwise import rotate
 from moert.models.architecture import Architecture
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm, linear_many
-from moert.quant.rows import rotate
 
 
 @dataclass(frozen=True)

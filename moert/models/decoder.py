@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from moert.kernels.layer_step import LayerCache, LayerStep, Place, Projection, Router
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention, Span, span
 from moert.models.kv_cache import KVCache
@@ -18,7 +19,6 @@ from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm, check_t
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
 from moert.models.router_prediction import Gate, GateAhead, PredictionListener
-from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection, Router
 from moert.quant.matmul import gather_rows
 
 

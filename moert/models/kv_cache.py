@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from moert.errors import UsageError
+from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes
 from moert.quant.format import KEY_BLOCK, align
-from moert.quant.layer_step import LayerCache
 
 FlatLayer = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moert.errors import CheckpointError
+from moert.kernels import elementwise
 from moert.models.architecture import Architecture
-from moert.quant import matmul, rows
+from moert.quant import matmul
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
 
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rows.rms_norm(x, self.weight, self.eps)
+        return elementwise.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Module):
