@@ -31,7 +31,7 @@ ALLOWED = {
     },
     "convert": {"errors", "quant", "kernels", "store", "checkpoints", "text", "models", "engine"},
     "hub": {"errors", "config", "store", "checkpoints", "models", "convert"},
-    "train": {"errors", "config", "quant", "kernels", "scheduler", "hardware", "store", "models", "convert"},
+    "train": {"errors", "config", "quant", "scheduler", "hardware", "store", "models", "convert"},
     "planning": {
         "errors", "config", "quant", "scheduler", "hardware", "store", "checkpoints", "models", "runtime", "engine",
         "convert", "hub",
