@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,19 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_
 
 import torch
 from torch import Tensor
+
+
+def pytest_configure() -> None:
+    """Test what is installed.
+
+    `python -m pytest` puts the source tree first on the path, whose compiled modules are elsewhere unless they were
+    built in place.
+    """
+    root = Path(__file__).parents[1]
+    if not any((root / "quant").glob("_native*.so")):
+        sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != root]
+    if importlib.util.find_spec("moert") is None:
+        pytest.exit('moert is not installed: run  pip install -c constraints.txt ".[test]"  first.', returncode=2)
 
 
 @pytest.hookimpl(tryfirst=True)
