@@ -86,7 +86,7 @@ def test_a_device_layer_uses_no_kernel_of_the_host(
     def refuse(*arguments: object) -> Tensor:
         raise AssertionError("a kernel of the host")
 
-    monkeypatch.setattr(layers.rows, "rms_norm", refuse)
+    monkeypatch.setattr(layers.elementwise, "rms_norm", refuse)
     monkeypatch.setattr(attention, "rotate", refuse)
     monkeypatch.setattr(layers, "linear", refuse)
     monkeypatch.setattr(layers.matmul, "linear_many", refuse)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moert.convert import prune as cut
+from moert.convert import prune
 from moert.convert.calibration import Calibrated, CalibrationText
 from moert.convert.parallel import Workers, workers
 from moert.convert.partial import Finished, Partial
@@ -103,8 +103,8 @@ def convert(
             run.write(partial)
             kept = None
             if plan.cut:
-                kept, allocation = plan.allocate(cut.measured(plan, partial.finished))
-                cut.cut(plan, partial, kept, run.report)
+                kept, allocation = plan.allocate(prune.measured(plan, partial.finished))
+                prune.prune(plan, partial, kept, run.report)
                 how_good = f"at most {allocation.gap:.2%} above the least" if allocation.gap else "the least possible"
                 said.append(f"The error that is expected of this is {how_good}.")
             copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}

@@ -28,9 +28,9 @@ from moert.device.backend import Copy, DeviceExperts, ExpertBatches, TritonExper
 from moert.device.cuda_api import Cuda, of_torch, out_of_memory, translated, why_not
 from moert.device.staging import StagingPool
 from moert.errors import DeviceError
+from moert.hardware import memory
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
-from moert.runtime import budget
 
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
@@ -137,7 +137,7 @@ class CudaDevice:
             found = self._module.get_device_properties(cuda.device.index or 0)
             self.name, self.integrated = str(found.name), bool(found.is_integrated)
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
-            self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
+            self.total_bytes: int = memory.total_bytes() if self.integrated else found.total_memory
             self._context = 0 if self.integrated else self._in_use()
             self._rounding = _ROUNDING if found.major < 9 else _ROUNDING_HOPPER
             self.overhead_bytes = 0 if self.integrated else self._context + self._rounding
@@ -179,7 +179,7 @@ class CudaDevice:
 
     def _left(self) -> int:
         if self.integrated:
-            return budget.available_bytes()
+            return memory.available_bytes()
         free, _ = self._module.mem_get_info(self.torch_device)
         allocated = self._module.memory_allocated(self.torch_device)
         left = free + self._module.memory_reserved(self.torch_device) - allocated

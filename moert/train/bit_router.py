@@ -81,13 +81,14 @@ class _Nested(NestedExperts):
 
 
 class _Sensitivity(nn.Module):
-    """The parameters that are learnt. sensitivity: float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the
-    width.
+    """The parameters that are learnt.
+
+    sensitivity: as measured, float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the width.
     """
 
     def __init__(self, sensitivity: Tensor, absent: Tensor) -> None:
         super().__init__()
-        self.sensitivity, self._absent = sensitivity, absent
+        self._measured, self._absent = sensitivity, absent
         self.factors = nn.Parameter(torch.zeros(sensitivity.shape[0], 1, sensitivity.shape[2]))  # logarithms
         self.exponents = nn.Parameter(torch.full((len(sensitivity),), 2.0))
 
@@ -98,7 +99,7 @@ class _Sensitivity(nn.Module):
 
     def sensitivity(self) -> Tensor:
         """[L, E, B]"""
-        return self.sensitivity * self.factors.exp()
+        return self._measured * self.factors.exp()
 
 
 class Trainer:
