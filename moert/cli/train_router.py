@@ -7,6 +7,7 @@ import argparse
 
 from moert.cli import common, training
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.convert import calibration_text as calibration
 
 
@@ -16,10 +17,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     content = training.check(args)
     with status.spinner("Loading"):
-        from moert import train_router  # loads torch
+        from moert.train import bit_router as train_router  # loads torch
         from moert.store.bit_router import write_router
 
         store, lossless, text, windows = training.load(args, content, calibration.MOST_TOKENS)

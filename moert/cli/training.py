@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, what: str, steps: int, of: str,
         "--seed", type=int, default=0, metavar="N", help=f"same seed and steps, same {what} (default 0)"
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def check(args: argparse.Namespace) -> str:
@@ -53,7 +53,7 @@ def load(
     args: argparse.Namespace, content: str, most_tokens: int
 ) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
-    from moert import evaluate  # loads torch
+    from moert.measure import evaluate  # loads torch
     from moert.engine.model_runner import default_threads
     from moert.quant.dispatch import set_num_threads
     from moert.store.reader import Store
