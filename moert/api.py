@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moert.config import AUTO, EngineConfig, Settings, document_settings
 from moert.engine import batch
-from moert.engine.model_runner import Engine
 from moert.engine.arguments import Params, Prompt, as_model, as_one_params, as_params, as_prompt, as_prompts
+from moert.engine.model_runner import Engine
 from moert.engine.sampling import ResolvedParams, SamplingParams
 from moert.engine.sequence import Answer, join
 from moert.engine.sequence import Chunk as Chunk

@@ -41,10 +41,13 @@ def cache_folder() -> Path:
 def parse_bytes(value: object, what: str = "size") -> int:
     """Read a size: a number of bytes, or text such as `2GiB`, `1500MB` or `800M`. Raises UsageError for others."""
     size = None
-    if isinstance(value, Integral) or (isinstance(value, Real) and math.isfinite(value)):
-        size = None if isinstance(value, bool) else int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        size = int(value)
+    elif isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        size = int(float(value))
     elif isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", value, re.I)):
-        if (unit := _UNITS.get(match[2].lower())) is not None:
+        unit = _UNITS.get(match[2].lower())
+        if unit is not None:
             size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     if size is None:
         raise UsageError(f"{what} {value!r} is not a size; write for example 2GiB, 1500MB or a number of bytes.")
@@ -71,10 +74,11 @@ def format_bytes(size: float) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """End a message on an unknown name: the nearest known one as a question, or else `otherwise`."""
-    names = list(known)
+    marks = "-/"  # what stands before an option or a command of the chat makes no names alike
+    names, name = {n.lstrip(marks): n for n in known}, name.lstrip(marks)
     longer = [n for n in names if len(name) > 2 and n.startswith(name)]
     close = difflib.get_close_matches(name, names, n=1) or longer
-    return f"; did you mean {close[0]}?" if close else otherwise
+    return f"; did you mean {names[close[0]]}?" if close else otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +117,10 @@ def _count(what: str, value: Any) -> int:
         value = int(value)
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise UsageError(f"{what} {value!r} is not a whole number.")
-    if not 1 <= value <= _MAX_COUNT:
-        raise UsageError(f"{what} {value} must be at least 1{'' if value < 1 else f' and at most {_MAX_COUNT}'}.")
-    return int(value)
+    count = int(value)
+    if not 1 <= count <= _MAX_COUNT:
+        raise UsageError(f"{what} {count} must be at least 1{'' if count < 1 else f' and at most {_MAX_COUNT}'}.")
+    return count
 
 
 def _text(what: str, value: Any) -> str:

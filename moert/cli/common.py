@@ -19,11 +19,11 @@ from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
-    from moert.engine.sampling import SamplingParams
+    from moert.engine.sampling import ResolvedParams
     from moert.scheduler.trace import Trace
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
-# option, name of the field of SamplingParams, type, help
+# option, name of the field of ResolvedParams, type, help
 SAMPLING = (
     ("--temp", "temperature", float, "0 always takes the likeliest token"),
     ("--top-k", "top_k", int, "draw from the N likeliest tokens (0: all)"),
@@ -205,7 +205,7 @@ def print_cells(cells: Sequence[str]) -> None:
     print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
 
-def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:
+def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> ResolvedParams:
     """The model's defaults, changed by the options; says what came from where."""
     from moert.engine.sampling import generation_fields
 

@@ -21,7 +21,7 @@ from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.api import LLM, Chunk
-    from moert.engine.sampling import SamplingParams
+    from moert.engine.sampling import ResolvedParams
 
 _TITLE = 60  # characters of a prompt that stand above its text
 
@@ -87,7 +87,7 @@ def _json(llm: LLM, text: str, token_ids: list[int], last: Any) -> str:
     return json.dumps({"text": text, "token_ids": token_ids, **about, **last.stats.as_dict()})
 
 
-def _several(args: argparse.Namespace, llm: LLM, prompts: list[str], params: SamplingParams, status: Status) -> int:
+def _several(args: argparse.Namespace, llm: LLM, prompts: list[str], params: ResolvedParams, status: Status) -> int:
     inputs = [llm.encode_chat(_messages(args, p)) for p in prompts] if args.chat else prompts
     output = _Output(llm, prompts, args.json)
     start, tokens = time.perf_counter(), 0

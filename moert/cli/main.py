@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> int:
         from moert.cli.options import Parser
 
         command = importlib.import_module(f"moert.cli.{argv[0].replace('-', '_')}")
-        parser = Parser(f"moert {argv[0]}", description=command.__doc__)
-        command.add_options(parser)
-        return int(command.main(parser.parse_args(argv[1:])))
+        options = Parser(f"moert {argv[0]}", description=command.__doc__)
+        command.add_options(options)
+        return int(command.main(options.parse_args(argv[1:])))
     listing = "\n".join(f"  {name:17}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "moert",

@@ -16,7 +16,7 @@ from moert.text.chat import Conversation
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
-    from moert.engine.sampling import SamplingParams
+    from moert.engine.sampling import ResolvedParams
 
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temperature", float),
@@ -59,7 +59,7 @@ class Interrupt:
 class ChatSession:
     """One conversation with `llm`. `interactive`: a person is there, so errors are shown and the chat goes on."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, status: Status, interactive: bool) -> None:
+    def __init__(self, llm: LLM, params: ResolvedParams, system: str | None, status: Status, interactive: bool) -> None:
         self.llm, self.params, self.status, self.interactive = llm, params, status, interactive
         self.conversation = Conversation(system)
         self.last: GenerationStats | None = None

@@ -96,8 +96,8 @@ def main(args: argparse.Namespace) -> int:
     )
     recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "nothing"
     status.say(
-        f"chosen: precision {every[0].precision}, widths {' '.join(map(str, args.widths))}, cache policy {args.cache_policy},"
-        f" predicted of the layers ahead {recalls}, seed {args.seed}"
+        f"chosen: precision {every[0].precision}, widths {' '.join(map(str, args.widths))}, "
+        f"cache policy {args.cache_policy}, predicted of the layers ahead {recalls}, seed {args.seed}"
     )
     rows = []
     for number, settings in enumerate(every):

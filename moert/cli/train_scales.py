@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moert.cli import common, training
+from moert.cli import training
 from moert.cli.progress import line_progress
 from moert.cli.status import Status
 from moert.errors import UsageError

@@ -53,8 +53,8 @@ def load(
     args: argparse.Namespace, content: str, most_tokens: int
 ) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
-    from moert.measure import evaluate  # loads torch
     from moert.engine.model_runner import default_threads
+    from moert.measure import evaluate  # loads torch
     from moert.quant.dispatch import set_num_threads
     from moert.store.reader import Store
     from moert.train.distil import WINDOW

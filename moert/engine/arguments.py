@@ -64,9 +64,7 @@ def as_one_params(params: Any, defaults: ResolvedParams) -> ResolvedParams:
     if params is None:
         return defaults
     if not isinstance(params, SamplingParams):
-        raise UsageError(
-            f"params is {_kind(params)}, but must be SamplingParams, such as SamplingParams(max_tokens=9)."
-        )
+        raise UsageError(f"params is {_kind(params)}, but must be SamplingParams, as in SamplingParams(max_tokens=9).")
     return params.resolve(defaults)
 
 

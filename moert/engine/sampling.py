@@ -28,13 +28,15 @@ _COLD = 1e-5  # a temperature below always draws the likeliest token, and dividi
 
 
 def _number(name: str, value: Any, low: float, high: float, want: str) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high:  # false for NaN
-        return float(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if low <= number <= high:  # false for NaN
+            return float(number)
     raise UsageError(f"{name} is {value!r}, but must be {want}.")
 
 
 def _whole(name: str, value: Any, low: int, high: int, want: str) -> int:
-    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high:
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
     raise UsageError(f"{name} is {value!r}, but must be {want}.")
 
