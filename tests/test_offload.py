@@ -267,7 +267,7 @@ def test_on_the_command_line():
     assert "emulated device" in done.stderr
     wrong = run("generate", "-p", "a", "--device", "quantum")
     assert wrong.returncode == 2
-    assert "device 'quantum' is none of auto, cpu, cuda" in wrong.stderr
+    assert "--device 'quantum' is not known; it can be auto, cpu, cuda, emulated or interpreter" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 
