@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "LLM": "moert.api",
     "Completion": "moert.api",
-    "Piece": "moert.api",
+    "Chunk": "moert.api",
     "MoertError": "moert.errors",
     "SamplingParams": "moert.engine.sampling",
 }
-__all__ = ["LLM", "Completion", "MoertError", "Piece", "SamplingParams"]
+__all__ = ["LLM", "Chunk", "Completion", "MoertError", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

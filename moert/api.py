@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from torch import Tensor
 
-from moert.config import AUTO, EngineConfig, parse_budget, parse_bytes
+from moert.config import AUTO, EngineConfig, Settings, document_settings
 from moert.engine import batch
+from moert.engine.arguments import Params, Prompt, as_model, as_one_params, as_params, as_prompt, as_prompts
 from moert.engine.model_runner import Engine
-from moert.engine.sampling import SamplingParams, usable_fields
+from moert.engine.sampling import ResolvedParams, SamplingParams, usable_fields
 from moert.engine.sequence import Answer, join
 from moert.engine.sequence import Chunk as Chunk
 from moert.engine.sequence import Completion as Completion
@@ -29,69 +31,33 @@ from moert.text.tokenizer import Tokenizer
 from moert.train.recording import Recorder
 
 Messages = str | Message | Sequence[Message]
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
+@document_settings
 class LLM:
     """A model ready to answer.
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
-    ships with the package. memory_budget: for everything, `"2GiB"` or bytes; `"auto"` plans for this machine what else
-    is left open, precision and context, and keeps it as `plan` (`moert.planning`). expert_budget: for the expert arena
-    alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored. Behind
-    a bound `",skip=0.1"` leaves out, within it, missing experts of router weights below 0.1; `",route=0.1"` favours
-    experts in memory, beyond it.
-    kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
-    up to 16 share the KV cache of one context. device: `"auto"` takes a GPU that can be used, `"cpu"` none;
-    device_budget: how much of its memory. token_scheduler, cache_policy, load_order, prefetch, overlap, hybrid and
-    dense_quant: see `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed
-    last. on_status gets lines that say what was chosen.
+    ships with the package. warm: begin with the experts in memory that were there when such a model was closed last.
+    offline: never use the network. on_status: is called with lines that say what was chosen; those that begin with
+    "warning:" deserve attention. The settings are keywords too, and are listed below; with `memory_budget="auto"` what
+    was planned for this machine is kept as `plan` (`moert.planning`).
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | PathLike[str] | None = None,
         *,
-        memory_budget: int | str | None = None,
-        expert_budget: int | str | None = None,
-        precision: str | None = None,
-        ctx_size: int | None = None,
-        threads: int | None = None,
-        kv_bits: int | None = None,
-        cache_policy: str = "score",
-        load_order: str = "hottest",
-        prefetch: str = "auto",
-        overlap: bool = True,
-        batch_size: int | None = None,
-        token_scheduler: str = "first-come",
-        device: str = "auto",
-        device_budget: int | str | None = None,
-        hybrid: bool = True,
-        dense_quant: str = "16",
         warm: bool = False,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        config = EngineConfig(
-            memory_budget=parse_budget(memory_budget),
-            expert_budget=None if expert_budget is None else parse_bytes(expert_budget, "expert-budget"),
-            precision=precision,
-            ctx_size=ctx_size,
-            threads=threads,
-            kv_bits=kv_bits,
-            cache_policy=cache_policy,
-            load_order=load_order,
-            prefetch=prefetch,
-            overlap=overlap,
-            batch_size=batch_size,
-            token_scheduler=token_scheduler,
-            device=device,
-            device_budget=None if device_budget is None else parse_bytes(device_budget, "device-budget"),
-            hybrid=hybrid,
-            dense_quant=dense_quant,
-        )
+        # Several prompts at once are usual here, so the choice is left to moert.
+        config = EngineConfig.of({"batch_size": None, **settings})
+        if on_status is not None and not callable(on_status):
+            raise UsageError(f"on_status is {on_status!r}, but must be a function that takes a line of text.")
         self.description: list[str] = []
         self._say = on_status or (lambda line: None)
 
@@ -100,14 +66,14 @@ class LLM:
             if on_status is not None:
                 on_status(line)
 
-        path = resolve(None if model is None else str(model), offline=offline, on_status=status)
+        path = resolve(as_model(model), offline=offline, on_status=status)
         self.store = Store.open(path)
         self.tokenizer = Tokenizer(path)
-        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
+        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config).resolve()
         for warning in (*self.tokenizer.warnings, *usable_fields(self.tokenizer.generation_config)[1]):
-            status(warning)
+            status(f"warning: {warning}")
         self.plan: Automatic | None = None
-        if memory_budget == AUTO and config.expert_budget is None:
+        if settings.get("memory_budget") == AUTO and config.expert_budget is None:
             config, self.plan = choose(self.store, config)
         self._engine = Engine(self.store, config, status)
         if self.plan is not None:
@@ -134,18 +100,35 @@ class LLM:
         return self._engine.ctx_size
 
     @property
+    def precision(self) -> str:
+        """Bits per weight at which experts compute: a policy such as `fixed:4`."""
+        return str(self._engine.precision)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the experts that memory has room for."""
+        return self._engine.resident_share
+
+    @property
+    def device(self) -> str | None:
+        """Name of the device that computes beside the CPU; None without one."""
+        return None if self._engine.offload is None else self._engine.offload.device.name
+
+    @property
     def engine(self) -> Engine:
         """Tokens in, logits out, with its counters: for measuring. Using it moves the KV cache under `stream`."""
         return self._engine
 
-    def generate(self, prompts: str | Sequence[Prompt], params: Params = None) -> list[Completion]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
         """Continue each prompt; the results are in the order of the prompts.
 
-        params: for all prompts, or one for each. Several prompts run together, see `stream_many`.
+        prompts: text or token ids, or a list of these; a flat list of whole numbers is one prompt. params: for all
+        prompts, or one for each; what they leave open is the model's default. Several prompts run together, see
+        `stream_many`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        pieces: list[list[Chunk]] = [[] for _ in prompts]
-        for index, piece in self.stream_many(prompts, params):
+        each = as_prompts(prompts)
+        pieces: list[list[Chunk]] = [[] for _ in each]
+        for index, piece in self.stream_many(each, params):
             pieces[index].append(piece)
         return [join(iter(made)) for made in pieces]
 
@@ -156,12 +139,8 @@ class LLM:
         finish reason `error`, and the others go on. Raises UsageError, before anything starts, for a prompt that
         `stream` would refuse.
         """
-        each = [self.default_params] * len(prompts) if params is None else params
-        each = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
-        if len(each) != len(prompts):
-            raise UsageError(
-                f"There are {len(prompts)} prompts, but {len(each)} sampling parameters: give one for each."
-            )
+        prompts = as_prompts(prompts)
+        each = as_params(params, len(prompts), self.default_params)
         encoded = []
         for number, prompt in enumerate(prompts, 1):
             ids = self._encode(prompt)
@@ -174,7 +153,7 @@ class LLM:
             encoded.append(ids)
         return self._run_many(list(zip(encoded, each, strict=True)))
 
-    def _run_many(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[tuple[int, Chunk]]:
+    def _run_many(self, requests: Sequence[tuple[list[int], ResolvedParams]]) -> Iterator[tuple[int, Chunk]]:
         if self._engine.batch_size == 1 or len(requests) == 1:
             for index, (ids, params) in enumerate(requests):
                 for piece in self._run(ids, params):
@@ -227,10 +206,9 @@ class LLM:
 
         Raises UsageError for an empty prompt and for one that does not fit the context.
         """
-        params = params or self.default_params
-        ids = self._encode(prompt)
+        ids = self._encode(as_prompt(prompt))
         self._check(ids)
-        return self._run(ids, params)
+        return self._run(ids, as_one_params(params, self.default_params))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -247,7 +225,7 @@ class LLM:
                 "shorten it or raise --ctx-size."
             )
 
-    def _run(self, ids: list[int], params: SamplingParams) -> Iterator[Chunk]:
+    def _run(self, ids: list[int], params: ResolvedParams) -> Iterator[Chunk]:
         engine, answer = self._engine, Answer(params, self.tokenizer)
         self._latest = request = object()
         meter = RequestTimer(engine, answer.seed, len(ids))
@@ -266,7 +244,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position: float32 [T, V]. Starts from an empty context. The result is not in the budget."""
-        ids = list(token_ids)
+        ids = self._encode(as_prompt(token_ids))
         self._check(ids, answer=0)
         self._latest = None
         self._engine.rewind(0)

@@ -118,7 +118,7 @@ def test_achieved_is_what_the_answers_took(machine):
 
 
 def test_chat_without_flags_goes_by_the_plan(machine, moert):
-    result = moert("chat", "-n", "80", "--ignore-eos", "--seed", "1", stdin="import os\nimport re\n/stats\n")
+    result = moert("chat", "-v", "-n", "80", "--ignore-eos", "--seed", "1", stdin="import os\nimport re\n/stats\n")
     assert result.code == 0
     assert "plan: fixed:4, context 2048, " in result.err
     assert "figures of a test" in result.err

@@ -16,7 +16,6 @@ from moert.kernels.elementwise import combine
 from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
 from moert.runtime import executor as experts
-from moert.scheduler.batching import POLICIES
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -48,10 +47,9 @@ def check_that_each_is_as_alone(llm, prompts, params):
 PROMPTS = [random_ids(n) for n in (1, 30, 9, 2, 17, 70, 5)]
 
 
-@pytest.mark.parametrize("scheduler", POLICIES)
 @pytest.mark.parametrize("batch_size", [2, None])
-def test_a_batch_gives_each_prompt_the_text_it_gets_alone(store, batch_size, scheduler):
-    with LLM(store(), batch_size=batch_size, token_scheduler=scheduler, ctx_size=128) as llm:
+def test_a_batch_gives_each_prompt_the_text_it_gets_alone(store, batch_size):
+    with LLM(store(), batch_size=batch_size, ctx_size=128) as llm:
         done = check_that_each_is_as_alone(llm, PROMPTS, [params_for(i) for i in range(len(PROMPTS))])
         assert all(d.stats.hit_ratio is not None and d.stats.mean_width == 4 for d in done)
 
@@ -286,8 +284,6 @@ def test_wrong_requests_are_refused_before_anything_starts(store):
         assert llm.generate([]) == []
     with pytest.raises(UsageError, match="batch-size 0 must be at least 1"):
         LLM(store(), batch_size=0)
-    with pytest.raises(UsageError, match="no token scheduler 'best'; there are first-come, most-overlap"):
-        LLM(store(), token_scheduler="best")
 
 
 @settings(max_examples=100, deadline=None)

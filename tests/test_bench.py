@@ -71,7 +71,7 @@ def measured(path, case, tokens=None, **options):
 
 
 def test_json_has_every_key_and_plausible_values(moert, store):
-    result = moert("bench", "-m", str(store()), *SMALL, "-d", "0,20", "-o", "json", "-t", "1")
+    result = moert("bench", "-m", str(store()), *SMALL, "-d", "0,20", "-o", "json", "-t", "1", "-v")
     assert result.code == 0
     rows = json.loads(result.out)
     assert [r["test"] for r in rows] == ["pp8", "tg4", "pp8 @ d20", "tg4 @ d20"]
@@ -262,7 +262,8 @@ def test_a_prompt_file_is_used_and_said(moert, store, tmp_path):
 def test_a_context_that_does_not_suffice_is_enlarged_and_said(moert, store):
     result = moert("bench", "-m", str(store()), "-p", "4", "-n", "2", "-r", "1", "-d", "510", "-o", "json")
     assert {row["ctx_size"] for row in json.loads(result.out)} == {514}
-    assert "chosen: context 514, since pp4 @ d510 needs a context of 514 tokens" in result.err
+    assert "context 514: pp4 @ d510 needs a context of 514 tokens" in result.err
+    assert "warning: the context of 514 is longer than the 512" in result.err
     result = moert("bench", "-m", str(store()), "-p", "2", "-n", "0", "-r", "1", "-o", "json")
     assert [row["ctx_size"] for row in json.loads(result.out)] == [512]
 
@@ -271,7 +272,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
     monkeypatch.setattr("moert.cli.bench.DEFAULT_CTX_SIZE", 10)
     result = moert("bench", "-m", str(store()), "-p", "12", "-n", "0", "-r", "1", "-o", "json")
     assert [row["ctx_size"] for row in json.loads(result.out)] == [12]
-    assert result.err.count("chosen: context") == 1
+    assert result.err.count("needs a context of") == 1
 
 
 # What goes wrong
@@ -281,7 +282,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
     ("options", "message"),
     [
         (("-p", "0", "-n", "0"), "nothing to measure"),
-        (("-r", "0"), "0 repetitions measure nothing"),
+        (("-r", "0"), "repetitions 0 must be at least 1"),
         (("-p", "-5"), "must not be negative"),
         (("-t", "0"), "threads 0 must be at least 1"),
         (("-c", "20", "-p", "8", "-n", "4", "-d", "16"), "pp8 @ d16 needs a context of 24 tokens, but --ctx-size is"),
@@ -294,7 +295,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
         ),
         (("--kernels", "--group-size", "48"), "group size 48 is not one of"),
         (("--kernels", "--size", "1"), "holds no expert"),
-        (("--kernels", "--stats"), "do not go with --kernels"),
+        (("--kernels", "--stats"), "leave them out with --kernels"),
         (("--kernels", "--size", "big"), "size 'big' is not a size"),
         (("--prompt-file", os.devnull), "holds 0 tokens, but 512 are needed"),
     ],

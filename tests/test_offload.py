@@ -160,7 +160,8 @@ def test_a_gpu_that_cannot_be_used_is_left_alone_and_that_is_said(unusable_gpu):
     lines = []
     with LLM(ctx_size=256, on_status=lines.append) as llm:
         assert llm.engine.offload is None
-    assert "the GPU is not used: No GPU can be used, since its driver is too old, or use --device cpu." in lines
+    reason = "No GPU can be used, since its driver is too old, or use --device cpu."
+    assert f"warning: the GPU is not used: {reason}" in lines
     with pytest.raises(DeviceError, match="driver is too old"):
         LLM(ctx_size=256, device="cuda")
 
@@ -173,7 +174,7 @@ def test_experts_that_the_device_has_no_kernels_for(device, monkeypatch):
     lines = []
     with LLM(ctx_size=256, on_status=lines.append) as llm:
         assert llm.engine.offload is None
-    assert "the GPU is not used: The device has no kernels for the activation silu: use --device cpu." in lines
+    assert "warning: the GPU is not used: The device has no kernels for the activation silu: use --device cpu." in lines
     with pytest.raises(DeviceError, match="no kernels for the activation"):
         LLM(ctx_size=256, device="cuda")
 
@@ -184,7 +185,7 @@ def test_a_gpu_without_room_is_left_alone_and_that_is_said(monkeypatch):
     with LLM(ctx_size=256, on_status=lines.append) as llm:
         assert llm.engine.offload is None
         assert llm.generate("import os\n", GREEDY)[0].text
-    assert any(line.startswith("the GPU is not used: ") for line in lines)
+    assert any(line.startswith("warning: the GPU is not used: ") for line in lines)
 
 
 def test_a_device_that_is_lost_meanwhile(device, monkeypatch):
@@ -266,7 +267,7 @@ def test_on_the_command_line():
     assert "emulated device" in done.stderr
     wrong = run("generate", "-p", "a", "--device", "quantum")
     assert wrong.returncode == 2
-    assert "device 'quantum' is none of auto, cpu, cuda" in wrong.stderr
+    assert "--device 'quantum' is not known; it can be auto, cpu, cuda, emulated or interpreter" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 

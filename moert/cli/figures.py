@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moert.cli.common import Status
+from moert.cli.status import Status
 from moert.config import format_bytes
 
 if TYPE_CHECKING:

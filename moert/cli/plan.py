@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.options import Renamed
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes, parse_budget
 from moert.errors import BudgetError, UsageError
 from moert.hardware.devices import device_or_this, devices
@@ -33,7 +35,7 @@ _POINTS = 8  # budgets of a plot, where no sweep says which
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
@@ -45,10 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="budgets from LOW, each twice the one before, up to HIGH; or a list, such as 4GiB,6GiB,8GiB",
     )
     parser.add_argument(
-        "--device",
+        "--profile",
         metavar="NAME|FILE",
-        help=f"another device than this machine: {', '.join(sorted(devices()))}, or a profile",
+        help=f"profile of another device than this machine: {', '.join(sorted(devices()))}, or a file",
     )
+    parser.add_argument("--device", action=Renamed, new="--profile")
     parser.add_argument(
         "--precision",
         metavar="POLICY",
@@ -76,10 +79,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     _check(args)
     budgets = _budgets(args)
-    profile, about = device_or_this(args.device)
+    profile, about = device_or_this(args.profile)
     shape = _shape(args, status)
     routes = _routes(args, shape)
     for line in _assumed(args, shape, profile, about, routes):
@@ -125,7 +128,7 @@ def _budgets(args: argparse.Namespace) -> list[int | None]:
     return [*common.parse_sweep(args.sweep, "memory-budget")]
 
 
-def _shape(args: argparse.Namespace, status: common.Status) -> ModelShape:
+def _shape(args: argparse.Namespace, status: Status) -> ModelShape:
     from moert.planning.model_shape import read_shape
 
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
@@ -195,7 +198,7 @@ class _Plan:
         self._slices = {name: policy_of(name, routes.trace, shape).slices(shape.widths) for name in precisions}
         self.rows: list[tuple[int | None, str, int, Prediction | BudgetError]] = []
         self._available = int(profile.memory_bytes - profile.library_bytes)
-        if args.device is None:
+        if args.profile is None:
             from moert.hardware.memory import available_bytes
 
             self._available = min(self._available, available_bytes())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import ProfileError, UsageError
 from moert.hardware.devices import own_file
@@ -33,11 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="this-machine", help="name of the device in the profile")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
     parser.add_argument("--json", action="store_true", help="print the profile instead of a table of it")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"threads {args.threads} must be at least 1.")
     if not args.name.strip():
@@ -72,12 +73,12 @@ def main(args: argparse.Namespace) -> int:
             if not args.json:  # two minutes' work is not thrown away
                 print(measure.as_text(content), end="")
             raise
-        use = "moert uses it from now on" if path == own_file() else f"use it with --device {path}"
+        use = "moert uses it from now on" if path == own_file() else f"use it with --profile {path}"
         status.say(f"written to {path}: {use}")
     return 0
 
 
-def _say_if_busy(status: common.Status) -> None:
+def _say_if_busy(status: Status) -> None:
     from moert.measure.bench_kernels import load_average
 
     load = load_average()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moert.cli import common
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import UsageError
 from moert.hub import resolve as source
@@ -22,11 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="same seed and epochs, same predictor (default 0)"
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     if args.epochs < 1 or not args.minutes > 0:
         raise UsageError("Training needs at least one epoch (--epochs) and more than no time (--minutes).")
     if args.threads is not None and args.threads < 1:

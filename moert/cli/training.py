@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, what: str, steps: int, of: str,
         "--seed", type=int, default=0, metavar="N", help=f"same seed and steps, same {what} (default 0)"
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def check(args: argparse.Namespace) -> str:

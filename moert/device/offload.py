@@ -113,7 +113,7 @@ def plan_offload(run: OffloadRequest, on_status: Callable[[str], None]) -> Offlo
         device.close()
         if config.device != "auto" or config.device_budget is not None:
             raise
-        on_status(f"the GPU is not used: {error}")
+        on_status(f"warning: the GPU is not used: {error}")
         return None
     except BaseException:
         device.close()

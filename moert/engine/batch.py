@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moert.config import PREFILL_CHUNK
 from moert.engine.model_runner import Engine
-from moert.engine.sampling import SamplingParams
+from moert.engine.sampling import ResolvedParams
 from moert.engine.sequence import Answer, Chunk
 from moert.engine.sequence_cache import Slot, Slots
 from moert.engine.statistics import SharedRequestTimer
@@ -33,7 +33,7 @@ class _Request:
     waited = 0
 
     def __init__(
-        self, index: int, ids: list[int], params: SamplingParams, engine: Engine, tokenizer: Tokenizer
+        self, index: int, ids: list[int], params: ResolvedParams, engine: Engine, tokenizer: Tokenizer
     ) -> None:
         self.index, self.ids = index, ids
         self.answer = Answer(params, tokenizer)
@@ -58,7 +58,7 @@ class _Request:
 def run(
     engine: Engine,
     tokenizer: Tokenizer,
-    requests: Sequence[tuple[list[int], SamplingParams]],
+    requests: Sequence[tuple[list[int], ResolvedParams]],
     say: Callable[[str], None],
 ) -> Iterator[tuple[int, Chunk]]:
     """Pieces of the answers to token ids that fit the context each, as they come, with the index of the request.

@@ -40,11 +40,8 @@ from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import direct_io_works
 from moert.runtime.warm import read_memory, write_memory
-from moert.scheduler.batching import POLICIES as TOKEN_SCHEDULERS
 from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
-from moert.scheduler.eviction import POLICIES
-from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import ElasticPrecision, Precision, RoutedPrecision, parse_precision
 from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.store.fileio import readable
@@ -122,13 +119,13 @@ class Engine:
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH
-        self.token_scheduler, self.hybrid = config.token_scheduler, config.hybrid
+        self.token_scheduler, self.hybrid = "first-come", config.hybrid
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
         keep_freed_memory()
         self._widths = store.layout.widths
         slices = self.precision.slices(self._widths)
-        alive = most_alive(self.batch_size, config.token_scheduler)
+        alive = most_alive(self.batch_size, self.token_scheduler)
         positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
         kv_dtype = _kv_dtype(store, config.kv_bits)
         shared = functools.partial(self._shared_room, store, config, slices, alive)
@@ -141,6 +138,7 @@ class Engine:
             num_experts = len(store.moe_layers) * store.num_experts
             users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
             slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
+            self.resident_share = slots[0] / num_experts
             self._describe(store, config, slots[0], num_experts, on_status)
             self._store, self._most_slices = store, slices
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
@@ -210,7 +208,7 @@ class Engine:
         libraries, available = library_bytes(compiles), available_bytes()
 
         def split(ctx_size: int, slices: int, batch_size: int | None = config.batch_size) -> Budget:
-            alive = most_alive(batch_size or AUTO_BATCH, config.token_scheduler)
+            alive = most_alive(batch_size or AUTO_BATCH, self.token_scheduler)
             needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries, batch_size, alive, self.offload)
             return split_budget(needs, config.memory_budget, config.expert_budget, available)
 
@@ -371,13 +369,6 @@ class Engine:
 
 
 def _policies(config: EngineConfig) -> Policies:
-    for what, name, known in (
-        ("cache policy", config.cache_policy, POLICIES),
-        ("load order", config.load_order, ORDERS),
-        ("token scheduler", config.token_scheduler, TOKEN_SCHEDULERS),
-    ):
-        if name not in known:
-            raise UsageError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
     horizons = {"auto": (0, 1), "off": (0,)}.get(config.prefetch) or (int(config.prefetch),)
     return Policies(config.cache_policy, config.load_order, horizons, config.overlap)
 

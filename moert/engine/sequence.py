@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moert.engine.sampling import Sampler, SamplingParams, StopMatcher
+from moert.engine.sampling import ResolvedParams, Sampler, StopMatcher
 from moert.engine.statistics import GenerationStats
 from moert.errors import MoertError
 from moert.text.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class Completion:
 class Answer:
     """What follows a prompt, token by token, until there is a reason to end."""
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(self, params: ResolvedParams, tokenizer: Tokenizer) -> None:
         self._params, self._sampler, self._eos_ids = params, Sampler(params), tokenizer.eos_ids
         self._detokenizer, self._matcher = tokenizer.detokenizer(), StopMatcher(params.stop)
         self._new: list[int] = []
