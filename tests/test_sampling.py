@@ -199,7 +199,7 @@ def test_defaults_of_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("value", [{"top_k": None}, {"top_k": 0}, {"top_k": -1}, {"temperature": None}])
 def test_a_default_that_is_off(value: dict[str, object]) -> None:
-    assert SamplingParams.from_generation_config(value) == SamplingParams()
+    assert SamplingParams.from_generation_config(value).resolve() == ResolvedParams()
     assert usable_fields(value)[1] == []
 
 
