@@ -1,4 +1,4 @@
-"""What `moert plan` predicts beside what the engine does, for a store at several budgets and precisions.
+"""Compare what `moert plan` predicts with what the engine does, for a store at several budgets and precisions.
 
     python examples/compare_plan.py q12.moert --budgets 1280MiB 2GiB --precision fixed:4 fixed:3 elastic:3
 

@@ -1,4 +1,4 @@
-"""What a user sees of a GPU that cannot be used, is too small, or is lost on the way: on a fake torch.cuda."""
+"""A GPU that cannot be used, is too small, or is lost on the way, as a user sees it: on a fake torch.cuda."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def gpu():
 
 
 def logits(**options):
-    """Of a prompt and of tokens one by one, float64 [T, V], and the share of experts that the device computed."""
+    """Compute logits of a prompt and of tokens one by one, float64 [T, V], and the device's share of experts."""
     with LLM(ctx_size=256, **options) as llm:
         engine = llm.engine
         found = [engine.forward(IDS[:60], all_logits=True)]

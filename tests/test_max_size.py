@@ -69,7 +69,7 @@ def whole(source, tmp_path_factory, measured):
 
 @pytest.fixture(scope="module")
 def limit(whole):
-    """What 3 bits take, and some room, as moert.json is estimated from above."""
+    """The size of 3 bits and some room, as moert.json is estimated from above."""
     return size_of(whole.path) - 8 * 2 * whole.layout.slice_sizes[2] + 4096
 
 

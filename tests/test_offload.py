@@ -1,4 +1,4 @@
-"""What is put on a device under a budget, and what the user is told of it."""
+"""Layers and experts on a device under a budget, and what the user is told of it."""
 
 import json
 import subprocess
