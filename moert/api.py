@@ -9,15 +9,17 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from torch import Tensor
 
-from moert.config import AUTO, EngineConfig, parse_budget, parse_bytes
+from moert.config import AUTO, EngineConfig, Settings, document_settings
+from moert.engine.arguments import Params, Prompt, as_model, as_one_params, as_params, as_prompt, as_prompts
 from moert.engine.model_runner import ModelRunner
-from moert.engine.sampling import SamplingParams
+from moert.engine.sampling import ResolvedParams, SamplingParams, usable_fields
 from moert.engine.sequence import Chunk as Chunk
 from moert.engine.sequence import Completion as Completion
 from moert.engine.sequence import Priority, Request, join
@@ -25,78 +27,44 @@ from moert.engine.statistics import GenerationStats as GenerationStats
 from moert.engine.worker import Submission, Worker
 from moert.errors import ClosedError, UsageError
 from moert.hub.resolve import resolve, warm_file
+from moert.models.stored_model import StoredModel as Store
 from moert.planning.automatic import Automatic, choose
-from moert.store.reader import Store
-from moert.text.chat import render
+from moert.text.chat import Message, render
 from moert.text.tokenizer import Tokenizer
 from moert.train.recording import Recorder
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
+Messages = str | Message | Sequence[Message]
 T = TypeVar("T")
 
 
+@document_settings
 class LLM:
-    """A model ready to answer, any number of threads at a time.
+    """A model ready to answer, to any number of threads at a time.
 
     Requests that are made at the same time run together. A stream that is closed or dropped ends its request. An LLM
     that is closed, or was loaded before the process was forked, raises ClosedError.
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
-    ships with the package. memory_budget: for everything, `"2GiB"` or bytes; `"auto"` plans for this machine what else
-    is left open, precision and context, and keeps it as `plan` (`moert.planning`). expert_budget: for the expert arena
-    alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored. Behind
-    a bound `",skip=0.1"` leaves out, within it, missing experts of router weights below 0.1; `",route=0.1"` favours
-    experts in memory, beyond it.
-    kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
-    up to 16 share the KV cache of one context. device: `"auto"` takes a GPU that can be used, `"cpu"` none;
-    device_budget: how much of its memory. cache_policy, load_order, prefetch, overlap, hybrid and
-    dense_quant: see `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed
-    last. on_status gets lines that say what was chosen.
+    ships with the package. warm: begin with the experts in memory that were there when such a model was closed last.
+    offline: never use the network. on_status: is called with lines that say what was chosen; those that begin with
+    "warning:" deserve attention. The settings are keywords too, and are listed below; with `memory_budget="auto"` what
+    was planned for this machine is kept as `plan` (`moert.planning`).
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | PathLike[str] | None = None,
         *,
-        memory_budget: int | str | None = None,
-        expert_budget: int | str | None = None,
-        precision: str | None = None,
-        ctx_size: int | None = None,
-        threads: int | None = None,
-        kv_bits: int | None = None,
-        cache_policy: str = "score",
-        load_order: str = "hottest",
-        prefetch: str = "auto",
-        overlap: bool = True,
-        batch_size: int | None = None,
-        device: str = "auto",
-        device_budget: int | str | None = None,
-        hybrid: bool = True,
-        dense_quant: str = "16",
         warm: bool = False,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        config = EngineConfig(
-            memory_budget=parse_budget(memory_budget),
-            expert_budget=None if expert_budget is None else parse_bytes(expert_budget, "expert-budget"),
-            precision=precision,
-            ctx_size=ctx_size,
-            threads=threads,
-            kv_bits=kv_bits,
-            cache_policy=cache_policy,
-            load_order=load_order,
-            prefetch=prefetch,
-            overlap=overlap,
-            batch_size=batch_size,
-            device=device,
-            device_budget=None if device_budget is None else parse_bytes(device_budget, "device-budget"),
-            hybrid=hybrid,
-            dense_quant=dense_quant,
-        )
+        # Several prompts at once are usual here, so the choice is left to moert.
+        config = EngineConfig.of({"batch_size": None, **settings})
+        if on_status is not None and not callable(on_status):
+            raise UsageError(f"on_status is {on_status!r}, but must be a function that takes a line of text.")
         self.description: list[str] = []
         self._say = on_status or (lambda line: None)
 
@@ -105,12 +73,14 @@ class LLM:
             if on_status is not None:
                 on_status(line)
 
-        path = resolve(None if model is None else str(model), offline=offline, on_status=status)
+        path = resolve(as_model(model), offline=offline, on_status=status)
         self.store = Store.open(path)
         self.tokenizer = Tokenizer(path)
-        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
+        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config).resolve()
+        for warning in (*self.tokenizer.warnings, *usable_fields(self.tokenizer.generation_config)[1]):
+            status(f"warning: {warning}")
         self.plan: Automatic | None = None
-        if memory_budget == AUTO and config.expert_budget is None:
+        if settings.get("memory_budget") == AUTO and config.expert_budget is None:
             config, self.plan = choose(self.store, config)
         self._runner = ModelRunner(self.store, config, status)
         if self.plan is not None:
@@ -137,6 +107,21 @@ class LLM:
         return self._runner.ctx_size
 
     @property
+    def precision(self) -> str:
+        """Bits per weight at which experts compute: a policy such as `fixed:4`."""
+        return str(self._runner.precision)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the experts that memory has room for."""
+        return self._runner.resident_share
+
+    @property
+    def device(self) -> str | None:
+        """Name of the device that computes beside the CPU; None without one."""
+        return None if self._runner.offload is None else self._runner.offload.device.name
+
+    @property
     def runner(self) -> ModelRunner:
         """Tokens in, logits out, with its counters: for measuring. To compute with it, see `call`."""
         return self._runner
@@ -151,7 +136,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: Params = None,
         *,
         priority: Priority = "interactive",
@@ -159,10 +144,11 @@ class LLM:
     ) -> list[Completion]:
         """Continue each prompt; the results are in the order of the prompts.
 
-        params: for all prompts, or one for each. Several prompts run together, see `stream_many`.
+        prompts: text or token ids, or a list of these; a flat list of whole numbers is one prompt. params: for all
+        prompts, or one for each; what they leave open is the model's default. Several prompts run together, see
+        `stream_many`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        requests = self._requests(prompts, params, priority, timeout, stream=False)
+        requests = self._requests(as_prompts(prompts), params, priority, timeout, stream=False)
         chunks: list[list[Chunk]] = [[] for _ in requests]
         for index, chunk in self._run(requests):
             chunks[index].append(chunk)
@@ -183,23 +169,18 @@ class LLM:
         requests. timeout: seconds, after which what is not complete fails. They begin with the first piece that is
         asked for. Raises UsageError, before anything starts, for a prompt that `stream` would refuse.
         """
-        return self._run(self._requests(prompts, params, priority, timeout))
+        return self._run(self._requests(as_prompts(prompts), params, priority, timeout))
 
     def _requests(
         self,
         prompts: Sequence[Prompt],
-        params: Params,
+        params: Params | Sequence[ResolvedParams],
         priority: Priority,
         timeout: float | None,
         stream: bool = True,
     ) -> list[Request]:
         self._worker.check()
-        each = [self.default_params] * len(prompts) if params is None else params
-        each = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
-        if len(each) != len(prompts):
-            raise UsageError(
-                f"There are {len(prompts)} prompts, but {len(each)} sampling parameters: give one for each."
-            )
+        each = as_params(params, len(prompts), self.default_params)
         deadline = None if timeout is None else time.monotonic() + timeout
         requests = []
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True), 1):
@@ -225,17 +206,37 @@ class LLM:
                     raise chunk.error
                 yield index, chunk
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """Answer a conversation: messages with `role` and `content`."""
-        return join(self.stream_chat(messages, params))
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer a conversation: messages with `role` and `content`, one of them alone, or a user's text.
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Chunk]:
+        template_args: more variables for the model's chat template, such as `{"enable_thinking": False}`.
+        """
+        return join(self.stream_chat(messages, params, template_args=template_args))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Iterator[Chunk]:
         """Answer a conversation, piece by piece. What the KV cache holds of it is not computed again."""
-        return self.stream(self.encode_chat(messages), params)
+        return self.stream(self.encode_chat(messages, template_args=template_args), params)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that the model's chat template makes of a conversation, as token ids."""
-        text = render(messages, self.tokenizer.chat_template, bos=self.tokenizer.bos, eos=self.tokenizer.eos)
+    def encode_chat(self, messages: Messages, *, template_args: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the prompt that the model's chat template makes of a conversation, as token ids."""
+        text = render(
+            messages,
+            self.tokenizer.chat_template,
+            special_tokens=self.tokenizer.special_tokens,
+            template_args=template_args,
+        )
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def stream(
@@ -251,7 +252,8 @@ class LLM:
         priority, timeout: see `stream_many`. Raises UsageError for an empty prompt and for one that does not fit the
         context.
         """
-        requests = self._requests([prompt], params, priority, timeout)
+        each = [as_one_params(params, self.default_params)]
+        requests = self._requests([as_prompt(prompt)], each, priority, timeout)
         return (chunk for _, chunk in self._run(requests))
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -271,7 +273,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position: float32 [T, V]. Starts from an empty context. The result is not in the budget."""
-        ids = list(token_ids)
+        ids = self._encode(as_prompt(token_ids))
         self._check(ids, answer=0)
 
         def compute(runner: ModelRunner) -> Tensor:
@@ -326,25 +328,24 @@ class AsyncLLM:
     Loading takes its time: `await AsyncLLM.load(...)` does it beside the event loop.
     """
 
-    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
+    def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
         self.llm = LLM(model, **settings)
 
     @classmethod
-    async def load(cls, model: str | Path | None = None, **settings: Any) -> Self:
+    async def load(cls, model: str | PathLike[str] | None = None, **settings: Any) -> Self:
         """Load a model in a thread."""
         return await asyncio.to_thread(cls, model, **settings)
 
     async def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: Params = None,
         *,
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> list[Completion]:
         """Continue each prompt, as `LLM.generate` does."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        requests = self.llm._requests(prompts, params, priority, timeout, stream=False)
+        requests = self.llm._requests(as_prompts(prompts), params, priority, timeout, stream=False)
         chunks: list[list[Chunk]] = [[] for _ in requests]
         async with aclosing(self._run(requests)) as found:
             async for index, chunk in found:
@@ -360,16 +361,16 @@ class AsyncLLM:
         timeout: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """Continue a prompt piece by piece, as `LLM.stream` does; it begins with the first piece that is asked for."""
-        return self._stream(self.llm._requests([prompt], params, priority, timeout))
+        return self._stream(self.llm._requests([as_prompt(prompt)], params, priority, timeout))
 
     async def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+        self, messages: Messages, params: SamplingParams | None = None, **options: Any
     ) -> Completion:
         """Answer a conversation, as `LLM.chat` does."""
         return (await self.generate([self.llm.encode_chat(messages, **options)], params))[0]
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+        self, messages: Messages, params: SamplingParams | None = None, **options: Any
     ) -> AsyncIterator[Chunk]:
         """Answer a conversation piece by piece, as `LLM.stream_chat` does."""
         return self.stream(self.llm.encode_chat(messages, **options), params)

@@ -1,4 +1,4 @@
-"""Which slices are in memory.
+"""The cache of slices: which of them are in memory.
 
 The room is fixed: so much per slice index, over all layers. What is resident of an expert is always a prefix of its
 slices, since a refinement is useless without its base; so a base outlives its refinements. `eviction` says which
@@ -40,11 +40,11 @@ class SliceCache:
         return self._ones if self._sizes is None else self._sizes[layer]
 
     def resident(self, layer: int, expert: int) -> int:
-        """How many slices of an expert are in memory, or on their way."""
+        """Return how many slices of an expert are in memory, or on their way."""
         return self._resident.get((layer, expert), 0)  # type: ignore[call-overload, no-any-return]
 
     def resident_experts(self) -> dict[ExpertKey, int]:
-        """All experts with a slice in memory, and how many slices."""
+        """Return all experts with a slice in memory, and how many slices."""
         return dict(self._resident)
 
     def room(self, keep: Collection[tuple[int, int]]) -> list[int]:

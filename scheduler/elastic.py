@@ -73,7 +73,7 @@ class ErrorBudget:
     def choose(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
     ) -> list[int]:
-        """With how many of its slices each expert is computed: at least one, unless it may be left out.
+        """Choose with how many of its slices each expert is computed: at least one, unless it may be left out.
 
         squares[k]: sum of the squared router weights of its tokens. have[k]: how many of its slices are in memory.
         `used` never exceeds `allowed`, if each expert is wanted with all the slices that it has. What is read beyond
@@ -129,7 +129,7 @@ class _Expert:
         self._steps: dict[tuple[int, int, int], tuple[float, int] | None] = {}
 
     def begin(self, held: int, most: int) -> tuple[int, float, tuple[float, int] | None]:
-        """With how many slices to begin, their harm, and the step up from there.
+        """Return with how many slices to begin, their harm, and the step up from there.
 
         Of those held it is the number up to `most` that does least harm, the lowest of equals; the base where none is.
         """

@@ -135,13 +135,13 @@ class Scheduler:
         return self.plan_chosen(layer, routed, counts)
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1) -> None:
-        """What the router asks of a layer. Where all of it is in memory, this is all that there is to plan."""
+        """Note what the router asks of a layer. Where all of it is in memory, this is all that there is to plan."""
         self.cache.policy.used(layer, routed, tokens)
 
     def choose(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
     ) -> list[int]:
-        """With how many slices each expert is computed, where it has so many in memory."""
+        """Choose with how many slices each expert is computed, where it has so many in memory."""
         self._planned = layer
         assert self.error_budget is not None
         return self.error_budget.choose(layer, routed, squares, have, tokens)
@@ -163,7 +163,7 @@ class Scheduler:
         return plan
 
     def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> Prefetch:
-        """What to read ahead of what the layers to come are predicted to want, and protect what of it is there.
+        """Choose what to read ahead of what the layers to come are predicted to want, and protect what of it is there.
 
         After that come refinements of what the layer just planned computed with fewer slices than it wanted.
 
@@ -212,11 +212,11 @@ class Scheduler:
 
     @property
     def spare(self) -> int:
-        """How much more may be on its way that nobody waits for."""
+        """Return how much more may be on its way that nobody waits for."""
         return self.ahead - sum(map(self._nbytes, self._in_flight.values()))
 
     def there(self, layer: int, expert: int) -> int:
-        """How many slices of an expert are in memory and not on their way any more."""
+        """Return how many slices of an expert are in memory and not on their way any more."""
         return min(self.cache.resident(layer, expert), _there(self._in_flight, layer, expert))
 
     def _refinements(self) -> list[tuple[float, Load]]:

@@ -110,7 +110,7 @@ class Replay:
         return self.totals
 
     def _settle(self) -> None:
-        """All that is on its way arrives."""
+        """Let all that is on its way arrive."""
         for load, read in self._ahead.items():
             self.now = max(self.now, self.disk.wait(read))
             self.scheduler.arrived(load)
@@ -166,7 +166,7 @@ class Replay:
             self._compute(self.costs.ladder_s)
         for number, wave in enumerate(waves):
             self._release(wave.evictions)
-            reads = self._hurry(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]
+            reads = self._promote(layer, wave.awaited) + [(load, self._submit(load)) for load in wave.loads]
             if number == 0:
                 self._look_ahead(layer, step)
             self._run(layer, wave, reads, slices)
@@ -245,11 +245,11 @@ class Replay:
         del self._ahead[load]
         self.scheduler.arrived(load)
 
-    def _hurry(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:
+    def _promote(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:
         """Prefetches of these experts: from now on somebody waits for them."""
         found = [(load, read) for load, read in self._ahead.items() if load.layer == layer and load.expert in experts]
         for _, read in found:
-            self.disk.hurry(self.now, read)
+            self.disk.promote(self.now, read)
         return found
 
     def _release(self, keys: Sequence[SliceKey]) -> None:
@@ -385,6 +385,6 @@ class Simulator:
 
 
 def _again(visits: Sequence[tuple[int, list[RoutedExpert]]]) -> Iterator[Asked]:
-    """The same as was computed before."""
+    """Yield the same requests as were computed before."""
     for _, routed in visits:
         yield routed, [0.0] * len(routed)

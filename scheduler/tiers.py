@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class TieredPlan:
-    """What happens in one layer of one step. Every expert is computed once, in one place, in one stage.
+    """The plan of what happens in one layer of one step. Every expert is computed once, in one place, in one stage.
 
     host, device: experts computed there, with their numbers of slices (0, in `host`: left out). predicted: seconds
     that host and device were expected to compute, moves and reads to take. seconds: when all was expected to end.
@@ -50,7 +50,7 @@ class TieredPlan:
 
     @property
     def slices(self) -> dict[int, int]:
-        """Of all routed experts."""
+        """Return the slices of all routed experts."""
         return self.host | self.device
 
 
@@ -81,7 +81,7 @@ class Tiers:
     _planned: int = 0  # the layer of the last plan
 
     def have(self, layer: int, expert: int) -> int:
-        """How many slices of an expert are in the tier that has more of them, and not on their way any more."""
+        """Return how many slices of an expert are in the tier that has more of them, and not on their way any more."""
         found = self.host.there(layer, expert)
         return found if self.device is None else max(found, self.device.there(layer, expert))
 
@@ -125,8 +125,9 @@ class Tiers:
         )
 
     def at_once(self, layer: int, routed: Sequence[RoutedExpert]) -> float | None:
-        """For one token: the seconds that the device takes, where it has all of this and is done before the host would
-        be with any of it; else None. Then no split is better, and noting the use, as here, is all there is to plan.
+        """Return, for one token, the seconds that the device takes, where it has all of this and is done before the
+        host would be with any of it; else None. Then no split is better, and noting the use, as here, is all there is
+        to plan.
         """
         device = self.device
         if device is None or self.host.error_budget is not None:
@@ -142,7 +143,7 @@ class Tiers:
         return seconds
 
     def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> TieredPrefetch:
-        """What to read into host memory and what to move to the device, ahead of the layers to come.
+        """Choose what to read into host memory and what to move to the device, ahead of the layers to come.
 
         predictions: layer by layer, of all experts expected with the slices wanted, also of those that host memory has:
         these can be moved. What the device has is not read. Moves go by gain: see `gains`. Behind them what the host
@@ -199,7 +200,9 @@ class Tiers:
         return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
 
     def _split(self, tasks: Sequence[Task]) -> Split:
-        """Where the device has all, nothing need be planned, so there the host must save what planning takes."""
+        """Split the tasks. Where the device has all, nothing need be planned, so there the host must save what planning
+        takes.
+        """
         cost_model = self.cost_model
         found = self._decide(tasks, cost_model.launch_s, cost_model.fetch_s)
         if not found.host or any(t.move_s or t.device_read_s for t in tasks):
@@ -208,7 +211,7 @@ class Tiers:
         return found if found.seconds + cost_model.plan_s < alone.seconds else alone
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
-        """What is on its way counts as there: it will be, before what has not begun."""
+        """Make the task of an expert. What is on its way counts as there: it will be, before what has not begun."""
         on_host = self.host.cache.resident(layer, r.expert)
         on_device = on_host if self.device is None else self.device.cache.resident(layer, r.expert)
         return self.cost_model.task(r.expert, r.tokens, r.slices, on_device, on_host)
@@ -259,7 +262,7 @@ class Tiers:
         return tuple(stages)
 
     def _lost(self, evicted: Sequence[SliceKey]) -> None:
-        """What the device loses is worth to the host what it was to the device: the host was not told of its use."""
+        """Tell the host what the device lost: it is worth there what it was to the device, whose uses were not told."""
         assert self.device is not None
         policy = self.device.cache.policy
         for layer, expert, index in evicted:
@@ -295,7 +298,8 @@ _TOKENS = 10
 
 
 class _Lasting:
-    """What no prefetch to the device evicts: what is kept, and what costs more to lose than the prefetch gains.
+    """The slices that no prefetch to the device evicts: what is kept, and what costs more to lose than the prefetch
+    gains.
 
     In host memory it can be had again; from disk it is read when it is used next.
     """

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from moert import LLM, SamplingParams
 from moert.engine.sequence_cache import Slots
 from moert.errors import BudgetError, StoreError, UsageError
+from moert.kernels.elementwise import combine
 from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
-from moert.quant.rows import combine
 from moert.runtime import executor as experts
-from moert.scheduler.batching import POLICIES
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -48,10 +47,9 @@ def check_that_each_is_as_alone(llm, prompts, params):
 PROMPTS = [random_ids(n) for n in (1, 30, 9, 2, 17, 70, 5)]
 
 
-@pytest.mark.parametrize("scheduler", POLICIES)
 @pytest.mark.parametrize("batch_size", [2, None])
-def test_a_batch_gives_each_prompt_the_text_it_gets_alone(store, batch_size, scheduler):
-    with LLM(store(), batch_size=batch_size, token_scheduler=scheduler, ctx_size=128) as llm:
+def test_a_batch_gives_each_prompt_the_text_it_gets_alone(store, batch_size):
+    with LLM(store(), batch_size=batch_size, ctx_size=128) as llm:
         done = check_that_each_is_as_alone(llm, PROMPTS, [params_for(i) for i in range(len(PROMPTS))])
         assert all(d.stats.hit_ratio is not None and d.stats.mean_width == 4 for d in done)
 
@@ -94,7 +92,7 @@ def test_elastic_answers_of_a_batch_do_no_more_harm_than_was_granted(calibrated)
     params = [params_for(i) for i in range(len(PROMPTS))]
     with LLM(calibrated, batch_size=3, expert_budget=3 * one, ctx_size=128, precision="elastic:3,skip=0.1") as llm:
         done = llm.generate(PROMPTS, params)
-        error_budget = llm.engine._runner._scheduler.error_budget
+        error_budget = llm.runner._experts._scheduler.error_budget
         assert [len(d.token_ids) for d in done] == [own.max_tokens for own in params]
         assert 0 < error_budget.used <= error_budget.allowed
     with LLM(calibrated, batch_size=3, ctx_size=128, precision="elastic:4") as llm:
@@ -121,7 +119,7 @@ def test_logits_of_a_batch_are_those_of_transformers(store, tiny_checkpoint, ref
     """Sequences that begin at different times, prompts beside tokens that are decoded."""
     texts = [random_ids(n, seed) for seed, n in enumerate((40, 33, 21))]
     with LLM(store(family, (16,), 16), batch_size=3, ctx_size=64) as llm:
-        slots = llm.engine.slots()
+        slots = llm.runner.slots()
         a, b, c = (slots.open(64) for _ in range(3))
         got = {a: [], b: [], c: []}
         steps = [{a: 30}, {a: 1, b: 20}, {a: 1, b: 1, c: 1}, {b: 5, c: 7}, {a: 3, b: 1, c: 1}]
@@ -151,7 +149,7 @@ def test_one_that_ends_makes_room_at_once_and_results_keep_their_order(store):
 def test_prompts_share_the_kv_cache_of_one_context(store):
     said = []
     with LLM(store(), ctx_size=128, on_status=said.append) as llm:
-        one = llm.engine.budget.kv_cache
+        one = llm.runner.budget.kv_cache
         params = params_for(0, max_tokens=8)
         short, long = random_ids(8), random_ids(120)
         check_that_each_is_as_alone(llm, [short] * 12, [params] * 12)
@@ -159,7 +157,7 @@ def test_prompts_share_the_kv_cache_of_one_context(store):
         check_that_each_is_as_alone(llm, [long, short, long], [params] * 3)
         assert "3 prompts, 1 at a time (KV cache of 128 positions)" in said
     with LLM(store(), ctx_size=128, batch_size=3) as llm:
-        assert llm.engine.budget.kv_cache == 3 * one
+        assert llm.runner.budget.kv_cache == 3 * one
 
 
 def test_stop_strings_and_the_end_of_text_end_only_their_own_answer(store):
@@ -189,7 +187,7 @@ def test_a_damaged_expert_fails_only_the_prompts_that_are_routed_to_it(store, tm
     prompts = [[token] for token in range(3, 15)]
     with LLM(store()) as llm:
         want = llm.generate(prompts, params)
-        slots = llm.engine.slots()
+        slots = llm.runner.slots()
         opened = [slots.open(16) for _ in prompts]
         slots.step([(slot, ids) for slot, ids in zip(opened, prompts, strict=True)])
         hit = [0 in slot.route[0].tolist() for slot in opened]
@@ -282,12 +280,10 @@ def test_wrong_requests_are_refused_before_anything_starts(store):
                 llm.stream_many(prompts)
         with pytest.raises(UsageError, match="There are 2 prompts, but 3 sampling parameters"):
             llm.generate([[1], [2]], [SamplingParams()] * 3)
-        assert llm.engine.counters.expert_uses == 0
+        assert llm.runner.counters.expert_uses == 0
         assert llm.generate([]) == []
     with pytest.raises(UsageError, match="batch-size 0 must be at least 1"):
         LLM(store(), batch_size=0)
-    with pytest.raises(UsageError, match="no token scheduler 'best'; there are first-come, most-overlap"):
-        LLM(store(), token_scheduler="best")
 
 
 @settings(max_examples=100, deadline=None)
@@ -347,7 +343,7 @@ def test_peak_memory_of_a_batch_stays_within_the_budget(store):
 
 def test_a_batch_that_does_not_fit_is_told_which_would(store):
     with LLM(store(), ctx_size=4096, batch_size=3) as llm:
-        enough = llm.engine.budget.total
+        enough = llm.runner.budget.total
     with pytest.raises(BudgetError, match=r"--batch-size \d+ or --ctx-size \d+ would fit") as caught:
         LLM(store(), ctx_size=4096, batch_size=64, memory_budget=enough + (96 << 20))
     fitting = int(str(caught.value).split("--batch-size ")[1].split()[0])

@@ -35,7 +35,7 @@ def moert(capsys, monkeypatch, tmp_path):
 
 
 def test_json_has_every_key(moert, store):
-    result = moert("-m", store(), "--against", store(widths=(16,), dense_bits=16), "--json", "-t", "1")
+    result = moert("-m", store(), "--against", store(widths=(16,), dense_bits=16), "--json", "-t", "1", "-v")
     report = json.loads(result.out)
     assert report.keys() == TOP_KEYS
     assert (report["window"], report["complete"], report["threads"]) == (WINDOW, True, 1)

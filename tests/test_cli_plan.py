@@ -45,7 +45,7 @@ def trace(tmp_path):
 
 
 def run(*arguments):
-    assert main(["plan", "-m", "toy", "--device", "board", *arguments]) == 0
+    assert main(["plan", "-m", "toy", "--profile", "board", *arguments]) == 0
 
 
 def test_a_table_with_what_is_assumed_and_one_recommendation(model, board, trace, capsys):
@@ -166,14 +166,14 @@ def test_wrong_options_are_one_sentence(model, board, arguments, reason):
 
 def test_unknown_devices_and_traces_of_others_are_one_sentence(model, tmp_path):
     with pytest.raises(UsageError, match="device 'toaster' is neither a file nor one of jetson"):
-        main(["plan", "--device", "toaster"])
+        main(["plan", "--profile", "toaster"])
     path = tmp_path / "other.csv"
     write_trace(path, draw_trace(layers=2, tokens=1))
     with pytest.raises(UsageError, match="2 layers of 16 experts, but toy has 3 of 8"):
-        main(["plan", "--device", "jetson-orin-nano-8gb", "--trace", str(path)])
+        main(["plan", "--profile", "jetson-orin-nano-8gb", "--trace", str(path)])
     path.write_text("nonsense")
     with pytest.raises(MoertError, match=r"other\.csv is not a routing trace"):
-        main(["plan", "--device", "jetson-orin-nano-8gb", "--trace", str(path)])
+        main(["plan", "--profile", "jetson-orin-nano-8gb", "--trace", str(path)])
 
 
 def test_the_shipped_model_on_this_machine(capsys, monkeypatch, tmp_path):

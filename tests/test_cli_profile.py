@@ -53,7 +53,7 @@ def test_a_profile_can_be_printed_or_go_elsewhere(moert, tmp_path):
     result = moert("profile", "--disk", str(tmp_path), "--out", str(other), "--json", "-t", "1")
     assert result.code == 0, result.err
     assert other.read_text() == result.out
-    assert f"use it with --device {other}" in result.err
+    assert f"use it with --profile {other}" in result.err
     read_profile(other)
     assert not own_file().exists()
 

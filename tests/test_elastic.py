@@ -24,7 +24,7 @@ CURVE = st.lists(st.floats(0, 0.2), min_size=1, max_size=3)
 
 
 def ladder_of(curves, bound, skip=0.0, sizes=SIZES):
-    """Of one layer with these experts."""
+    """Make the error budget of one layer with these experts."""
     precision = ElasticPrecision(bound, skip=skip)
     error_budget = precision.error_budget(WIDTHS, {0: [len(curve) for curve in curves]}, sizes)
     generic = generic_sensitivity(WIDTHS)
@@ -63,8 +63,8 @@ def test_the_bound_holds_at_every_moment(data, curves, bound, skip):
             # The named width lies on a line between two whole widths; beyond what there is of an expert, its last.
             below = min(int(bound) - 2, len(curve) - 1)
             above = min(below + 1, len(curve) - 1)
-            allowed = curve[below] + (bound - int(bound)) * (curve[above] - curve[below])
-            allowed += square * allowed
+            own = curve[below] + (bound - int(bound)) * (curve[above] - curve[below])
+            allowed += square * own
             used += square * (curve[n - 1] if n else absence_sensitivity(curve, WIDTHS))
         assert used <= allowed * (1 + 1e-9) + 1e-12
     assert (error_budget.used, error_budget.allowed) == (
@@ -174,7 +174,7 @@ def make_elastic(one_layer):  # noqa: F811
 
 
 def settled(runner, monkeypatch):
-    """What the ladder decides from now on: a list of {expert: slices}."""
+    """Note what the error budget decides from now on: a list of {expert: slices}."""
     found, choose = [], ErrorBudget.choose
 
     def noted(self, layer, routed, *others):
@@ -277,10 +277,10 @@ def test_with_everything_in_memory_routing_changes_nothing_and_with_little_the_f
 
     def run(precision, **options):
         with LLM(store(), precision=precision, ctx_size=64, prefetch="off", **options) as llm:
-            llm.engine.preload()
-            before = llm.engine.counters.copy()
-            logits = [llm.engine.forward([i]) for i in ids]
-            return torch.stack(logits), llm.engine.counters.since(before)
+            llm.runner.preload()
+            before = llm.runner.counters.copy()
+            logits = [llm.runner.forward([i]) for i in ids]
+            return torch.stack(logits), llm.runner.counters.since(before)
 
     plain, _ = run("elastic:4")
     assert torch.equal(plain, run("elastic:4,route=1")[0])

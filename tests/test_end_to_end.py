@@ -41,8 +41,8 @@ def test_decoding_one_token_at_a_time_equals_prefill(store, family):
     with LLM(store(family, (16,), 16)) as llm:
         ids = prompt_ids(40)
         want = llm.logits(ids)
-        llm._engine.rewind(0)
-        got = torch.stack([llm._engine.forward([token]) for token in ids])
+        llm.runner.rewind(0)
+        got = torch.stack([llm.runner.forward([token]) for token in ids])
         assert (got - want).abs().max() <= 1e-3 * want.abs().max()
 
 
@@ -126,7 +126,7 @@ def test_peak_memory_stays_within_the_budget_and_less_than_the_least_is_refused(
 def test_a_budget_that_is_too_small_says_what_would_fit(store):
     path = store("qwen3_moe")
     with LLM(path, ctx_size=512) as small, pytest.raises(BudgetError, match=r"--ctx-size \d+ .*would fit"):
-        LLM(path, ctx_size=65536, memory_budget=small._engine.budget.total + (32 << 20))
+        LLM(path, ctx_size=65536, memory_budget=small.runner.budget.total + (32 << 20))
 
 
 def test_the_kv_cache_is_reused_between_turns(store):
@@ -187,11 +187,11 @@ def test_a_full_context_ends_an_answer(store):
 def test_a_token_outside_the_vocabulary_is_named(store, token):
     with LLM(store("qwen3_moe")) as llm:
         want = llm.logits([1, 2, 3])
-        llm._engine.rewind(2)
+        llm.runner.rewind(2)
         with pytest.raises(UsageError, match=f"Token id {token} is outside the vocabulary: this model has 320"):
-            llm._engine.forward([3, token])
-        assert llm._engine.tokens == [1, 2]
-        assert torch.allclose(llm._engine.forward([3]), want[-1], atol=1e-3)
+            llm.runner.forward([3, token])
+        assert llm.runner.tokens == [1, 2]
+        assert torch.allclose(llm.runner.forward([3]), want[-1], atol=1e-3)
 
 
 def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
@@ -200,14 +200,14 @@ def test_an_interrupted_answer_leaves_a_usable_model(store, monkeypatch):
         stream = llm.stream("Hello there", GREEDY)
         for _ in range(3):
             next(stream)
-        real, calls = llm._engine._runner.forward_token, iter(range(1000))
+        real, calls = llm.runner._experts.forward_token, iter(range(1000))
 
         def interrupted(*args):
             if next(calls) == 1:
                 raise KeyboardInterrupt
             real(*args)
 
-        for layer in llm.engine.decoder.layers:
+        for layer in llm.runner.decoder.layers:
             monkeypatch.setattr(layer.mlp.experts, "forward_token", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
@@ -241,9 +241,7 @@ def test_wrong_settings_are_refused(store, options, message):
 
 
 def test_a_kernel_that_this_machine_lacks_is_refused(store, monkeypatch):
-    from moert.quant import dispatch
-
-    monkeypatch.setattr(dispatch, "wrong_request", "MOERT_KERNEL: kernel 'sve' is not available here")
+    monkeypatch.setenv("MOERT_KERNEL", "sve")
     with pytest.raises(UsageError, match="'sve' is not available"):
         LLM(store("qwen3_moe"))
 

@@ -11,9 +11,9 @@ from moert import LLM
 from moert.config import EngineConfig
 from moert.errors import BudgetError, UsageError
 from moert.measure import evaluate
+from moert.models.stored_model import StoredModel
 from moert.quant import reference
 from moert.scheduler.precision import FixedPrecision
-from moert.store.reader import Store
 from moert.text.tokenizer import Tokenizer
 
 from .child import ENVIRONMENT, PYTHON
@@ -96,7 +96,7 @@ def test_errors_of_layers_are_those_of_transformers_with_rounded_experts(
     result = moert("-m", path, "--against", store(family, (16,), 16), "--json", "--precision", "fixed:4", "fixed:2")
     _, *rows = json.loads(result.out)["rows"]
     model = reference_model(tiny_checkpoint(family))
-    opened = Store.open(path)
+    opened = StoredModel.open(path)
     seen, handles = {}, []
 
     def record(key):
@@ -177,21 +177,21 @@ def test_bytes_and_widths_are_those_of_a_count_by_hand(moert, store):
 def test_uses_are_counted_for_each_token_with_the_slices_in_use(store):
     with LLM(store()) as llm:
         for length in (1, 20):
-            before = llm.engine.counters.copy()
-            llm.engine.forward(list(range(length)))
-            assert llm.engine.counters.since(before).token_uses == {3: 2 * 3 * length}  # layers, experts per token
+            before = llm.runner.counters.copy()
+            llm.runner.forward(list(range(length)))
+            assert llm.runner.counters.since(before).token_uses == {3: 2 * 3 * length}  # layers, experts per token
 
 
 def test_a_precision_can_be_changed_but_not_beyond_what_memory_was_split_for(store):
     ids = list(range(3, 40))
     with LLM(store(), precision="fixed:3") as changed, LLM(store(), precision="fixed:2") as narrow:
         wide = changed.logits(ids)
-        changed.engine.use(FixedPrecision(2))
+        changed.runner.use(FixedPrecision(2))
         assert torch.equal(changed.logits(ids), narrow.logits(ids))
-        changed.engine.use(FixedPrecision(3))
+        changed.runner.use(FixedPrecision(3))
         assert torch.equal(changed.logits(ids), wide)
         with pytest.raises(UsageError, match="fixed:4 needs more"):
-            changed.engine.use(FixedPrecision(4))
+            changed.runner.use(FixedPrecision(4))
 
 
 def test_token_by_token_measures_the_same_and_what_is_read_fits_what_is_kept(moert, store):
@@ -205,7 +205,7 @@ def test_token_by_token_measures_the_same_and_what_is_read_fits_what_is_kept(moe
     assert 2 <= elastic["mean_width"] <= 4
     assert fixed["layer_errors"] == []
     # Six experts of a token, each of at most all its slices, padded to pages; some of them were there.
-    most = 6 * sum(Store.open(store()).layout.slice_sizes)
+    most = 6 * sum(StoredModel.open(store()).layout.slice_sizes)
     assert 0 < elastic["bytes_read_per_token"] < most
     assert 0 < fixed["bytes_read_per_token"] < most
 
@@ -220,7 +220,7 @@ def test_windows_do_not_overlap_and_need_two_tokens():
 
 
 def test_the_least_budget_measures_the_same(store):
-    path, lossless = Store.open(store()), Store.open(store(widths=(16,), dense_bits=16))
+    path, lossless = StoredModel.open(store()), StoredModel.open(store(widths=(16,), dense_bits=16))
 
     def rows(budget):
         config = EngineConfig(memory_budget=budget, threads=1)

@@ -63,12 +63,12 @@ def test_layers_and_phases_are_what_was_asked_of_the_runner_and_of_the_disk(stor
     with LLM(path, expert_budget=arena(path, 10), ctx_size=64, prefetch="2") as llm:
         reads.clear()  # those of `arena`
         stats = llm.generate("Hello, who are", GREEDY)[0].stats
-        phases = {decoding: llm.engine.layer_counters(decoding) for decoding in (False, True)}
+        phases = {decoding: llm.runner.layer_counters(decoding) for decoding in (False, True)}
         for decoding, layers in phases.items():
             assert list(layers) == [0, 1, 2]
             for layer, counters in layers.items():
                 assert sum(counters.token_uses.values()) == uses[decoding][layer]
-        assert total(c for layers in phases.values() for c in layers.values()) == llm.engine.counters
+        assert total(c for layers in phases.values() for c in layers.values()) == llm.runner.counters
         for layer in range(3):
             both = total(layers[layer] for layers in phases.values())
             assert both.bytes_prefetched == reads[layer, True]
@@ -113,12 +113,12 @@ def test_a_timeline_nests_and_agrees_with_the_counters(store, tmp_path, prefetch
     path, file = store(**LAYERS), tmp_path / "timeline.json"
     with LLM(path, expert_budget=arena(path, 10), ctx_size=64, prefetch=prefetch) as llm:
         drawn = Timeline(file)
-        llm.engine.draw(drawn)
+        llm.runner.draw(drawn)
         ids = llm.tokenizer.encode("Hello, who are")
         llm.generate("Hello, who are", GREEDY)
-        llm.engine.draw(None)
-        llm.engine.forward([5])
-        counters = llm.engine.counters
+        llm.runner.draw(None)
+        llm.runner.forward([5])
+        counters = llm.runner.counters
         drawn.close()
         everything = sum(len(lane) for lane in spans(file).values())
         assert drawn.about() == f"timeline: {file}, {everything} spans"
@@ -147,9 +147,9 @@ def test_the_sums_of_a_timeline_are_those_of_the_counters(store, tmp_path):
     path, file = store(**LAYERS), tmp_path / "timeline.json"
     with LLM(path, expert_budget=arena(path, 10), ctx_size=64, prefetch="off") as llm:
         drawn = Timeline(file)
-        llm.engine.draw(drawn)
+        llm.runner.draw(drawn)
         llm.generate("Hello, who are", GREEDY)
-        counters = llm.engine.counters
+        counters = llm.runner.counters
         drawn.close()
     lanes = spans(file)
     compute = lanes.pop("compute")

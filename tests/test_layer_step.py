@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from moert.quant import layer_step, matmul
+from moert.kernels import layer_step
+from moert.quant import matmul
 from moert.quant.matmul import FEW_TOKENS
 
 COMPILED = [k for k in matmul.available_kernels() if k != "reference"]
@@ -38,7 +39,7 @@ def exact_attention(q, k, v, norms, cos, sin, keys, values):
 
 
 def exact_step(step, x, rotation, keys, values):
-    """What `LayerStep` computes, in float64: the new x, what the experts see, router logits."""
+    """Compute what `LayerStep` does, in float64: the new x, what the experts see, router logits."""
     x, d = x.double(), step.head_dim
     h = rms(x, step.norms[0])
     q, k, v = (

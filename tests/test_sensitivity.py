@@ -1,4 +1,4 @@
-"""What rounding an expert does to its outputs, as a calibrated conversion measures it: against float64 by hand."""
+"""Errors of rounded experts, as a calibrated conversion measures them: against float64 by hand."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from moert.convert.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
 from moert.convert.convert import convert
 from moert.errors import StoreError
+from moert.models.stored_model import StoredModel
 from moert.store.meta import parse
-from moert.store.reader import Store
 
 from .checkpoints import stored_matrices
 
@@ -27,7 +27,7 @@ def calibrated(tiny_checkpoint, tmp_path_factory):
 
 
 def seen_by_experts(model, layer):
-    """What enters the experts of a layer and what leaves the layer, by transformers: [T, D] each."""
+    """Record what enters the experts of a layer and what leaves the layer, by transformers: [T, D] each."""
     inputs, outputs = [], []
     block = model.model.layers[layer]
     hooks = [
@@ -92,7 +92,7 @@ def test_experts_that_see_few_tokens_are_measured_on_what_they_borrow(tiny_check
 
 
 def test_a_rounded_store_has_none(store):
-    assert Store.open(store()).meta.sensitivity is None
+    assert StoredModel.open(store()).meta.sensitivity is None
 
 
 @pytest.mark.parametrize(

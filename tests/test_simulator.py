@@ -169,7 +169,7 @@ def test_the_disk_reads_demands_first_and_drops_what_has_not_begun():
     assert disk.wait(ahead) == pytest.approx(7)
     assert disk.nbytes == 60
     late = disk.submit(20.0, 30, ahead=True)
-    disk.hurry(20.5, late)
+    disk.promote(20.5, late)
     assert disk.wait(late) == pytest.approx(24)
     assert disk.busy_until(22.0) == pytest.approx(7)
     with pytest.raises(ValueError, match="dropped"):

@@ -55,8 +55,8 @@ class ThrottledReader:
     def submit(self, read, ahead=False):
         read._done = Ticket(self.clock, self.disk, self.disk.submit(self.clock.now, read.nbytes, ahead))
 
-    def hurry(self, read):
-        self.disk.hurry(self.clock.now, read._done.read)
+    def promote(self, read):
+        self.disk.promote(self.clock.now, read._done.read)
 
     def cancel(self, read):
         return self.disk.cancel(self.clock.now, read._done.read)

@@ -11,12 +11,12 @@ from moert import LLM, SamplingParams
 from moert.engine.model_runner import Engine
 from moert.errors import StoreError
 from moert.hub.resolve import warm_file
+from moert.models.stored_model import StoredModel
 from moert.runtime.warm import read_memory, write_memory
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.types import ExpertKey, RoutedExpert
 from moert.scheduler.warm import Memory, remember, restore
-from moert.store.reader import Store
 
 from .program import Program
 
@@ -87,9 +87,9 @@ def run(path, count=12, warm=True, **options):
     with LLM(path) as llm:
         one = llm.store.layout.bytes_at(4)
     with LLM(path, expert_budget=count * one, ctx_size=64, warm=warm, on_status=said.append, **options) as llm:
-        held = llm.engine._runner._loader.arena.held()
+        held = llm.runner._experts._loader.arena.held()
         done = llm.generate("Hello, who are", GREEDY)[0]
-        counters = llm.engine.counters
+        counters = llm.runner.counters
         assert len(held) <= 3 * count
     return done.token_ids, [line for line in said if line.startswith("warm start: ")], counters, held
 
@@ -134,20 +134,20 @@ def change(**values):
         (change(resident=[[0, 0]]), "is damaged."),
         (change(resident=[[0, 0, 1], [0, 0, 1]]), "is damaged."),
         (change(resident=[["0", 0, 1]]), "is damaged."),
-        (change(reuse_score=[[0, 0, 1, 1, 1, 1]]), "is damaged."),
-        (change(reuse_score=[[0, 0, -1]]), "is damaged."),
-        (change(reuse_score=[[0, 0, float("nan")]]), "is damaged."),
-        (change(reuse_score=None), "is damaged."),
+        (change(worth=[[0, 0, 1, 1, 1, 1]]), "is damaged."),
+        (change(worth=[[0, 0, -1]]), "is damaged."),
+        (change(worth=[[0, 0, float("nan")]]), "is damaged."),
+        (change(worth=None), "is damaged."),
         (change(version=2), "was written by another version of moert."),
         (change(store="0" * 64), "is of another state of the store."),
     ],
 )
-def test_what_is_damaged_or_stale_is_refused_with_a_reason(path, tmp_path, sensitivity, reason):
-    store, file = Store.open(path), tmp_path / "memory.json"
+def test_what_is_damaged_or_stale_is_refused_with_a_reason(path, tmp_path, damage, reason):
+    store, file = StoredModel.open(path), tmp_path / "memory.json"
     memory = Memory({ExpertKey(0, 3): 2, ExpertKey(2, 1): 3}, {ExpertKey(0, 3): [0.25, 0.125, 0.0]})
     write_memory(file, store, memory)
     assert read_memory(file, store) == memory
-    file.write_bytes(sensitivity(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(StoreError) as caught:
         read_memory(file, store)
     assert str(caught.value) == f"{file} {reason}"
@@ -158,8 +158,8 @@ def test_what_cannot_be_used_is_said_and_replaced(path):
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     with LLM(path, ctx_size=64, warm=True, on_status=said.append) as llm:
-        assert not llm.engine._runner._loader.arena.held()
-        llm.engine.forward([5])
+        assert not llm.runner._experts._loader.arena.held()
+        llm.runner.forward([5])
     assert said[-1] == f"warm start: not possible, the arena begins empty. {file} is damaged."
     assert json.loads(file.read_bytes())["version"] == 1, "the end of the run wrote it anew"
 
@@ -177,8 +177,8 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
     path = shutil.copytree(store(), tmp_path / "store")
     with LLM(path, ctx_size=64, warm=True) as llm:
-        llm.engine.forward([5, 6, 7])
-        key = min(llm.engine._runner._loader.arena.held())
+        llm.runner.forward([5, 6, 7])
+        key = min(llm.runner._experts._loader.arena.held())
         location = llm.store.location(key.layer, key.expert)
     with open(location.file, "r+b") as file:
         file.seek(location.offset + 7)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moert.cli import common
 from moert.cli.progress import conversion_progress
+from moert.cli.status import Status
 from moert.config import format_bytes, parse_bytes
 from moert.convert import calibration_text as calibration
 from moert.errors import StoreError, UsageError
@@ -19,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
     parser.add_argument("--resume", action="store_true", help="go on with a conversion that was cut off")
     parser.add_argument("--offline", action="store_true", help="never use the network")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
     common.add_conversion_options(parser)
     parser.add_argument(
         "--calibrate",
@@ -35,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     if os.path.lexists(args.out):  # said before a download, not after it
         raise StoreError(f"{args.out} exists already: delete it or choose another name.")
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     with status.spinner("Starting"):
         from moert.convert.convert import convert  # loads torch
 
+        common.check_kernel()
         text = calibration.tokens(args.calibrate, content, folder) if content is not None else None
     with conversion_progress(status) as progress:
         store = convert(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moert.cli.common import Status
+from moert.cli.status import Status
 from moert.config import format_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Figures:
-    """What the options ask for, of one model."""
+    """The figures of one model that the options ask for."""
 
     def __init__(self, args: argparse.Namespace, status: Status, timeline: Timeline | None) -> None:
         self._wanted, self._status, self._timeline = args.stats, status, timeline

@@ -1,5 +1,6 @@
-"""What a memory budget buys: what of a model fits, how fast it would be and what that costs in quality, on this machine
-or another one, worked out without running the model and without downloading its weights."""
+"""Predict what a memory budget buys: what of a model fits, how fast it would be and what that costs in quality, on this
+machine or another one, worked out without running the model and without downloading its weights.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.options import Renamed
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes, parse_budget
 from moert.errors import BudgetError, UsageError
 from moert.hardware.devices import device_or_this, devices
@@ -32,7 +35,7 @@ _POINTS = 8  # budgets of a plot, where no sweep says which
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
@@ -44,10 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="budgets from LOW, each twice the one before, up to HIGH; or a list, such as 4GiB,6GiB,8GiB",
     )
     parser.add_argument(
-        "--device",
+        "--profile",
         metavar="NAME|FILE",
-        help=f"another device than this machine: {', '.join(sorted(devices()))}, or a profile",
+        help=f"profile of another device than this machine: {', '.join(sorted(devices()))}, or a file",
     )
+    parser.add_argument("--device", action=Renamed, new="--profile")
     parser.add_argument(
         "--precision",
         metavar="POLICY",
@@ -75,10 +79,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     _check(args)
     budgets = _budgets(args)
-    profile, about = device_or_this(args.device)
+    profile, about = device_or_this(args.profile)
     shape = _shape(args, status)
     routes = _routes(args, shape)
     for line in _assumed(args, shape, profile, about, routes):
@@ -105,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be refused before anything takes time."""
+    """Refuse bad options before anything takes time."""
     for name in ("ctx_size", "prompt_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -124,7 +128,7 @@ def _budgets(args: argparse.Namespace) -> list[int | None]:
     return [*common.parse_sweep(args.sweep, "memory-budget")]
 
 
-def _shape(args: argparse.Namespace, status: common.Status) -> ModelShape:
+def _shape(args: argparse.Namespace, status: Status) -> ModelShape:
     from moert.planning.model_shape import read_shape
 
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
@@ -166,7 +170,7 @@ def _assumed(
 
 
 def _title(shape: ModelShape) -> str:
-    """Its name; of a path the last part."""
+    """Return the name of the model, or the last part of its path."""
     return Path(shape.name).name if Path(shape.name).is_absolute() else shape.name
 
 
@@ -178,7 +182,7 @@ def _quality_note(shape: ModelShape) -> str:
 
 
 class _Plan:
-    """All settings that were asked for, predicted; for those that do not fit, the least budget."""
+    """Predictions for all settings that were asked for; for those that do not fit, the least budget."""
 
     def __init__(
         self,
@@ -194,8 +198,8 @@ class _Plan:
         self._slices = {name: policy_of(name, routes.trace, shape).slices(shape.widths) for name in precisions}
         self.rows: list[tuple[int | None, str, int, Prediction | BudgetError]] = []
         self._available = int(profile.memory_bytes - profile.library_bytes)
-        if args.device is None:
-            from moert.runtime.budget import available_bytes
+        if args.profile is None:
+            from moert.hardware.memory import available_bytes
 
             self._available = min(self._available, available_bytes())
 
@@ -249,7 +253,7 @@ class _Plan:
         return choose(every, self.shape.calibrated) if every else None
 
     def least(self) -> str:
-        """Where nothing fits: what would."""
+        """Say what would fit where nothing does."""
         shape, ctx_size = self.shape, self._args.ctx_size or min(256, self.shape.max_position_embeddings)
         name, slices = min(self._slices.items(), key=lambda item: item[1])
         least = shape.needs(int(self.profile.library_bytes), ctx_size, slices, self._args.kv_bits).least
@@ -274,7 +278,7 @@ class _Plan:
 
 
 def _as_dict(plan: _Plan, about: str, choice: Choice | None) -> dict[str, Any]:
-    """What --json prints."""
+    """Return the object that --json prints."""
     shape, profile = plan.shape, plan.profile
     names = ("name", "model_type", "origin", "runnable", "why_not", "parameters", "active_parameters", "widths")
     settings: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import ProfileError, UsageError
 from moert.hardware.devices import own_file
@@ -33,11 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="this-machine", help="name of the device in the profile")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
     parser.add_argument("--json", action="store_true", help="print the profile instead of a table of it")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"threads {args.threads} must be at least 1.")
     if not args.name.strip():
@@ -50,9 +51,7 @@ def main(args: argparse.Namespace) -> int:
     with status.spinner("Loading moert"):
         from moert.engine.model_runner import default_threads
         from moert.measure import profile as measure
-        from moert.quant.dispatch import wrong_request
-    if wrong_request is not None:
-        raise UsageError(f"{wrong_request}.")
+    common.check_kernel()
     try:
         path = None if args.out == STDOUT else own_file() if args.out is None else Path(args.out).expanduser()
     except RuntimeError as error:
@@ -74,12 +73,12 @@ def main(args: argparse.Namespace) -> int:
             if not args.json:  # two minutes' work is not thrown away
                 print(measure.as_text(content), end="")
             raise
-        use = "moert uses it from now on" if path == own_file() else f"use it with --device {path}"
+        use = "moert uses it from now on" if path == own_file() else f"use it with --profile {path}"
         status.say(f"written to {path}: {use}")
     return 0
 
 
-def _say_if_busy(status: common.Status) -> None:
+def _say_if_busy(status: Status) -> None:
     from moert.measure.bench_kernels import load_average
 
     load = load_average()
@@ -110,7 +109,7 @@ def _values(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _text(name: str, value: Any) -> str:
-    """With a unit that suits people."""
+    """Write a figure with a unit that suits people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("_bytes_per_s"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moert.cli import common
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import UsageError
 from moert.hub import resolve as source
@@ -22,11 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="same seed and epochs, same predictor (default 0)"
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     if args.epochs < 1 or not args.minutes > 0:
         raise UsageError("Training needs at least one epoch (--epochs) and more than no time (--minutes).")
     if args.threads is not None and args.threads < 1:
@@ -35,13 +36,14 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("Name what to learn from with --trace FILE: record one with --record-trace.")
     path = source.resolve(args.model, offline=args.offline, on_status=status.say)
     with status.spinner("Reading traces"):
-        from moert import train_predictor  # loads torch
         from moert.engine.model_runner import default_threads
+        from moert.models.stored_model import StoredModel as Store
         from moert.quant.dispatch import set_num_threads
         from moert.store.predictor import TrainedPredictor, write_predictor
-        from moert.store.reader import Store
+        from moert.train import predictor as train_predictor  # loads torch
 
         store = Store.open(path)
+        common.check_kernel()
         set_num_threads(args.threads or default_threads())
         windows = train_predictor.read_windows(store, args.trace)
         trainer = train_predictor.Trainer(store, windows, args.seed)

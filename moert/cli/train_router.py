@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 
-from moert.cli import common, training
+from moert.cli import training
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.convert import calibration_text as calibration
 
 
@@ -16,11 +17,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     content = training.check(args)
     with status.spinner("Loading"):
-        from moert import train_router  # loads torch
         from moert.store.bit_router import write_router
+        from moert.train import bit_router as train_router  # loads torch
 
         store, lossless, text, windows = training.load(args, content, calibration.MOST_TOKENS)
         trainer = train_router.Trainer(store, lossless, windows, args.seed)

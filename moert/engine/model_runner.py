@@ -22,39 +22,31 @@ from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConf
 from moert.device.decoder import PlacedDecoder
 from moert.device.dense_quant import load_dense
 from moert.device.hybrid import HybridRunner
+from moert.device.kv_memory import SplitKVMemory
 from moert.device.matrix import DenseQuant
 from moert.device.offload import OffloadRequest, plan_offload
 from moert.engine.needs import kv_dtype, needs_of
 from moert.engine.sequence_cache import SequenceCache, SequenceCaches, StepInput
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.hardware.allocator import keep_freed_memory
+from moert.hardware.memory import available_bytes, library_bytes
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
-from moert.quant import dispatch
-from moert.quant.dispatch import kernel_name, set_num_threads
+from moert.models.stored_model import StoredModel as Store
+from moert.quant.dispatch import choose_kernel, kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
-from moert.router import bit_router
-from moert.runtime.budget import (
-    AUTO_SHARE,
-    Budget,
-    available_bytes,
-    library_bytes,
-    split_budget,
-)
+from moert.runtime.budget import AUTO_SHARE, Budget, split_budget
 from moert.runtime.executor import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import direct_io_works
 from moert.runtime.warm import read_memory, write_memory
 from moert.scheduler.capacity import slots_for
-from moert.scheduler.eviction import POLICIES
-from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import ElasticPrecision, Precision, RoutedPrecision, parse_precision
 from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.store.fileio import readable
 from moert.store.predictor import read_predictor
-from moert.store.reader import Store
 
 
 def default_threads() -> int:
@@ -68,7 +60,7 @@ def read_precision(text: str | None, store: Store) -> Precision:
     try:
         # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
         kind = None if text is None else text.partition(":")[0]
-        router = bit_router(store, trained=kind == "routed") if kind in ("routed", "elastic") else None
+        router = store.bit_router(trained=kind == "routed") if kind in ("routed", "elastic") else None
         return parse_precision(text, store.layout.widths, router)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
@@ -94,8 +86,10 @@ class ModelRunner:
 
     def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
         arch = store.architecture
-        if dispatch.wrong_request is not None:
-            raise UsageError(f"{dispatch.wrong_request}.")
+        try:
+            choose_kernel()
+        except ValueError as error:
+            raise UsageError(f"{error}.") from None
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH
@@ -118,6 +112,7 @@ class ModelRunner:
             num_experts = len(store.moe_layers) * store.num_experts
             users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
             slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
+            self.resident_share = slots[0] / num_experts
             self._describe(store, config, slots[0], num_experts, on_status)
             self._store, self._most_slices = store, slices
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
@@ -160,7 +155,7 @@ class ModelRunner:
             dense = load_dense(store, placed, device, cast(DenseQuant, config.dense_quant))
             decoder = PlacedDecoder(arch, dense, self._experts, placed.layers, placed.head, device)
             decoder.prepare()
-            return decoder, KVMemory(arch, positions, dtype, placed.layers, placed.kv_positions, device)
+            return decoder, SplitKVMemory(arch, positions, dtype, placed.layers, placed.kv_positions, device)
 
     def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int, compiles: bool) -> int:
         """Of the host's memory, what is left for a device that has no other, if all dense weights go there."""
@@ -374,12 +369,6 @@ class ModelRunner:
 
 
 def _policies(config: EngineConfig) -> Policies:
-    for what, name, known in (
-        ("cache policy", config.cache_policy, POLICIES),
-        ("load order", config.load_order, ORDERS),
-    ):
-        if name not in known:
-            raise UsageError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
     horizons = {"auto": (0, 1), "off": (0,)}.get(config.prefetch) or (int(config.prefetch),)
     return Policies(config.cache_policy, config.load_order, horizons, config.overlap)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from moert.device.dense_quant import host_dense_bytes
+from moert.device.kv_memory import SplitKVMemory
 from moert.device.offload import Offload
-from moert.models.kv_cache import KVCache, KVMemory
+from moert.models.kv_cache import KVCache
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.format import KEY_BLOCK, align
 from moert.runtime.budget import Needs, workspace_bytes
-from moert.store.reader import Store
 
 
 def needs_of(
@@ -33,7 +34,7 @@ def needs_of(
         placed, shared = offload.placement, offload.shared_bytes
         dense = host_dense_bytes(store, placed)
         positions = contexts * align(ctx_size, KEY_BLOCK)
-        kv_cache = KVMemory.host_bytes_for(arch, positions, dtype, placed.layers, placed.kv_positions)
+        kv_cache = SplitKVMemory.host_bytes_for(arch, positions, dtype, placed.layers, placed.kv_positions)
     return Needs(
         libraries=libraries,
         dense=dense + shared[0],

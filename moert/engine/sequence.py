@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from moert.config import PREFILL_CHUNK
-from moert.engine.sampling import Sampler, SamplingParams, StopMatcher
+from moert.engine.sampling import ResolvedParams, Sampler, StopMatcher
 from moert.engine.sequence_cache import SequenceCache
 from moert.engine.statistics import GenerationStats, Measured, RequestTimer
 from moert.errors import MoertError, UsageError
@@ -60,7 +60,7 @@ class Request:
     """
 
     prompt_ids: abc.Sequence[int]
-    params: SamplingParams
+    params: ResolvedParams
     priority: Priority = "interactive"
     deadline: float | None = None
     stream: bool = True

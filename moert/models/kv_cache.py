@@ -9,51 +9,44 @@ interrupted leaves the cache as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moert.device.split_cache import CacheSegment, SplitCache, to_int8
 from moert.errors import UsageError
+from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes
-from moert.models.device_backend import DeviceBackend
 from moert.quant.format import KEY_BLOCK, align
-from moert.quant.layer_step import LayerCache
 
-_Flat = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
+FlatLayer = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
 Region = tuple[int, int]  # the position of the memory that it begins at, and how many it has
+RegionParts = list[tuple[int, Tensor]]  # keys, values or scales of a region, with the position that each part begins at
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., d] as integers from -127 to 127, in float32, and the scale [..., 1] of each."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, x / scale, 0.0).round_(), scale
 
 
 class KVMemory:
     """Room for the keys and values of `positions` positions (rounded up to a block), of one sequence or of several.
 
     float16, float32, or int8: then each key and each value has a float32 scale of its own. Pages are touched only as
-    sequences grow. Layers that are `on_device` have theirs of the first `kv_positions` (a multiple of a block) in
-    memory of `device`, and the rest in host memory too.
+    sequences grow.
     """
 
-    def __init__(
-        self,
-        arch: Architecture,
-        positions: int,
-        dtype: torch.dtype = torch.float16,
-        on_device: Sequence[bool] = (),
-        kv_positions: int = 0,
-        device: DeviceBackend | None = None,
-    ) -> None:
+    def __init__(self, arch: Architecture, positions: int, dtype: torch.dtype = torch.float16) -> None:
         self.positions, self.dtype = align(positions, KEY_BLOCK), dtype
         self._shape = arch.num_kv_heads, arch.head_dim
-        self._device, self._border = device, min(kv_positions, self.positions)
-        placed = [*on_device] or [False] * arch.num_layers
-        self._host = [self._room(self.positions - (self._border if far else 0)) for far in placed]
-        self._near: list[_Flat | None] = [None] * arch.num_layers
-        if device is not None:
-            size = kv_bytes(2 * self._shape[0] * self._border, arch.head_dim, 8 * dtype.itemsize)
-            arenas = iter(torch.split(device.allocate(sum(placed) * size), size) if size else [])
-            self._near = [self._room(self._border, next(arenas)) if near and size else None for near in placed]
-        self._placed = placed
+        self._host = [self._room(held) for held in self._host_positions(arch.num_layers)]
 
-    def _room(self, positions: int, arena: Tensor | None = None) -> _Flat:
+    def _host_positions(self, num_layers: int) -> list[int]:
+        """Return how many positions of each layer lie in host memory."""
+        return [self.positions] * num_layers
+
+    def _room(self, positions: int, arena: Tensor | None = None) -> FlatLayer:
         """Flat keys, values and scales of a layer, in `arena` or in host memory of their own."""
         J, d = self._shape
         sizes = [J * d * positions] * 2 + [2 * J * positions if self.dtype == torch.int8 else 0]
@@ -65,87 +58,40 @@ class KVMemory:
             keys, values, scales = (piece.view(kind) for piece, kind in zip(pieces, dtypes, strict=True))
         return keys, values, scales
 
-    @staticmethod
-    def host_bytes_for(
-        arch: Architecture, positions: int, dtype: torch.dtype, on_device: Sequence[bool], kv_positions: int
-    ) -> int:
-        """Bytes of host memory that such a memory takes; the rest of `KVCache.bytes_for` is on the device."""
-        positions = align(positions, KEY_BLOCK)
-        held = arch.num_layers * positions - sum(on_device) * min(kv_positions, positions)
-        return kv_bytes(2 * arch.num_kv_heads * held, arch.head_dim, 8 * dtype.itemsize)
-
     def layers(self, start: int, count: int) -> list[LayerCache]:
-        """A cache per layer in positions start .. start + count, both multiples of a block.
+        """Return a cache per layer in positions start .. start + count, both multiples of a block."""
+        return [self._layer(flat, start, count) for flat in self._host]
 
-        Those of layers on the device have no room: see `split`.
-        """
-        result = []
-        for flat, placed in zip(self._host, self._placed, strict=True):
-            C = 0 if placed else count
-            keys, values, scales = self._cut(flat, start, C)
-            blocks = keys.view(len(keys), C // KEY_BLOCK, self._shape[1], KEY_BLOCK)
-            result.append(LayerCache(blocks, values, scales))
-        return result
+    def split(self, start: int, count: int) -> Sequence[Any]:
+        """Return what a decoder that knows of it keeps of each layer elsewhere, None for layers in host memory."""
+        return [None] * len(self._host)
 
-    def split(self, start: int, count: int) -> list[SplitCache | None]:
-        """The same for the layers on the device, None for the others."""
-        if self._device is None:
-            return [None] * len(self._host)
-        border = min(max(self._border - start, 0), count)  # of these positions, how many are in device memory
-        result: list[SplitCache | None] = []
-        for host, device, placed in zip(self._host, self._near, self._placed, strict=True):
-            near = CacheSegment(0, *self._cut(device, start, border)) if device is not None and border else None
-            behind = max(start - self._border, 0)
-            far = CacheSegment(border, *self._cut(host, behind, count - border)) if placed and border < count else None
-            result.append(SplitCache(near, far, self._device) if placed else None)
-        return result
+    def _layer(self, flat: FlatLayer, start: int, count: int) -> LayerCache:
+        keys, values, scales = self._cut(flat, start, count)
+        return LayerCache(keys.view(len(keys), count // KEY_BLOCK, self._shape[1], KEY_BLOCK), values, scales)
 
     def copy(self, source: Region, target: Region, count: int) -> None:
         """Copy the first `count` positions of one region into another, which may overlap it.
 
         A region begins at a multiple of a block and is as many blocks long; what the two share is overwritten.
         """
-        count = align(count, KEY_BLOCK)
+        count = align(count, KEY_BLOCK)  # of keys in blocks, whole blocks are whole rows
         for index in range(len(self._host)):
-            sources, targets = self._views(index, *source), self._views(index, *target)
-            for heads, moved in zip(sources, targets, strict=True):
-                if len(heads) > 1 or len(moved) > 1:  # in two memories, where no order of the heads suits both
-                    parts = [(first, view.clone()) for first, view in heads]
-                    for head in range(self._shape[0]):
-                        _copy_rows([(at, view[head]) for at, view in parts], [(at, v[head]) for at, v in moved], count)
-                    continue
-                (_, old), (_, new) = heads[0], moved[0]
-                # Heads whose rows move up go from the last to the first, and the others the other way round: so none
-                # is overwritten before it is copied.
-                shifts = [new[head].data_ptr() - old[head].data_ptr() for head in range(len(old))]
-                rising = [head for head in reversed(range(len(old))) if shifts[head] > 0]
-                for head in [*rising, *(head for head in range(len(old)) if shifts[head] < 0)]:
-                    rows = old[head, :count]
-                    near = abs(shifts[head]) < rows.numel() * rows.element_size()
-                    new[head, :count] = rows.clone() if near else rows
+            for old, new in zip(self._parts(index, *source), self._parts(index, *target), strict=True):
+                copy_rows(old, new, count)
 
-    def _views(self, index: int, start: int, size: int) -> list[list[tuple[int, Tensor]]]:
-        """Keys, values and scales of a layer in a region: a list of parts each, with the positions they begin at.
+    def _parts(self, index: int, start: int, size: int) -> list[RegionParts]:
+        """Return the keys, the values, and the scales of both of a layer in a region, heads first."""
+        return self._with_positions([(0, self._cut(self._host[index], start, size))])
 
-        Heads first, then positions; of keys in blocks, whole blocks are whole rows.
-        """
-        near, border = self._near[index], 0
-        parts: list[tuple[int, tuple[Tensor, Tensor, Tensor | None]]] = []
-        if self._placed[index]:
-            border = min(max(self._border - start, 0), size)
-            if near is not None and border:
-                parts.append((0, self._cut(near, start, border)))
-        if border < size:
-            begin = max(start - self._border, 0) if self._placed[index] else start
-            parts.append((border, self._cut(self._host[index], begin, size - border)))
-        views = [[(first, part[i]) for first, part in parts] for i in range(2)]
-        for i in range(2):
-            scales = [(first, part[2][i]) for first, part in parts if part[2] is not None]
-            if scales:
-                views.append(scales)
-        return views
+    @staticmethod
+    def _with_positions(parts: Sequence[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]) -> list[RegionParts]:
+        """Sort what `_cut` gave of parts of a region, each with the position that it begins at, by kind."""
+        both = [[(first, tensors[kind]) for first, tensors in parts] for kind in (0, 1)]
+        scales = [[(first, s[kind]) for first, (_, _, s) in parts if s is not None] for kind in (0, 1)]
+        return [*both, *(kind for kind in scales if kind)]  # type: ignore[list-item]
 
-    def _cut(self, flat: _Flat, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _cut(self, flat: FlatLayer, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
         keys, values, scales = flat
         J, d = self._shape
@@ -155,7 +101,7 @@ class KVMemory:
 
 
 class KVCache:
-    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own.
+    """A `LayerCache` of one sequence for each layer: in `memory` from position `start` on, or in memory of its own.
 
     `split` has those of the layers on a device, which `append` and `read` do not know.
     """
@@ -175,7 +121,7 @@ class KVCache:
 
     @property
     def steppable(self) -> bool:
-        """Whether a `LayerStep` can run over this cache."""
+        """Tell whether a `LayerStep` can run over this cache."""
         return self.layers[0].steppable()
 
     @staticmethod
@@ -226,10 +172,21 @@ class KVCache:
         self.length = length
 
 
-def _copy_rows(source: Sequence[tuple[int, Tensor]], target: Sequence[tuple[int, Tensor]], count: int) -> None:
-    """Copy the first `count` rows of a head from parts into parts, each with the position that it begins at."""
-    for first, rows in source:
-        for begin, place in target:
-            low, high = max(first, begin), min(first + len(rows), begin + len(place), count)
-            if low < high:
-                place[low - begin : high - begin] = rows[low - first : high - first]
+def copy_rows(source: RegionParts, target: RegionParts, count: int) -> None:
+    """Copy the first `count` rows of each head from parts of a region into those of another, which may overlap it."""
+    if len(source) > 1 or len(target) > 1:  # in two memories, where no order of the heads suits both
+        for first, old in [(first, old.clone()) for first, old in source]:
+            for begin, new in target:
+                low, high = max(first, begin), min(first + old.shape[1], begin + new.shape[1], count)
+                if low < high:
+                    new[:, low - begin : high - begin] = old[:, low - first : high - first]
+        return
+    (_, old), (_, new) = source[0], target[0]
+    # Heads whose rows move up go from the last to the first, and the others the other way round: so none is overwritten
+    # before it is copied.
+    shifts = [new[head].data_ptr() - old[head].data_ptr() for head in range(len(old))]
+    rising = [head for head in reversed(range(len(old))) if shifts[head] > 0]
+    for head in [*rising, *(head for head in range(len(old)) if shifts[head] < 0)]:
+        rows = old[head, :count]
+        overlapping = abs(shifts[head]) < rows.numel() * rows.element_size()
+        new[head, :count] = rows.clone() if overlapping else rows

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moert.quant.rows import add_rows, combine
+from moert.kernels.elementwise import add_rows, combine
 from moert.runtime.loader import Loader
 from moert.runtime.lookahead import LookAhead, RouterPrediction
 from moert.runtime.routing import TokenGroups, route_token, route_tokens, sums_by_expert

@@ -128,7 +128,7 @@ class Loader:
         ready = dict.fromkeys(wave.resident, self._layout.num_slices)
         partly = {load.expert: load.first for load in reversed(wave.loads)}
         if wave.awaited:
-            in_flight = self._hurry(layer, wave.awaited)
+            in_flight = self._promote(layer, wave.awaited)
             reads = in_flight + reads
             still = {load.expert for load, _ in in_flight}
             ready |= {e: partly.get(e, self._layout.num_slices) for e in wave.awaited if e not in still}
@@ -158,11 +158,11 @@ class Loader:
         if ready:
             use(ready)
 
-    def _hurry(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:
+    def _promote(self, layer: int, experts: Sequence[int]) -> list[tuple[Load, Read]]:
         """Prefetches of these experts: from now on somebody waits for them."""
         found = [(load, read) for load, read in self._ahead.items() if load.layer == layer and load.expert in experts]
         for _, read in found:
-            self.reader.hurry(read)
+            self.reader.promote(read)
         return found
 
     def recover(self) -> dict[ExpertKey, int]:

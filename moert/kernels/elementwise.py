@@ -1,4 +1,4 @@
-"""What a forward pass does with its tokens between the products: norms, rotation, the weighted sum of experts.
+"""Work on tokens between the products of a forward pass: norms, rotation, the weighted sum of experts.
 
 Compiled where the module is in use: torch would write several temporary tensors for each.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moert.quant.dispatch import compiled
+from moert.kernels.native import compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
