@@ -363,9 +363,7 @@ class AsyncLLM:
         """Continue a prompt piece by piece, as `LLM.stream` does; it begins with the first piece that is asked for."""
         return self._stream(self.llm._requests([as_prompt(prompt)], params, priority, timeout))
 
-    async def chat(
-        self, messages: Messages, params: SamplingParams | None = None, **options: Any
-    ) -> Completion:
+    async def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> Completion:
         """Answer a conversation, as `LLM.chat` does."""
         return (await self.generate([self.llm.encode_chat(messages, **options)], params))[0]
 

@@ -1,6 +1,9 @@
 """--stats, --timeline and what they show: per layer and phase, against what is seen from outside."""
 
 import json
+import os
+import signal
+import time
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
 from moert.cli.figures import table
-from moert.engine.model_runner import Engine
+from moert.engine.model_runner import ModelRunner
 from moert.errors import UsageError
 from moert.measure import bench_kernels
 from moert.runtime import loader as loading
@@ -208,19 +211,22 @@ def test_a_timeline_that_cannot_be_written_is_refused_before_anything_is_loaded(
 
 
 def test_ctrl_c_leaves_a_whole_timeline_and_the_table(moert, store, tmp_path, monkeypatch):
-    path, file, forward, calls = store(**LAYERS), tmp_path / "t.json", Engine.forward, iter(range(99))
+    path, file, step, calls = store(**LAYERS), tmp_path / "t.json", ModelRunner.step, iter(range(99))
 
-    def interrupted(self, ids, all_logits=False):
+    def interrupted(self, inputs, decoding):
         if next(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(self, ids, all_logits)
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, of which this thread knows nothing
+            time.sleep(0.3)
+        return step(self, inputs, decoding)
 
     budget = str(arena(path, 10))
-    monkeypatch.setattr(Engine, "forward", interrupted)
+    monkeypatch.setattr(ModelRunner, "step", interrupted)
     options = ("--expert-budget", budget, "--stats", "--timeline", str(file), "-q")
     result = moert("generate", "-m", str(path), "-p", "Hello", *RUN, *options)
     assert result.code == 130
-    assert sum(e["name"].startswith("token") for _, _, e in spans(file)["compute"]) == 3
+    assert sum(e["name"].startswith("token") for _, _, e in spans(file)["compute"]) == 4, (
+        "the step that ran is the last"
+    )
     assert "decoding: 2 tokens; of each token:" in result.err
 
 

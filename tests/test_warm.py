@@ -1,14 +1,17 @@
 """Warm start: what was in memory is there again, within the budget, and the text is the same."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
-from moert.engine.model_runner import Engine
+from moert.engine.model_runner import ModelRunner
 from moert.errors import StoreError
 from moert.hub.resolve import warm_file
 from moert.models.stored_model import StoredModel
@@ -193,14 +196,15 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
 
 
 def test_ctrl_c_writes_it_too(path, capsys, monkeypatch, tmp_path):
-    moert, forward, calls = Program(capsys, monkeypatch, tmp_path), Engine.forward, iter(range(99))
+    moert, step, calls = Program(capsys, monkeypatch, tmp_path), ModelRunner.step, iter(range(99))
 
-    def interrupted(self, ids, all_logits=False):
+    def interrupted(self, inputs, decoding):
         if next(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(self, ids, all_logits)
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, of which this thread knows nothing
+            time.sleep(0.3)
+        return step(self, inputs, decoding)
 
-    monkeypatch.setattr(Engine, "forward", interrupted)
+    monkeypatch.setattr(ModelRunner, "step", interrupted)
     assert moert("generate", "-m", str(path), "-p", "Hello", "-n", "9", "--ignore-eos", "--warm").code == 130
     file = warm_file(path, "fixed:4")
     assert json.loads(file.read_bytes())["resident"]

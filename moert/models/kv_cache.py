@@ -88,8 +88,8 @@ class KVMemory:
     def _with_positions(parts: Sequence[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]) -> list[RegionParts]:
         """Sort what `_cut` gave of parts of a region, each with the position that it begins at, by kind."""
         both = [[(first, tensors[kind]) for first, tensors in parts] for kind in (0, 1)]
-        scales = [[(first, s[kind]) for first, (_, _, s) in parts if s is not None] for kind in (0, 1)]
-        return [*both, *(kind for kind in scales if kind)]  # type: ignore[list-item]
+        scales = [(first, tensors[2].flatten(0, 1)) for first, tensors in parts if tensors[2] is not None]
+        return [*both, scales] if scales else both
 
     def _cut(self, flat: FlatLayer, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
