@@ -82,7 +82,7 @@ class Disk:
         (self._ahead if ahead else self._demanded).append(read)
         return read
 
-    def hurry(self, now: float, read: Read) -> None:
+    def promote(self, now: float, read: Read) -> None:
         """Somebody waits for it now."""
         self.advance(now)
         if read in self._ahead:
@@ -94,7 +94,9 @@ class Disk:
         self.advance(now)
         if read.started:
             return False
-        (self._ahead if read in self._ahead else self._demanded).remove(read)
+        for queue in (self._ahead, self._demanded):
+            if read in queue:
+                queue.remove(read)
         return True
 
     def advance(self, until: float) -> None:

@@ -117,7 +117,7 @@ def test_a_prefetch_can_be_hurried_and_dropped(make_reader, file):
     first, *others = [Read(file, i * PAGE, [(i * PAGE, PAGE, -1)], str(i)) for i in range(PAGES)]
     for read in (first, *others):
         reader.submit(read, ahead=True)
-    reader.hurry(others[-1])
+    reader.promote(others[-1])
     dropped = [read for read in others[:-1] if reader.cancel(read)]
     others[-1].wait()
     assert all(read.done for read in dropped)

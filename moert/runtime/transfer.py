@@ -132,7 +132,7 @@ class Reader(Protocol):
     def submit(self, read: Read, ahead: bool = False) -> None:
         """Start a read; `read.wait()` tells when it has ended. ahead: nobody waits for it, others go first."""
 
-    def hurry(self, read: Read) -> None:
+    def promote(self, read: Read) -> None:
         """Somebody waits for it now."""
 
     def cancel(self, read: Read) -> bool:
@@ -185,7 +185,7 @@ class NativeReader:
         read._reader = self._native
         read._job = self._native.submit(file.fd, not file.direct, read.offset, read.parts, ahead)
 
-    def hurry(self, read: Read) -> None:
+    def promote(self, read: Read) -> None:
         self._native.hurry(read._job)
 
     def cancel(self, read: Read) -> bool:
@@ -228,7 +228,7 @@ class SliceReader:
             (self._ahead if ahead else self._demanded).extend(chunks)
             self._changed.notify(len(chunks))
 
-    def hurry(self, read: Read) -> None:
+    def promote(self, read: Read) -> None:
         with self._changed:
             chunks = [chunk for chunk in self._ahead if chunk[0] is read]
             for chunk in chunks:
