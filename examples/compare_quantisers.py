@@ -33,8 +33,8 @@ from moert.convert.quantiser import RoundToNearest
 from moert.hub.resolve import shipped_model
 from moert.measure.evaluate import Sums, cut, stored_bytes
 from moert.measure.plot import Point, draw
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert, floats
-from moert.store.reader import Store
 from moert.text.tokenizer import Tokenizer
 
 GROUP = 64
@@ -91,7 +91,7 @@ def hqq(bits: int, axis: int) -> Method:
     return method
 
 
-def stored(store: Store, slices: int) -> Method:
+def stored(store: StoredModel, slices: int) -> Method:
     """The weights that a store holds, at the width of its first slices."""
 
     def method(layer: int, expert: int, name: str, w: Tensor) -> tuple[Tensor, float]:
@@ -107,7 +107,7 @@ def stored(store: Store, slices: int) -> Method:
     return method
 
 
-def methods(stores: list[Store]) -> Iterator[tuple[str, str, Store, Method]]:
+def methods(stores: list[StoredModel]) -> Iterator[tuple[str, str, StoredModel, Method]]:
     """Series, label, the store whose dense weights go with it, method."""
     for store in stores:
         for i, width in reversed(list(enumerate(store.layout.widths, 1))):
@@ -142,7 +142,7 @@ def load(checkpoint: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def take_dense(model: Any, store: Store) -> None:
+def take_dense(model: Any, store: StoredModel) -> None:
     """Give the model all weights but the experts' from a store."""
     parameters = dict(model.named_parameters())
     for name, value in store.load_dense().items():
@@ -173,7 +173,7 @@ def logits_of(model: Any, windows: list[list[int]]) -> Iterator[Tensor]:
         yield model(torch.tensor([ids])).logits[0, :-1]
 
 
-def measure(args: argparse.Namespace, stores: list[Store]) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, stores: list[StoredModel]) -> list[dict[str, Any]]:
     """A row for the lossless model in transformers, and one for each method; keys as `moert eval --json`."""
     text = args.text.read_text(encoding="utf-8")
     windows = cut(Tokenizer(args.checkpoint).encode(text), args.window, args.tokens)
@@ -223,7 +223,7 @@ def main() -> None:
     if args.others and args.others.exists():
         measured = json.loads(args.others.read_text())
     else:
-        stores = [Store.open(path) for path in args.stores]
+        stores = [StoredModel.open(path) for path in args.stores]
         if all(store.meta.quantiser != RoundToNearest.name for store in stores):
             parser.error("name a STORE made without --calibrate too: the others' experts go with its dense weights")
         measured = measure(args, stores)

@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
 from moert.config import AUTO, EngineConfig, parse_budget, parse_bytes
 from moert.engine import batch
 from moert.engine.model_runner import Engine
-from moert.engine.sampling import SamplingParams
+from moert.engine.sampling import SamplingParams, usable_fields
 from moert.engine.sequence import Answer, join
 from moert.engine.sequence import Chunk as Chunk
 from moert.engine.sequence import Completion as Completion
@@ -22,13 +22,13 @@ from moert.engine.statistics import GenerationStats as GenerationStats
 from moert.engine.statistics import RequestTimer
 from moert.errors import UsageError
 from moert.hub.resolve import resolve, warm_file
+from moert.models.stored_model import StoredModel as Store
 from moert.planning.automatic import Automatic, choose
-from moert.store.reader import Store
-from moert.text.chat import render
+from moert.text.chat import Message, render
 from moert.text.tokenizer import Tokenizer
 from moert.train.recording import Recorder
 
-Message = Mapping[str, str]
+Messages = str | Message | Sequence[Message]
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -104,6 +104,8 @@ class LLM:
         self.store = Store.open(path)
         self.tokenizer = Tokenizer(path)
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
+        for warning in (*self.tokenizer.warnings, *usable_fields(self.tokenizer.generation_config)[1]):
+            status(warning)
         self.plan: Automatic | None = None
         if memory_budget == AUTO and config.expert_budget is None:
             config, self.plan = choose(self.store, config)
@@ -187,17 +189,37 @@ class LLM:
         if self._latest is not request:
             raise UsageError("Another request began on this model before this answer ended; take them in turn.")
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """Answer a conversation: messages with `role` and `content`."""
-        return join(self.stream_chat(messages, params))
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer a conversation: messages with `role` and `content`, one of them alone, or a user's text.
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Chunk]:
+        template_args: more variables for the model's chat template, such as `{"enable_thinking": False}`.
+        """
+        return join(self.stream_chat(messages, params, template_args=template_args))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Iterator[Chunk]:
         """Answer a conversation, piece by piece. What the KV cache holds of it is not computed again."""
-        return self.stream(self.encode_chat(messages), params)
+        return self.stream(self.encode_chat(messages, template_args=template_args), params)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that the model's chat template makes of a conversation, as token ids."""
-        text = render(messages, self.tokenizer.chat_template, bos=self.tokenizer.bos, eos=self.tokenizer.eos)
+    def encode_chat(self, messages: Messages, *, template_args: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the prompt that the model's chat template makes of a conversation, as token ids."""
+        text = render(
+            messages,
+            self.tokenizer.chat_template,
+            special_tokens=self.tokenizer.special_tokens,
+            template_args=template_args,
+        )
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:

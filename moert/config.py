@@ -57,7 +57,7 @@ def format_bytes(size: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the user asked for; None means: choose.
+    """The settings that the user asked for; None leaves the choice to moert.
 
     memory_budget: bytes for everything. expert_budget: bytes of the expert arena alone. precision: policy such as
     `fixed:4` or `routed:3`. ctx_size: tokens that the KV cache holds. threads: of the kernels. kv_bits: 8 or 16, of the

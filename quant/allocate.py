@@ -1,4 +1,4 @@
-"""Which width each expert keeps, so that the errors together are least under a limit on their bytes.
+"""Choose which width each expert keeps, so that the errors together are least under a limit on their bytes.
 
 A multiple-choice knapsack problem. The Lagrangian relaxation charges a price per byte; at the price at which the limit
 is met its optimum is the linear program's, and a bound that no allocation can beat: the greedy walk down the convex
@@ -37,7 +37,7 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How far above the least error this may be at most, as a share of that."""
+        """Return how far above the least error this may be at most, as a share of that."""
         if self.error <= self.bound:
             return 0.0
         return (self.error - self.bound) / self.bound if self.bound > 0 else math.inf

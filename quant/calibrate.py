@@ -47,7 +47,7 @@ class Nested:
 
 
 def width_weights(widths: Sequence[int]) -> list[float]:
-    """What an error at each width counts: relative to what rounding costs there, a factor of 4 per bit."""
+    """Return what an error at each width counts: relative to what rounding costs there, a factor of 4 per bit."""
     return [4.0 ** (b - widths[0]) for b in widths]
 
 
@@ -265,7 +265,7 @@ def _choose_codes(
     weights: Sequence[float],
     codes: Tensor,
 ) -> Tensor:
-    """What the compiled `choose_codes` does: fills codes [N, G] and returns the moves [B * N, G]."""
+    """Choose the codes as the compiled `choose_codes` does: fills codes [N, G] and returns the moves [B * N, G]."""
     B, N = scales.shape
     left = targets.reshape(B, N, -1).clone()
     now = left if before is None else before.view(B, N, -1)

@@ -1,8 +1,8 @@
-"""Which compiled kernel is in use.
+"""The compiled kernel that is in use.
 
-At import the widest instruction set that the processor has is taken, or the one that the environment
-variable MOERT_KERNEL names (amx, avx512, avx2, neon, generic, reference). `reference` is torch alone; it is also the
-fallback where the compiled module is missing.
+When a kernel is first needed, the widest instruction set that the processor has is taken, or the one that the
+environment variable MOERT_KERNEL names (amx, avx512, avx2, neon, generic, reference). `reference` is torch alone; it is
+also the fallback where the compiled module is missing.
 """
 
 from __future__ import annotations
@@ -40,36 +40,50 @@ def available_kernels() -> list[Kernel]:
 def set_kernel(kernel: Kernel | str) -> None:
     """Use `kernel` from now on. Raises ValueError naming the kernels that this machine has."""
     global _active
-    names = [str(k) for k in available_kernels()]
-    if kernel not in names:
-        raise ValueError(f"kernel {str(kernel)!r} is not available here (available: {', '.join(names)})")
+    if kernel not in available_kernels():
+        raise ValueError(_unavailable(kernel))
+    if _native is not None and kernel != Kernel.REFERENCE:
+        _native.set_kernel(str(kernel))
     _active = Kernel(kernel)
-    if _native is not None and _active is not Kernel.REFERENCE:
-        _native.set_kernel(str(_active))
 
 
-_active = available_kernels()[0]
-wrong_request: str | None = None  # why MOERT_KERNEL could not be followed; whoever runs a model must not ignore it
-if os.environ.get("MOERT_KERNEL"):
-    try:
-        set_kernel(os.environ["MOERT_KERNEL"])
-    except ValueError as error:
-        wrong_request = f"MOERT_KERNEL: {error}"
+def _unavailable(kernel: str) -> str:
+    return f"kernel {str(kernel)!r} is not available here (available: {', '.join(available_kernels())})"
+
+
+_active: Kernel | None = None
+
+
+def choose_kernel() -> Kernel:
+    """Return the kernel in use; where none is yet, take the one that MOERT_KERNEL names, or else the widest.
+
+    Raises ValueError where MOERT_KERNEL names none that this machine has, whatever is in use.
+    """
+    available, name = available_kernels(), os.environ.get("MOERT_KERNEL")
+    if name and name not in available:
+        raise ValueError(f"MOERT_KERNEL: {_unavailable(name)}")
+    if _active is None:
+        set_kernel(name or available[0])
+    return _in_use()
+
+
+def _in_use() -> Kernel:
+    return choose_kernel() if _active is None else _active
 
 
 def kernel_name() -> str:
     """Name of the kernel in use."""
-    return str(_active)
+    return str(_in_use())
 
 
 def kernel_seconds() -> float:
     """Time spent in the compiled kernels so far, all callers together."""
-    return 0.0 if _native is None else _native.busy_seconds()
+    return 0.0 if _native is None else _native.kernel_seconds()
 
 
 def compiled() -> ModuleType | None:
     """The compiled module; None where the reference is in use."""
-    return None if _active is Kernel.REFERENCE else _native
+    return None if _in_use() is Kernel.REFERENCE else _native
 
 
 def loaded() -> ModuleType:

@@ -16,7 +16,7 @@ from moert.quant.matmul import PackedExpert, expert_ffn, experts_ffn, placed_pla
 
 
 class ExpertTable:
-    """Where the slices of experts lie, so that experts are computed without a Python object for each.
+    """A table of where the slices of experts lie, so that experts are computed without a Python object for each.
 
     The compiled module knows them by number; where it cannot compute them (raw weights, other activations, the
     reference kernel) they are kept as `PackedExpert`.
@@ -30,7 +30,7 @@ class ExpertTable:
         self._native: Any = None if module is None else module.ExpertTable(_places(layout), memory.data_ptr())
 
     def put(self, layer: int, expert: int, offsets: Sequence[int]) -> None:
-        """Enter the first slices of an expert, which must stay at these offsets in memory until `drop_from` forgets them."""
+        """Enter the first slices of an expert, which must stay at these offsets until `drop_from` forgets them."""
         if self._native is not None:
             self._native.put(layer, expert, offsets)
             return
@@ -47,7 +47,7 @@ class ExpertTable:
             self._packed.pop((layer, expert, n), None)
 
     def held(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """With how many slices each of `experts` could be computed now."""
+        """Return with how many slices each of `experts` could be computed now."""
         if self._native is not None:
             counts: list[int] = self._native.held(layer, experts)
             return counts
@@ -118,7 +118,7 @@ class ExpertTable:
 
 
 def _places(layout: ExpertLayout) -> list[list[Any]]:
-    """What the compiled module wants: for each number of slices where gate, up and down lie in them."""
+    """Return the offsets that the compiled module wants: for each number of slices those of gate, up and down."""
     offsets = [layout.offsets(index) for index in range(layout.num_slices)]
     return [
         [

@@ -181,7 +181,7 @@ class ExpertLayout:
         return sum(self.slice_sizes[: self.slices_for(width)])
 
     def slices_for(self, width: int) -> int:
-        """How many slices `width` needs. Raises ValueError for a width not stored."""
+        """Return how many slices `width` needs. Raises ValueError for a width not stored."""
         if width not in self.widths:
             raise ValueError(f"width {width} is not stored (stored: {', '.join(map(str, self.widths))})")
         return self.widths.index(width) + 1

@@ -100,7 +100,7 @@ class PackedMatrix:
 
     @cached_property
     def native(self) -> Any:
-        """What the compiled module takes; points into the slices."""
+        """Return the object that the compiled module takes; it points into the slices."""
         planes, (_, scales), *shape = placed_planes(self.layout, [(0, s.data_ptr()) for s in self.slices])
         return loaded().Matrix([plane[1:] for plane in planes], scales, *shape)
 
@@ -124,7 +124,7 @@ class PackedExpert:
 
     @cached_property
     def native(self) -> Any:
-        """What the compiled module takes; None for raw weights."""
+        """Return the object that the compiled module takes; None for raw weights."""
         if isinstance(self.gate, Tensor) or isinstance(self.up, Tensor) or isinstance(self.down, Tensor):
             return None
         return loaded().Expert(self.gate.native, self.up.native, self.down.native)
@@ -174,7 +174,7 @@ def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
 
 
 def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
-    """What the integer kernels see of x [T, K]: int8 per group of columns, as float32."""
+    """Round x as the integer kernels see it, x [T, K]: int8 per group of columns, as float32."""
     padded = functional.pad(x, (0, layout.groups * layout.group_size - layout.cols))
     groups = padded.view(x.shape[0], layout.groups, layout.group_size)
     peak = groups.abs().amax(-1, keepdim=True)
@@ -185,12 +185,12 @@ def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
 
 
 def streamable(w: Tensor | PackedMatrix) -> bool:
-    """Whether a kernel reads these weights as they lie in memory."""
+    """Tell whether a kernel reads these weights as they lie in memory."""
     return isinstance(w, PackedMatrix) or (w.is_contiguous() and str(w.dtype).removeprefix("torch.") in RAW_DTYPE_BYTES)
 
 
 def native_matrix(w: Tensor | PackedMatrix) -> Any:
-    """What the compiled module takes for streamable weights; points into them."""
+    """Return the object that the compiled module takes for streamable weights; points into them."""
     if isinstance(w, PackedMatrix):
         return w.native
     return loaded().Matrix(w.data_ptr(), str(w.dtype).removeprefix("torch."), w.shape[0])

@@ -53,7 +53,7 @@ class PlacedExperts:
 
 @lru_cache
 def starts_of(layout: ExpertLayout) -> tuple[tuple[int, ...], ...]:
-    """Where gate, up and down begin in each slice, and where down ends."""
+    """Return where gate, up and down begin in each slice, and where down ends."""
     return tuple(layout.offsets(index) for index in range(layout.num_slices))
 
 

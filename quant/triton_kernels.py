@@ -52,7 +52,8 @@ _SUM_ROWS = 32  # of a program of the second product with many tokens
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """What kernels know of a matrix when they are compiled. There is one object for each matrix of a layout.
+    """The constants that kernels know of a matrix when they are compiled. There is one object for each matrix of a
+    layout.
 
     planes: of each, the most significant first, its slice, offset there, bytes for a group of a tile, and bits.
     scales: where those of each width begin in its slice. row_bytes: of a row of inputs, as `_round_kernel` has them.
@@ -71,7 +72,9 @@ class _Matrix:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """What a program takes at once: tokens, rows, and with one token groups; whether the device has dp4a."""
+    """The part of a matrix that a program takes at once: tokens, rows, and with one token groups; whether the device
+    has dp4a.
+    """
 
     B: int
     R: int

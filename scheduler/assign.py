@@ -1,4 +1,5 @@
-"""Which of a layer's experts compute on the host and which on the device, so that the latest of all ends soonest.
+"""Decide which of a layer's experts compute on the host and which on the device, so that the latest of all ends
+soonest.
 
 HybriMoE (arXiv 2504.05897). Section 4.2, the split of a layer: one list, what is on the device before what is not, each
 by falling load; the device takes from the front, the host from the back, and next takes whoever would end earlier.
@@ -21,7 +22,7 @@ Resource = Literal["host", "device", "move", "read"]
 
 
 class Task(NamedTuple):
-    """What one routed expert would take, in seconds.
+    """The seconds that one routed expert would take.
 
     host_s, device_s: to compute it there. move_s: to bring to the device what is missing there (0: all is there).
     host_read_s, device_read_s: to read from disk what is missing in host memory for computing it there, or moving it.
@@ -36,7 +37,7 @@ class Task(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Where experts compute.
+    """A split of experts among host and device.
 
     device, host: in the order in which they compute; on the device what is there comes first, then what is moved, in
     the order of the moves. seconds: when the last of them, and so of moves and reads, ends.
@@ -78,7 +79,7 @@ def _split(tasks: Sequence[Task], begin: Begin, hybrid: bool) -> Split:
 
 @lru_cache(maxsize=4096)  # the same costs come again and again while decoding
 def _decide(costs: Costs, begin: Begin, hybrid: bool) -> tuple[tuple[int, ...], tuple[int, ...], float]:
-    """What the device computes, what the host, each in its order, and when all ends."""
+    """Decide what the device computes, what the host, each in its order, and when all ends."""
     reads = any(cost[3] for cost in costs)
     enough = (1 + _NEAR) * _bound(costs, begin) if hybrid else 0.0
     best: tuple[float, tuple[int, ...], tuple[int, ...]] | None = None
@@ -182,7 +183,7 @@ def _greedy(costs: Costs, begin: Begin) -> list[bool]:
 
 
 class _Timelines:
-    """When all ends, for any choice of sides, where everything goes through what it needs in one order.
+    """Computes when all ends, for any choice of sides, where everything goes through what it needs in one order.
 
     What needs no read goes first, moves by Johnson's rule for two machines (1954), which is optimal there. Reads go by
     that rule too (johnson), or what has most behind it goes first: one of these is nearly always nearly best.
@@ -203,11 +204,11 @@ class _Timelines:
         self._order = [(i, side) for _, i, side in sorted(entries)]
 
     def order(self, sides: Sequence[bool]) -> list[int]:
-        """All tasks, in the order in which they go through whatever they need."""
+        """Return all tasks, in the order in which they go through whatever they need."""
         return [i for i, side in self._order if sides[i] == side]
 
     def ends(self, sides: Sequence[bool]) -> tuple[float, float, float]:
-        """When the device, the host and the link end."""
+        """Return when the device, the host and the link end."""
         disk = link = device = host = 0.0
         (launch_s, fetch_s), costs = self._begin, self._costs
         for i, side in self._order:
@@ -266,7 +267,7 @@ _PLANNING = 0.15
 
 
 class CostModel:
-    """What experts take, from the figures of a device, corrected by what is measured.
+    """The time that experts take, from the figures of a device, corrected by what is measured.
 
     sizes: bytes of each slice of an expert, `widths` wide. unified: host and device share one memory, so that nothing
     is moved. One token takes its weights' bytes out of memory; each further one its multiply-accumulates.
@@ -301,12 +302,14 @@ class CostModel:
 
     @property
     def launch_s(self) -> float:
-        """Of each wave on the device, before it computes."""
+        """Return the seconds of each wave on the device before it computes."""
         return self._launch_s * self._factor["device"]
 
     @property
     def fetch_s(self) -> float:
-        """What the inputs take to the host, and its results back, where it computes beside the device."""
+        """Return the seconds that the inputs take to the host, and its results back, where it computes beside the
+        device.
+        """
         return 2 * self._latency_s * self._factor["move"]
 
     def task(self, expert: int, tokens: int, slices: int, on_device: int, on_host: int) -> Task:
@@ -324,7 +327,9 @@ class CostModel:
         return Task(expert, host_s, device_s, self.move_s(nbytes[slices] - nbytes[on_device]), read_s, read_s)
 
     def one_token(self, slices: Sequence[int]) -> tuple[float, float]:
-        """What the device takes for a token's experts, with so many slices each, and the host for the least of them."""
+        """Return the seconds that the device takes for a token's experts, with so many slices each, and the host for
+        the least of them.
+        """
         device = sum([self._device[n][0] for n in slices])
         return self.launch_s + device * self._factor["device"], self._host[min(slices)][0] * self._factor["host"]
 
@@ -332,7 +337,8 @@ class CostModel:
         return (self._latency_s + nbytes * self._move_s_per_byte) * self._factor["move"]
 
     def measured(self, part: Resource, predicted_s: float, seconds: float) -> None:
-        """What was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within bounds.
+        """Learn that what was predicted to take `predicted_s` took `seconds`: a running mean of their ratio, within
+        bounds.
 
         Predictions change in steps, so that costs stay the same for as long as they are nearly right.
         """

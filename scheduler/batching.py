@@ -28,7 +28,7 @@ _ALIVE = {"first-come": 1, "most-overlap": 2}
 
 
 def most_alive(batch_size: int, policy: str) -> int:
-    """How many sequences are begun at most, of which `batch_size` take a step together."""
+    """Return how many sequences are begun at most, of which `batch_size` take a step together."""
     return batch_size if batch_size == 1 else batch_size * _ALIVE[policy]
 
 

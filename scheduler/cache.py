@@ -71,7 +71,7 @@ class SliceCache:
         return sum(self.sizes(load.layer)[load.first : load.last])
 
     def resident(self, layer: int, expert: int) -> int:
-        """How many slices of an expert are in memory, or on their way."""
+        """Return how many slices of an expert are in memory, or on their way."""
         return self._resident.get((layer, expert), 0)  # type: ignore[call-overload, no-any-return]
 
     def there(self, layer: int, expert: int, without: Load | None = None) -> int:
@@ -83,7 +83,7 @@ class SliceCache:
         return count
 
     def resident_experts(self) -> dict[ExpertKey, int]:
-        """All experts with a slice in memory, and how many slices."""
+        """Return all experts with a slice in memory, and how many slices."""
         return dict(self._resident)
 
     def room(self, keep: Collection[tuple[int, int]]) -> list[int]:

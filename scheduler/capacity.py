@@ -1,4 +1,4 @@
-"""How an expert budget is divided among the slices of the experts: pure arithmetic."""
+"""Divide an expert budget among the slices of the experts: pure arithmetic."""
 
 # L layers, E experts, S slices
 

@@ -1,4 +1,4 @@
-"""What computing and reading take on a device: the figures of a profile turned into times."""
+"""Costs of computing and reading on a device: the figures of a profile turned into times."""
 
 # S slices
 
@@ -42,7 +42,9 @@ class Costs:
         return self._expert_s[layer][slices - 1]
 
     def traffic_s(self, load: Load) -> float:
-        """What computing loses because the bytes of a read go into the same memory that it reads weights from."""
+        """Return the seconds that computing loses because the bytes of a read go into the same memory that it reads
+        weights from.
+        """
         return self.nbytes(load) / self._memory_bytes_per_s
 
     def nbytes(self, load: Load) -> int:
@@ -105,7 +107,9 @@ class Disk:
             pass
 
     def wait(self, read: Read) -> float:
-        """When a read ends, if nothing else is submitted before that. Raises ValueError for one that was dropped."""
+        """Return when a read ends, if nothing else is submitted before that. Raises ValueError for one that was
+        dropped.
+        """
         while read.done is None:
             if not self._step(float("inf")):
                 raise ValueError("a read that was dropped never ends")

@@ -73,7 +73,7 @@ class ErrorBudget:
     def choose(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
     ) -> list[int]:
-        """With how many of its slices each expert is computed: at least one, unless it may be left out.
+        """Choose with how many of its slices each expert is computed: at least one, unless it may be left out.
 
         squares[k]: sum of the squared router weights of its tokens. have[k]: how many of its slices are in memory.
         `used` never exceeds `allowed`, if each expert is wanted with all the slices that it has. What is read beyond

@@ -1,4 +1,5 @@
-"""What a trace takes on a device, in a second: only the run asked for, of some of the layers, with their share of room.
+"""Estimate what a trace takes on a device, in a second: only the run asked for, of some of the layers, with their share
+of room.
 
 Layers with experts are alike but for how evenly they use them, which changes slowly with depth. A cache that is shared
 by all of them gives each about its share, so that a few, spread evenly over the depth, with the proportionate budget
@@ -26,7 +27,7 @@ from moert.scheduler.trial import MARGIN, pays
 
 @dataclass(frozen=True, slots=True)
 class PromptReads:
-    """What one chunk of a prompt read, of all layers."""
+    """The reads of one chunk of a prompt, of all layers."""
 
     tokens: int
     reads: float
@@ -35,8 +36,9 @@ class PromptReads:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of the whole model. seconds: of a decoded token. held_bytes: experts in memory at the end. first: the chunk of a
-    prompt that found memory empty; later: the same again, after decoding; both None where the trace has no prompt.
+    """Estimates for the whole model. seconds: of a decoded token. held_bytes: experts in memory at the end. first: the
+    chunk of a prompt that found memory empty; later: the same again, after decoding; both None where the trace has no
+    prompt.
     """
 
     seconds: float
@@ -125,8 +127,9 @@ def sample(trace: Trace, most_layers: int, most_tokens: int) -> tuple[list[int],
 
 
 def _typical(trace: Trace, most: int) -> list[int]:
-    """Of each of `most` equal stretches of the depth the layer that is most like its neighbours: in how many experts
-    tokens have in common with the token before and with one 32 before, which is what a cache lives on."""
+    """Return of each of `most` equal stretches of the depth the layer that is most like its neighbours: in how many
+    experts tokens have in common with the token before and with one 32 before, which is what a cache lives on.
+    """
     used: dict[int, list[frozenset[int]]] = {}
     for step in trace.steps:
         for layer, routing in step.layers.items():
@@ -152,7 +155,7 @@ def _only(step: TraceStep, layers: Sequence[int], turn: int) -> TraceStep:
 
 
 def usage(trace: Trace) -> NDArray[np.float64]:
-    """By layer of which the trace says something and expert, the share of the tokens that use it: [L, E].
+    """Return, by layer of the trace and expert, the share of the tokens that use it: [L, E].
 
     One that the trace never uses counts as used half a time.
     """
@@ -167,5 +170,5 @@ def usage(trace: Trace) -> NDArray[np.float64]:
 
 
 def touched(shares: NDArray[np.float64], tokens: int) -> float:
-    """How many experts of a layer so many tokens are expected to use, in the mean of the layers."""
+    """Return how many experts of a layer so many tokens are expected to use, in the mean of the layers."""
     return float((1 - (1 - shares) ** tokens).sum(1).mean())

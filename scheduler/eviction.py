@@ -1,4 +1,4 @@
-"""What goes first when the slice cache needs room: policies by name.
+"""Eviction policies: what goes first when the slice cache needs room: policies by name.
 
 Belady's optimum (IBM Systems Journal 5(2), 1966), which knows the future, is the bound that simulations show beside
 them.
@@ -25,10 +25,10 @@ class CachePolicy(Protocol):
     name: str
 
     def used(self, layer: int, routed: Sequence[RoutedExpert], tokens: int) -> None:
-        """All experts that the `tokens` tokens of one step are routed to in `layer`, resident or not."""
+        """Note all experts that the `tokens` tokens of one step are routed to in `layer`, resident or not."""
 
     def on_prediction(self, layer: int, probabilities: Mapping[int, float]) -> None:
-        """What somebody expects the coming step to use in `layer`, in place of what was expected before."""
+        """Note what somebody expects the coming step to use in `layer`, in place of what was expected before."""
 
     def loaded(self, key: ExpertKey, index: int) -> None:
         """Slice `index` of an expert got room. It does no harm to say so twice."""
@@ -43,14 +43,16 @@ class CachePolicy(Protocol):
         """The first of these that is evictable, None where there is none. Asking changes nothing."""
 
     def reuse_score(self, key: ExpertKey, index: int) -> float:
-        """How often a token is expected to use a slice of an expert: what a prefetch must be worth to evict it."""
+        """Return how often a token is expected to use a slice of an expert: the least for a prefetch that evicts it."""
 
     def restore(self, key: ExpertKey, reuse_score: Sequence[float]) -> None:
-        """What `reuse_score` said of the slices of an expert when another run ended; told before anything is used."""
+        """Take over what `reuse_score` said of an expert's slices when another run ended, before anything is used."""
 
 
 class _Baseline(CachePolicy):
-    """What baselines do not care about: they know nothing of the future, and let no prefetch evict anything."""
+    """Defaults for what baselines do not care about: they know nothing of the future, and let no prefetch evict
+    anything.
+    """
 
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
         return next(filter(evictable, self.eviction_order(index)), None)

@@ -1,4 +1,4 @@
-"""How much of the KV cache lies in device memory, where not all of it fits or experts would gain more there.
+"""Choose how much of the KV cache lies in device memory, where not all of it fits or experts would gain more there.
 
 After APEX (arXiv 2506.03296): the times of attention on device and host are predicted from profiled bandwidths, since
 decoding is bound by memory on both, and work goes to the host where the two overlap best. Here a sequence is split
@@ -22,7 +22,7 @@ _LENGTHS = 64  # of sequences that are looked at
 
 @dataclass(frozen=True, slots=True)
 class AttentionCosts:
-    """Of a model whose layers are alike, in bytes and seconds.
+    """Costs of attention in a model whose layers are alike, in bytes and seconds.
 
     position_bytes: of the keys and values of a position in one layer. device_bytes_per_s, host_bytes_per_s: as
     attention reads them. exchange_s: of a layer that asks the host: queries there, results back. layer_s, head_s: what
@@ -53,21 +53,23 @@ class AttentionCosts:
         return float(np.mean(times))
 
     def host_attention_s(self, seen: Sequence[int]) -> float:
-        """The same of a layer that is on the host altogether."""
+        """Return the seconds of attention in a layer that is on the host altogether."""
         ends = np.asarray(seen, dtype=np.float64)
         read = np.mean([np.minimum(ends, math.inf if window is None else window).mean() for window in self.windows])
         return float(read * self.position_bytes / self.host_bytes_per_s)
 
 
 def lengths(positions: int) -> Sequence[int]:
-    """How many positions tokens see, evenly from few to all: sequences of every length are taken to be as likely."""
+    """Return how many positions tokens see, evenly from few to all: sequences of every length are taken to be as
+    likely.
+    """
     return np.linspace(0, positions, min(positions, _LENGTHS) + 1, dtype=np.int64)[1:].tolist()
 
 
 def choose(
     costs: AttentionCosts, layers: int, layer_bytes: float, head_bytes: float, room: float, positions: int, block: int
 ) -> int:
-    """Of so many positions (a multiple of `block`), how many to have in device memory in each layer that is there.
+    """Choose how many of the positions (a multiple of `block`) to have in device memory in each layer that is there.
 
     room: device memory for `layer_bytes` of dense weights for each of `layers`, for positions, for the head, and for
     experts. Takes the border at which a token takes least time, with all layers on the device that then fit, and behind
@@ -104,7 +106,7 @@ def fill(
 
 
 def slot_gain(profile: Profile, top_k: int, num_experts: int, width: int) -> float:
-    """What a byte more of device memory for experts saves per token, in seconds, where experts are alike.
+    """Return the seconds per token that a byte more of device memory for experts saves, where experts are alike.
 
     It is read by as large a share of tokens as a router chooses of the experts, by the device instead of the host.
     """

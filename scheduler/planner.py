@@ -63,7 +63,7 @@ class Scheduler:
     def choose(
         self, layer: int, routed: Sequence[RoutedExpert], squares: Sequence[float], have: Sequence[int], tokens: int = 1
     ) -> list[int]:
-        """With how many slices each expert is computed, where it has so many in memory."""
+        """Choose with how many slices each expert is computed, where it has so many in memory."""
         self._planned = layer
         assert self.error_budget is not None
         return self.error_budget.choose(layer, routed, squares, have, tokens)

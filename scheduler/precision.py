@@ -24,19 +24,19 @@ Floats = NDArray[np.float64]
 
 
 class Chooser(Protocol):
-    """With how many slices each expert is computed that tokens are routed to in a layer."""
+    """Chooses with how many slices each expert is computed that tokens are routed to in a layer."""
 
     def one(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> list[int]:
-        """For the experts of a single token and their router weights."""
+        """Choose the slices for the experts of a single token and their router weights."""
         ...
 
     def many(self, layer: int, experts: NDArray[np.int64], weights: NDArray[Any]) -> NDArray[np.int64]:
-        """The same for every token: [T, K] each."""
+        """Choose the slices for the experts of every token: [T, K] each."""
         ...
 
 
 class Precision(Protocol):
-    """What `--precision` names; `str` of it names it again."""
+    """A precision policy as `--precision` names it; `str` of it names it again."""
 
     @property
     def route(self) -> float:
@@ -48,18 +48,19 @@ class Precision(Protocol):
         ...
 
     def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
-        """What chooses the slices, of a store with `widths` that has, by layer, so many slices of each expert."""
+        """Return the chooser of slices for a store with `widths` that has, by layer, so many slices of each expert."""
         ...
 
     def shares(self, widths: Sequence[int]) -> list[float]:
-        """For each of those `slices`, the share of uses of experts that is expected to need it; the first: 1."""
+        """Return, for each of those `slices`, the share of uses of experts expected to need it; the first: 1."""
         ...
 
     def error_budget(
         self, widths: Sequence[int], kept: Mapping[int, Sequence[int]], sizes: Sequence[int]
     ) -> ErrorBudget | None:
-        """What computes with fewer slices where some are missing, of sizes[i] bytes; None where the text must not
-        depend on that."""
+        """Return what computes with fewer slices where some are missing, of sizes[i] bytes; None where the text must
+        not depend on that.
+        """
         ...
 
 
@@ -99,7 +100,7 @@ class FixedPrecision(_Reproducible):
         return f"fixed:{self.width}"
 
     def slices(self, widths: Sequence[int]) -> int:
-        """How many slices that is, of a store with `widths`."""
+        """Return how many slices that is, of a store with `widths`."""
         return tuple(widths).index(self.width) + 1
 
     def chooser(self, widths: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Chooser:
@@ -162,7 +163,7 @@ class BitRouter:
             return (price * self._rates) ** self._powers
 
     def shares(self, thresholds: Floats) -> list[float]:
-        """Of all uses of experts by the calibration text, the share with more than i slices; the first is 1."""
+        """Return, of all uses of experts by the calibration text, the share with more than i slices; the first is 1."""
         counts, quantiles = self._usage[:, 0], self._usage[:, 1:]
         low, high = quantiles[:, None, :-1], quantiles[:, None, 1:]
         bounded = np.minimum(thresholds, 2.0)[..., None]  # above any router weight
@@ -277,7 +278,7 @@ _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 
 
 def _elastic_options(text: str, options: str) -> dict[str, float]:
-    """Those behind the bound, each with a comma before it."""
+    """Parse the options behind the bound, each with a comma before it."""
     found: dict[str, float] = {}
     for option in options.split(",")[1:]:
         match = re.fullmatch(rf"(skip|route)=({_NUMBER})", option)

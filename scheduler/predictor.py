@@ -1,4 +1,4 @@
-"""Which experts will be asked for, as probabilities, before anybody asks.
+"""Predict which experts will be asked for, as probabilities, before anybody asks.
 
 Sources, each with what it knows: `Popularity` and `LastToken` (baselines: what was used of late), `RoutingPath` (all
 layers before the forward pass, from token ids and recent routes), `GateAhead` (the next layers, from the routers
@@ -34,10 +34,12 @@ class Predictor(Protocol):
         """What the routers of the layers behind `layer` make of the hidden state there; -1: of the embedding."""
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """What `layer` asked for in this pass: [T, K]."""
+        """Note what `layer` asked for in this pass: [T, K]."""
 
     def probabilities(self, layer: int) -> Floats | None:
-        """For each expert of `layer` that the last token of this pass uses it, float32 [E]; None: cannot say."""
+        """Return the probability of each expert of `layer` that the last token of this pass uses it, float32 [E]; None:
+        cannot say.
+        """
 
 
 def likely(probabilities: Floats, least: float) -> list[int]:
@@ -107,7 +109,8 @@ _BINS, _STEP = 32, 0.25  # of margins, in units of a router's logits
 
 
 class GateAhead:
-    """What the routers of the next layers make of an earlier layer's hidden state (arXiv 2312.17238, section 3.2).
+    """Predicts from what the routers of the next layers make of an earlier layer's hidden state (arXiv 2312.17238,
+    section 3.2).
 
     A guess counts by how far its logit lies above or below those between which the router would cut off, and by how
     many layers ahead it was made; how often such a guess was right so far is its probability. Newer ones replace older.
@@ -166,7 +169,7 @@ class GateAhead:
 
 @dataclass(frozen=True, eq=False)
 class PathWeights:
-    """What training finds out (moert/train_predictor.py says how the parts meet).
+    """The weights that training finds (moert/train_predictor.py says how the parts meet).
 
     tokens: int8 [V, W], with token_scales float32 [V]. context: [(CONTEXT + 1) * W, H]. routes: [L * E, Q].
     summary: [Q, H]. hidden_bias: [H]. out: [L * E, H]. out_bias: [L * E]. recent: [L, R]. All but tokens float32.
@@ -183,7 +186,7 @@ class PathWeights:
     recent: Floats
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """By name, as they are stored."""
+        """Return the tensors by name, as they are stored."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -297,7 +300,7 @@ class Mixed:
 
 @dataclass
 class PredictorStats:
-    """How right guesses were, since the start.
+    """Statistics of how right guesses were, since the start.
 
     asked, foreseen: experts that tokens were routed to, and those of them that had been named before. named: experts
     that were named.
@@ -308,7 +311,7 @@ class PredictorStats:
     named: int = 0
 
     def count(self, named: Collection[int], asked: Collection[int]) -> None:
-        """Of one layer of a pass."""
+        """Count the hits of one layer of a pass."""
         self.asked += len(asked)
         self.named += len(named)
         self.foreseen += len(set(named) & set(asked))
@@ -325,7 +328,9 @@ class PredictorStats:
 def make_predictor(
     name: str, layers: Sequence[int], num_experts: int, top_k: int, weights: PathWeights | None
 ) -> Predictor:
-    """By name; `weights`: of a trained routing path, if there is one. ValueError for a name that is not known."""
+    """Make a predictor by name; `weights`: of a trained routing path, if there is one. ValueError for a name that is
+    not known.
+    """
     known: list[Predictor] = [
         Popularity(layers, num_experts),
         LastToken(layers, num_experts),

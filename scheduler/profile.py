@@ -102,12 +102,12 @@ class Profile:
         return _nearest(self.expert_s_per_byte, width)
 
     def gpu_expert_cost(self, width: int) -> float:
-        """The same of a GPU, of which it must be known."""
+        """Return the seconds per byte of experts on a GPU, of which it must be known."""
         assert self.gpu_expert_s_per_byte is not None
         return _nearest(self.gpu_expert_s_per_byte, width)
 
     def for_weights(self, nbytes: int) -> Profile:
-        """What holds for a model with so many bytes of weights in memory."""
+        """Return the figures that hold for a model with so many bytes of weights in memory."""
         if self.cached_bytes is None or nbytes > self.cached_bytes:
             return self
         cost: float = self.cached_s_per_byte  # type: ignore[assignment]
@@ -157,7 +157,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def parse_profile(data: Any) -> Profile:
-    """What a file says, checked. Raises ValueError with the end of a sentence that names the field."""
+    """Parse and check the content of a file. Raises ValueError with the end of a sentence that names the field."""
     if isinstance(data, dict) and data.get("schema_version") in range(1, SCHEMA_VERSION):
         raise ValueError(f"schema_version {data['schema_version']} is of an older moert; write it anew: moert profile")
     content = _object(data, "the whole", ("schema_version", "name", "description", "figures"))
@@ -235,7 +235,7 @@ def _finite(value: Any, name: str) -> float:
 
 
 def _number(value: Any, name: str, figure: str) -> float:
-    """Of which the name of the figure says the unit, and so what is possible."""
+    """Check a number; the name of the figure says the unit, and so what is possible."""
     number = _finite(value, name)
     if number < 0 or (number == 0 and figure not in _MAY_BE_ZERO):
         raise ValueError(f"{name} {number:g} should be above zero")
@@ -298,7 +298,7 @@ _READ: dict[str, Callable[[Any, str, str], Any]] = {
 
 
 def _together(profile: Profile) -> None:
-    """What figures say of each other."""
+    """Check what figures say of each other."""
     if profile.disk_bytes_per_s > profile.memory_bytes_per_s:
         raise ValueError("disk_bytes_per_s is more than memory_bytes_per_s: no disk is faster than the memory")
     if profile.library_bytes >= profile.memory_bytes:

@@ -1,4 +1,4 @@
-"""How likely a guess is to be right, by how far ahead and at which rank it was made: measured while running."""
+"""Measure how likely a guess is to be right, by how far ahead and at which rank it was made: measured while running."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RankPrecision:
         self._open.setdefault(layer, []).append((ahead, named))
 
     def learn(self, layer: int, used: Collection[int]) -> None:
-        """What `layer` used in the end."""
+        """Learn what `layer` used in the end."""
         for ahead, named in self._open.pop(layer, ()):
             for rank, expert in named:
                 right, total = self._right.get((ahead, rank), (0.5, 1.0))

@@ -1,4 +1,4 @@
-"""What a recorded trace asks of the scheduler: steps, widths, and a predictor of a stated quality."""
+"""Replay what a recorded trace asks of the scheduler: steps, widths, and a predictor of a stated quality."""
 
 # L layers, E experts, K experts per token
 
@@ -66,7 +66,7 @@ def read_precision(text: str, trace: Trace, widths: Sequence[int], router: BitRo
 
 
 def gather(layer: int, routings: Sequence[Routing], chooser: Chooser) -> tuple[list[RoutedExpert], list[float]]:
-    """What the tokens of one step ask of a layer, and for each expert the sum of its squared router weights."""
+    """Return what the tokens of one step ask of a layer, and for each expert the sum of its squared router weights."""
     asked: dict[int, list[tuple[int, float]]] = {}
     for experts, weights in routings:
         for e, w, n in zip(experts, weights, chooser.one(layer, experts, weights), strict=True):
@@ -108,7 +108,7 @@ class Foreteller:
         self._popularity = uses
 
     def guesses(self, step: TraceStep, layer: int) -> list[ForetoldRouting]:
-        """What the next layers behind `layer` are guessed to want, the nearest first."""
+        """Return what the next layers behind `layer` are guessed to want, the nearest first."""
         behind = [at for at in sorted(step.layers) if at > layer]
         return [self._guess(at, step.layers[at], recall) for at, recall in zip(behind, self._recalls, strict=False)]
 

@@ -1,4 +1,4 @@
-"""What a simulation is asked, and what it says: plain data."""
+"""Settings and results of a simulation: plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moert.scheduler.precision import BitRouter
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is simulated.
+    """The settings of a simulation.
 
     budget: bytes for experts. widths: those of the store. policy: see `POLICIES`. recalls: of the predictor, one
     for each layer ahead; none: nothing is predicted. ahead: bytes of prefetches that may be on their way at a time.
@@ -34,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of the tokens decoded.
+    """The results of a simulation, for the tokens decoded.
 
     hit_ratio: share of the uses of experts that found all slices in memory. stall_share: share of the time in which
     nothing computed. mean_width: bits, over uses of experts. mass_at_width: by width, the share of the router weight

@@ -109,7 +109,7 @@ class Replay:
         return self.totals
 
     def _settle(self) -> None:
-        """All that is on its way arrives."""
+        """Let all that is on its way arrive."""
         for load, read in self._ahead.items():
             self.now = max(self.now, self.disk.wait(read))
             self.scheduler.arrived(load)
@@ -340,9 +340,7 @@ class Simulator:
             return chooser.one(layer, experts, weights)
 
         def missing(layer: int, experts: Sequence[int], counts: Sequence[int]) -> list[int]:
-            return [
-                i for i, (e, n) in enumerate(zip(experts, counts, strict=True)) if cache.resident(layer, e) < n
-            ]
+            return [i for i, (e, n) in enumerate(zip(experts, counts, strict=True)) if cache.resident(layer, e) < n]
 
         def predict(step: TraceStep, layer: int) -> list[Prediction]:
             if layer >= 0:
@@ -382,6 +380,6 @@ class Simulator:
 
 
 def _again(visits: Sequence[tuple[int, list[RoutedExpert]]]) -> Iterator[Asked]:
-    """The same as was computed before."""
+    """Yield the same requests as were computed before."""
     for _, routed in visits:
         yield routed, [0.0] * len(routed)

@@ -46,7 +46,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RoutingStatistics:
-    """Of one model with `num_experts` at top-`top_k`.
+    """Statistics of one model with `num_experts` at top-`top_k`.
 
     next, near, soon, late, prompt: overlaps at DEPTHS. sharpness: standard deviation of the router's logits, on which
     depends how unlike the weights of a token's experts are. recalls: of the experts that a layer uses, the share that
@@ -132,12 +132,14 @@ DEFAULT = RoutingStatistics(
 
 
 def statistics_for(model_type: str, name: str = "") -> RoutingStatistics:
-    """Those of the model, of its family, or DEFAULT, which says so in its source."""
+    """Return the statistics of the model, of its family, or DEFAULT, which says so in its source."""
     return PUBLISHED.get(name) or PUBLISHED.get(model_type, DEFAULT)
 
 
 class Sizes(Protocol):
-    """Of a model, as `ModelShape` has them. slice_bytes: of one expert. dense_bytes: by layer, of all else in it."""
+    """The sizes of a model, as `ModelShape` has them. slice_bytes: of one expert. dense_bytes: by layer, of all else in
+    it.
+    """
 
     @property
     def name(self) -> str: ...
@@ -208,7 +210,9 @@ def _parts(statistics: RoutingStatistics, L: int) -> Iterable[Floats]:
 
 @lru_cache
 def _overlap(E: int, K: int) -> Floats:
-    """How much the K largest of E overlap with those of other values, by the correlation of the two, as in _GRID."""
+    """Return how much the K largest of E overlap with those of other values, by the correlation of the two, as in
+    _GRID.
+    """
     first, second = np.random.default_rng(0).standard_normal((2, _PAIRS, E))
     used = np.zeros((_PAIRS, E), bool)
     np.put_along_axis(used, _largest(first, K), True, 1)
@@ -249,7 +253,7 @@ def measure(trace: Trace, source: str) -> RoutingStatistics:
 
 
 def _uses(step: TraceStep, layers: Sequence[int], E: int) -> NDArray[np.bool_]:
-    """Which experts a token uses, bool [L, E]."""
+    """Return which experts a token uses, bool [L, E]."""
     row = np.zeros((len(layers), E), bool)
     for i, layer in enumerate(layers):
         if layer in step.layers:
@@ -258,7 +262,7 @@ def _uses(step: TraceStep, layers: Sequence[int], E: int) -> NDArray[np.bool_]:
 
 
 def _shared(later: NDArray[np.bool_], earlier: NDArray[np.bool_]) -> Floats:
-    """By layer, the share of the uses in `later` [T, L, E] that `earlier` has too."""
+    """Return, by layer, the share of the uses in `later` [T, L, E] that `earlier` has too."""
     return (later & earlier).sum((0, 2)) / np.maximum(later.sum((0, 2)), 1)
 
 

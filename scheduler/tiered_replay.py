@@ -172,7 +172,7 @@ class TieredReplay(Replay):
         begun: float,
         moves: dict[Load, float],
     ) -> list[tuple[float, float]]:
-        """What the device computes, from when to when."""
+        """Return what the device computes, from when to when."""
         costs, busy = self.costs, list[tuple[float, float]]()
 
         def compute(experts: Sequence[int], ready: float) -> None:
@@ -196,7 +196,7 @@ class TieredReplay(Replay):
         return busy
 
     def _enough(self, layer: int, plan: TieredPlan, begun: float) -> float:
-        """In one memory, when all that is computed can have been read from it."""
+        """Return when, in one memory, all that is computed can have been read from it."""
         if self._tiers.device is not None:
             return 0.0
         nbytes = sum(sum(self.costs.sizes[layer][:n]) for n in plan.slices.values())
@@ -220,7 +220,7 @@ class TieredReplay(Replay):
 
 
 def _covered(spans: Sequence[tuple[float, float]], since: float, until: float) -> float:
-    """How much of a time lies in at least one of the spans."""
+    """Return how much of a time lies in at least one of the spans."""
     total, at = 0.0, since
     for begin, end in sorted(spans):
         if min(end, until) > at:

@@ -51,7 +51,7 @@ class Division:
 
     @property
     def slices(self) -> dict[int, int]:
-        """Of all routed experts."""
+        """Return the slices of all routed experts."""
         return self.host | self.device
 
 
@@ -172,8 +172,9 @@ class Tiers:
         return division, stages
 
     def at_once(self, layer: int, routed: Sequence[RoutedExpert]) -> float | None:
-        """For one token: the seconds that the device takes, where it has all of this and is done before the host would
-        be with any of it; else None. Then no split is better, and noting the use, as here, is all there is to plan.
+        """Return, for one token, the seconds that the device takes, where it has all of this and is done before the
+        host would be with any of it; else None. Then no split is better, and noting the use, as here, is all there is
+        to plan.
         """
         device = self.device
         if device is None or self.host.error_budget is not None:
@@ -216,9 +217,7 @@ class Tiers:
         def move(layer: int, expert: int, slices: int, reuse_score: float, gain: float) -> bool:
             assert self.device is not None
             load = Load(layer, expert, resident(layer, expert), slices)
-            found = self.device.begin(
-                load, reuse_score, _Lasting(keep, self.host, self.device, gain, self.cost_model)
-            )
+            found = self.device.begin(load, reuse_score, _Lasting(keep, self.host, self.device, gain, self.cost_model))
             if found is not None:
                 self._lost(found.evictions)
                 evictions.extend(found.evictions)
@@ -254,7 +253,9 @@ class Tiers:
         return (split if self.hybrid else all_on_device)(tasks, launch_s, fetch_s)
 
     def _split(self, tasks: Sequence[Task]) -> Split:
-        """Where the device has all, nothing need be planned, so there the host must save what planning takes."""
+        """Split the tasks. Where the device has all, nothing need be planned, so there the host must save what planning
+        takes.
+        """
         cost_model = self.cost_model
         found = self._decide(tasks, cost_model.launch_s, cost_model.fetch_s)
         if not found.host or any(t.move_s or t.device_read_s for t in tasks):
@@ -263,7 +264,7 @@ class Tiers:
         return found if found.seconds + cost_model.plan_s < alone.seconds else alone
 
     def _task(self, layer: int, r: RoutedExpert) -> Task:
-        """What is on its way counts as there: it will be, before what has not begun."""
+        """Make the task of an expert. What is on its way counts as there: it will be, before what has not begun."""
         on_host = self.host.cache.resident(layer, r.expert)
         on_device = on_host if self.device is None else self.device.cache.resident(layer, r.expert)
         return self.cost_model.task(r.expert, r.tokens, r.slices, on_device, on_host)
@@ -305,7 +306,7 @@ class Tiers:
                 yield wave
 
     def _lost(self, evicted: Sequence[SliceKey]) -> None:
-        """What the device loses is worth to the host what it was to the device: the host was not told of its use."""
+        """Tell the host what the device lost: it is worth there what it was to the device, whose uses were not told."""
         assert self.device is not None
         policy = self.device.cache.policy
         for layer, expert, index in evicted:
@@ -341,7 +342,8 @@ _TOKENS = 10
 
 
 class _Lasting:
-    """What no prefetch to the device evicts: what is kept, and what costs more to lose than the prefetch gains.
+    """The slices that no prefetch to the device evicts: what is kept, and what costs more to lose than the prefetch
+    gains.
 
     In host memory it can be had again; from disk it is read when it is used next.
     """

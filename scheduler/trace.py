@@ -34,7 +34,7 @@ PREFILL, DECODE = 0, 1
 
 
 class Routing(NamedTuple):
-    """What the router of one layer said to one token: K experts, the heaviest first, and their weights."""
+    """The routing that the router of one layer said to one token: K experts, the heaviest first, and their weights."""
 
     experts: tuple[int, ...]
     weights: tuple[float, ...]

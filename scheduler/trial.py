@@ -1,4 +1,4 @@
-"""Whether prefetching pays is measured, not assumed: a few tokens with it and a few without, again and again."""
+"""Measure whether prefetching pays, instead of assuming it: a few tokens with it and a few without, again and again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Trial:
         self.choice, self._left = self._turns.pop(), PROBE
 
     def _rivals(self) -> list[int]:
-        """Those that were faster than the first choice in every round."""
+        """Return the choices that were faster than the first choice in every round."""
         medians = [{c: median(times) for c, times in r.items()} for r in self._rounds]
         first = self.choices[0]
         return [c for c in self.choices[1:] if all(m.get(c, inf) < m[first] for m in medians)]

@@ -23,7 +23,7 @@ class SliceKey(NamedTuple):
 
 
 class RoutedExpert(NamedTuple):
-    """What the router asks of one expert in one layer of one step.
+    """The request of the router to one expert in one layer of one step.
 
     tokens: how many tokens are routed to it. weight: sum of their router weights. slices: how many slices the
     precision policy wants it to be computed with (at least 1). waiting: for each of these slices, how many of the
@@ -82,7 +82,7 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What happens in one layer of one step. Every routed expert is computed in exactly one wave.
+    """The plan of what happens in one layer of one step. Every routed expert is computed in exactly one wave.
 
     slices: for each routed expert, with how many slices it computes at most (0: it is left out).
     """

@@ -1,4 +1,6 @@
-"""What a cache held, so that the next run begins with it: SliceMoE's warm start (arXiv 2512.12990), across runs."""
+"""Remember what a cache held, so that the next run begins with it: SliceMoE's warm start (arXiv 2512.12990), across
+runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from moert.scheduler.types import ExpertKey, Load
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one cache: experts with the number of their slices that were resident, the one to evict last at the front.
+    """The memory of one cache: experts with the number of their slices that were resident, the one to evict last at the
+    front.
 
     reuse_scores: of each expert that was used lately, resident or not, what the policy thought of each of its slices.
     """
@@ -21,7 +24,7 @@ class Memory:
 
 
 def remember(cache: SliceCache, kept: Mapping[int, Sequence[int]]) -> Memory:
-    """What `cache` holds now. kept: of each layer how many slices each expert has."""
+    """Return what `cache` holds now. kept: of each layer how many slices each expert has."""
     held, policy = cache.resident_experts(), cache.policy
     order = dict.fromkeys(key for key in policy.eviction_order(0) if key in held)
     reuse_score = {

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moert.errors import MoertError
 from moert.models import registry
+from moert.models.stored_model import StoredModel
 from moert.quant import reference
-from moert.store.reader import Store
 
 BASE = {
     "hidden_size": 48,
@@ -77,7 +78,7 @@ def save_checkpoint(path: Path, config: dict[str, Any], weights: dict[str, Tenso
     """Write a checkpoint folder; `shards` > 1 adds an index."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    (path / "tokenizer.json").write_text('{"version": "1.0"}')
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 0}, unk_token="w")).save(str(path / "tokenizer.json"))
     (path / "generation_config.json").write_text('{"temperature": 0.7}')
     (path / "LICENSE").write_text("Do as you like.\n")
     if shards == 1:
@@ -106,7 +107,7 @@ def folder_bytes(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def stored_matrices(store: Store, layer: int, expert: int, count: int) -> Iterator[Tensor]:
+def stored_matrices(store: StoredModel, layer: int, expert: int, count: int) -> Iterator[Tensor]:
     """Gate, up and down of a stored expert with its first `count` slices, in float64, from the bytes of its file."""
     path, at = store.location(layer, expert)
     data, layout = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), store.layout

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A worker of pytest-xdist has a core to itself: threads of several workers that wait for each other on the same cores
+# take many times as long. Done before torch is loaded, which counts the cores that it may use.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import torch
 from torch import Tensor
+
+
+def pytest_configure() -> None:
+    """Test what is installed.
+
+    `python -m pytest` puts the source tree first on the path, whose compiled modules are elsewhere unless they were
+    built in place.
+    """
+    root = Path(__file__).parents[1]
+    if not any((root / "quant").glob("_native*.so")):
+        sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != root]
+    if importlib.util.find_spec("moert") is None:
+        pytest.exit('moert is not installed: run  pip install -c constraints.txt ".[test]"  first.', returncode=2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite with a worker per core, if pytest-xdist is there, and files that are named in this process.
+
+    `-n` decides it by hand. Not in pytest's addopts, where `-n` is an error without pytest-xdist.
+    """
+    if worker or not config.pluginmanager.hasplugin("xdist") or config.args_source is pytest.Config.ArgsSource.ARGS:
+        return
+    if config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        config.option.dist = "worksteal" if config.option.dist == "no" else config.option.dist
+
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 320

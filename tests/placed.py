@@ -9,10 +9,11 @@ from torch import Tensor
 
 from moert.device.backend import EmulatedDevice
 from moert.device.decoder import PlacedDecoder
+from moert.device.kv_memory import SplitKVMemory
 from moert.device.matrix import DenseQuant, DeviceMatrix
-from moert.device.placement import Arena, Placement, make_dense
+from moert.device.placement import DenseArena, Placement, make_dense
 from moert.models.architecture import Architecture
-from moert.models.kv_cache import KVCache, KVMemory
+from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors
 from moert.models.moe import Experts
 
@@ -42,7 +43,7 @@ def on_device(
     dtype: torch.dtype = torch.float32,
 ) -> DenseTensors:
     """The tensors of a checkpoint as the decoder takes them; in float32, unless told otherwise."""
-    arena = Arena(torch.empty(1 << 22, dtype=torch.uint8))
+    arena = DenseArena(torch.empty(1 << 22, dtype=torch.uint8))
     there = make_dense(arch, placement.names(arch), quant, dtype, arena)
     for name, target in there.items():
         if isinstance(target, DeviceMatrix):
@@ -71,5 +72,5 @@ def cache_of(
     decoder: PlacedDecoder, layers: Sequence[bool], size: int, near: int, dtype: torch.dtype = torch.float32
 ) -> KVCache:
     """A cache of which so many positions are on the device."""
-    memory = KVMemory(decoder.arch, size, dtype, layers, near, EmulatedDevice())
+    memory = SplitKVMemory(decoder.arch, size, dtype, layers, near, EmulatedDevice())
     return KVCache(decoder.arch, size, dtype, memory)

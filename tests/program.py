@@ -61,6 +61,7 @@ class FakeLLM:
         self.default_params = SamplingParams(temperature=0.6)
         self.store = SimpleNamespace(path=Path("/models/fake"))
         self.asked: list[Any] = []
+        self.template_args: list[Any] = []
         self.params: list[SamplingParams] = []
         self.closed = False
 
@@ -93,19 +94,22 @@ class FakeLLM:
                 if piece is not None:
                     yield item[0], piece
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> Any:
+    def encode_chat(self, messages: list[dict[str, str]], *, template_args: Any = None) -> Any:
+        self.template_args.append(template_args)
         return [m["content"] for m in messages]
 
-    def stream_chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Any]:
-        return self.stream([m["content"] for m in messages], params)
+    def stream_chat(
+        self, messages: list[dict[str, str]], params: SamplingParams, *, template_args: Any = None
+    ) -> Iterator[Any]:
+        return self.stream(self.encode_chat(messages, template_args=template_args), params)
 
     def generate(self, prompt: str, params: SamplingParams) -> list[Any]:
         pieces = list(self.stream(prompt, params))
         text = "".join(p.text for p in pieces)
         return [SimpleNamespace(text=text, token_ids=[0, 1], finish_reason=self.finish, stats=pieces[-1].stats)]
 
-    def chat(self, messages: list[dict[str, str]], params: SamplingParams) -> Any:
-        return self.generate([m["content"] for m in messages], params)[0]  # type: ignore[arg-type]
+    def chat(self, messages: list[dict[str, str]], params: SamplingParams, *, template_args: Any = None) -> Any:
+        return self.generate(self.encode_chat(messages, template_args=template_args), params)[0]
 
     def __enter__(self) -> Self:
         return self

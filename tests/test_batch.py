@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from moert import LLM, SamplingParams
 from moert.engine.sequence_cache import Slots
 from moert.errors import BudgetError, StoreError, UsageError
+from moert.kernels.elementwise import combine
 from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
-from moert.quant.rows import combine
 from moert.runtime import executor as experts
 from moert.scheduler.batching import POLICIES
 

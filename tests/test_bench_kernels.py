@@ -105,7 +105,8 @@ def test_the_random_experts_are_taken_in_turn_and_give_finite_results():
 
 
 def test_a_kernel_that_this_machine_lacks_is_refused(moert, monkeypatch):
-    monkeypatch.setattr(dispatch, "wrong_request", "MOERT_KERNEL: kernel 'sve' is not available here")
+    monkeypatch.setenv("MOERT_KERNEL", "sve")
     result = moert("bench", "--kernels", "--size", "1MiB")
     assert (result.code, result.out) == (2, "")
-    assert result.err == "moert: MOERT_KERNEL: kernel 'sve' is not available here.\n"
+    names = ", ".join(dispatch.available_kernels())
+    assert result.err == f"moert: MOERT_KERNEL: kernel 'sve' is not available here (available: {names}).\n"

@@ -17,10 +17,10 @@ from moert.convert import parallel
 from moert.convert import source_model as source_module
 from moert.convert.convert import ConvertProgress, RoundToNearest, convert
 from moert.errors import StoreError, UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant import nested
 from moert.quant.format import ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedMatrix
-from moert.store.reader import Store
 
 from .checkpoints import (
     FAMILIES,
@@ -36,7 +36,7 @@ from .child import ENVIRONMENT, PYTHON
 ROOT = Path(__file__).parents[1]
 
 
-def expert_bytes(store: Store, layer: int, e: int) -> list[bytes]:
+def expert_bytes(store: StoredModel, layer: int, e: int) -> list[bytes]:
     file, offset = store.location(layer, e)
     data = file.read_bytes()
     pieces = []

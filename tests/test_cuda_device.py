@@ -260,8 +260,8 @@ def test_activations_there_and_back(fake, monkeypatch, shape, dtype):
 
 def test_an_integrated_device_computes_with_the_hosts_memory(monkeypatch):
     fake = FakeCuda(integrated=True, total=8 << 30)
-    monkeypatch.setattr(cuda.budget, "total_bytes", lambda: 16 << 30)
-    monkeypatch.setattr(cuda.budget, "available_bytes", lambda: 11 << 30)
+    monkeypatch.setattr(cuda.memory, "total_bytes", lambda: 16 << 30)
+    monkeypatch.setattr(cuda.memory, "available_bytes", lambda: 11 << 30)
     device = open_cuda(cuda=fake.api())
     assert device.integrated
     assert (device.total_bytes, device.available_bytes(), device.overhead_bytes) == (16 << 30, 11 << 30, 0)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moert.convert.convert import convert
 from moert.errors import CheckpointError, MoertError, StoreError, UnsupportedModelError
-from moert.store.reader import Store
+from moert.models.stored_model import StoredModel
 
 from .checkpoints import folder_bytes, make_checkpoint, make_config, make_weights, refusal, save_checkpoint
 
@@ -57,53 +57,53 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.mark.parametrize("name", ["experts-00001.safetensors", "dense.safetensors", "config.json", "tokenizer.json"])
 def test_file_cut_short_or_missing_is_found_when_opening(store: Path, name: str) -> None:
     os.truncate(store / name, (store / name).stat().st_size - 1)
-    refusal(lambda: Store.open(store), StoreError, name, "cut short", "convert the model again")
+    refusal(lambda: StoredModel.open(store), StoreError, name, "cut short", "convert the model again")
     (store / name).unlink()
-    refusal(lambda: Store.open(store), StoreError, name, "is missing")
+    refusal(lambda: StoredModel.open(store), StoreError, name, "is missing")
 
 
 def test_file_too_long_is_found_when_opening(store: Path) -> None:
     with open(store / "experts-00000.safetensors", "ab") as file:
         file.write(b"x")
-    refusal(lambda: Store.open(store), StoreError, "experts-00000.safetensors", "too long")
+    refusal(lambda: StoredModel.open(store), StoreError, "experts-00000.safetensors", "too long")
 
 
 def test_no_store_at_all(tmp_path: Path) -> None:
-    refusal(lambda: Store.open(tmp_path / "nowhere"), StoreError, "There is no store")
-    refusal(lambda: Store.open(tmp_path), StoreError, "is not a moert store", "moert.json")
+    refusal(lambda: StoredModel.open(tmp_path / "nowhere"), StoreError, "There is no store")
+    refusal(lambda: StoredModel.open(tmp_path), StoreError, "is not a moert store", "moert.json")
 
 
 def test_flipped_byte_in_a_slice_is_named_by_verify(store: Path) -> None:
-    opened = Store.open(store)
+    opened = StoredModel.open(store)
     file, offset = opened.location(1, 2)
     flip(file, offset + opened.layout.slice_sizes[0] + 5)
-    refusal(Store.open(store).verify, StoreError, "experts-00001.safetensors", "layer 1, expert 2, slice 1")
+    refusal(StoredModel.open(store).verify, StoreError, "experts-00001.safetensors", "layer 1, expert 2, slice 1")
 
 
 def test_flipped_byte_in_dense_is_named_when_loading(store: Path) -> None:
-    opened = Store.open(store)
+    opened = StoredModel.open(store)
     flip(store / "dense.safetensors", opened.meta.weights["dense.safetensors"].size - 1)
     last = opened.meta.dense[-1].name
-    refusal(Store.open(store).load_dense, StoreError, "dense.safetensors", last)
-    refusal(Store.open(store).verify, StoreError, "dense.safetensors", last)
+    refusal(StoredModel.open(store).load_dense, StoreError, "dense.safetensors", last)
+    refusal(StoredModel.open(store).verify, StoreError, "dense.safetensors", last)
 
 
 def test_flipped_byte_in_headers_configuration_and_tokenizer(store: Path) -> None:
     flip(store / "experts-00000.safetensors", 20)
-    refusal(Store.open(store).verify, StoreError, "experts-00000.safetensors", "damaged header")
+    refusal(StoredModel.open(store).verify, StoreError, "experts-00000.safetensors", "damaged header")
     flip(store / "experts-00000.safetensors", 1)
-    refusal(lambda: Store.open(store), StoreError, "experts-00000.safetensors", "damaged header")
+    refusal(lambda: StoredModel.open(store), StoreError, "experts-00000.safetensors", "damaged header")
     flip(store / "experts-00000.safetensors", 1)
     flip(store / "tokenizer.json", 3)
-    refusal(Store.open(store).verify, StoreError, "tokenizer.json")
+    refusal(StoredModel.open(store).verify, StoreError, "tokenizer.json")
     flip(store / "dense.safetensors", 20)
-    refusal(lambda: Store.open(store), StoreError, "dense.safetensors", "damaged header")
+    refusal(lambda: StoredModel.open(store), StoreError, "dense.safetensors", "damaged header")
     flip(store / "config.json", 3)
-    refusal(lambda: Store.open(store), StoreError, "config.json")
+    refusal(lambda: StoredModel.open(store), StoreError, "config.json")
 
 
 def test_disk_that_cannot_be_read(store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Store.open(store)
+    opened = StoredModel.open(store)
 
     def failing(*args: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -116,9 +116,9 @@ def test_disk_that_cannot_be_read(store: Path, source: Path, tmp_path: Path, mon
 
 def test_unknown_format_version_says_which_are_read(store: Path) -> None:
     edit_json(store / "moert.json", lambda meta: meta.update(format_version=2))
-    refusal(lambda: Store.open(store), StoreError, "format version 2", "reads version 1")
+    refusal(lambda: StoredModel.open(store), StoreError, "format version 2", "reads version 1")
     (store / "moert.json").write_text("{")
-    refusal(lambda: Store.open(store), StoreError, "moert.json", "not valid JSON")
+    refusal(lambda: StoredModel.open(store), StoreError, "moert.json", "not valid JSON")
 
 
 def test_meta_of_another_model_is_refused(store: Path) -> None:
@@ -129,13 +129,13 @@ def test_meta_of_another_model_is_refused(store: Path) -> None:
         lambda meta: meta["source"].update(model_type="olmoe"),
     ):
         edit_json(store / "moert.json", change)
-        refusal(lambda: Store.open(store), StoreError, "does not describe the model")
+        refusal(lambda: StoredModel.open(store), StoreError, "does not describe the model")
         (store / "moert.json").write_text(saved)
     edit_json(store / "moert.json", lambda meta: meta["weights"]["dense.safetensors"].update(data_start=8192))
-    refusal(lambda: Store.open(store), StoreError, "gives sizes that are not those of dense.safetensors")
+    refusal(lambda: StoredModel.open(store), StoreError, "gives sizes that are not those of dense.safetensors")
     (store / "moert.json").write_text(saved)
     edit_json(store / "moert.json", lambda meta: meta.update(widths=[2, 4, 8]))
-    refusal(lambda: Store.open(store), StoreError, "gives sizes that are not those of experts-00000.safetensors")
+    refusal(lambda: StoredModel.open(store), StoreError, "gives sizes that are not those of experts-00000.safetensors")
 
 
 # Checkpoints

@@ -25,8 +25,8 @@ from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.models.router_prediction import RouterPrediction
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedMatrix
-from moert.store.reader import Store
 
 from .placed import CountingDevice, cache_of, placed
 from .test_models import PROMPT, VARIANTS, load, relative_error
@@ -86,7 +86,7 @@ def test_a_device_layer_uses_no_kernel_of_the_host(
     def refuse(*arguments: object) -> Tensor:
         raise AssertionError("a kernel of the host")
 
-    monkeypatch.setattr(layers.rows, "rms_norm", refuse)
+    monkeypatch.setattr(layers.elementwise, "rms_norm", refuse)
     monkeypatch.setattr(attention, "rotate", refuse)
     monkeypatch.setattr(layers, "linear", refuse)
     monkeypatch.setattr(layers.matmul, "linear_many", refuse)
@@ -281,7 +281,7 @@ def test_a_stores_dense_part_on_the_device(
     """Each weight is that of the store, as far as the width goes; what stays on the host is as it was."""
     if quant != "16":
         with_bitsandbytes()
-    opened = Store.open(store("qwen2_moe", dense_bits=dense_bits, tie=True, num_hidden_layers=3))
+    opened = StoredModel.open(store("qwen2_moe", dense_bits=dense_bits, tie=True, num_hidden_layers=3))
     arch, plain = opened.architecture, opened.load_dense()
     everything = place(arch, quant, 1 << 30, 64, torch.float16, torch.device("cpu"))
     for placement in (everything, Placement((True, False, True), False, False, 1 << 20, 0, 0, 0)):
@@ -308,7 +308,7 @@ def test_a_stores_dense_part_on_the_device(
 
 
 def test_a_device_that_is_too_small(store: Callable[..., Path]) -> None:
-    opened = Store.open(store("qwen3_moe"))
+    opened = StoredModel.open(store("qwen3_moe"))
     placement = place(opened.architecture, "16", 1 << 30, 64, torch.float16, torch.device("cpu"))
     with pytest.raises(DeviceError, match="Out of memory"):
         dense_quant.load_dense(opened, placement, EmulatedDevice(placement.dense_bytes - 1), "16")
@@ -316,7 +316,7 @@ def test_a_device_that_is_too_small(store: Callable[..., Path]) -> None:
 
 def test_loading_holds_one_tensor_at_a_time(store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside those that stay on the host."""
-    opened = Store.open(store("qwen3_moe"))
+    opened = StoredModel.open(store("qwen3_moe"))
     placement = place(opened.architecture, "16", 1 << 30, 64, torch.float16, torch.device("cpu"))
     live = peak = 0
     real = opened.read_dense

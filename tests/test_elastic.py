@@ -63,8 +63,8 @@ def test_the_bound_holds_at_every_moment(data, curves, bound, skip):
             # The named width lies on a line between two whole widths; beyond what there is of an expert, its last.
             below = min(int(bound) - 2, len(curve) - 1)
             above = min(below + 1, len(curve) - 1)
-            allowed = curve[below] + (bound - int(bound)) * (curve[above] - curve[below])
-            allowed += square * allowed
+            own = curve[below] + (bound - int(bound)) * (curve[above] - curve[below])
+            allowed += square * own
             used += square * (curve[n - 1] if n else absence_sensitivity(curve, WIDTHS))
         assert used <= allowed * (1 + 1e-9) + 1e-12
     assert (error_budget.used, error_budget.allowed) == (

@@ -241,9 +241,7 @@ def test_wrong_settings_are_refused(store, options, message):
 
 
 def test_a_kernel_that_this_machine_lacks_is_refused(store, monkeypatch):
-    from moert.quant import dispatch
-
-    monkeypatch.setattr(dispatch, "wrong_request", "MOERT_KERNEL: kernel 'sve' is not available here")
+    monkeypatch.setenv("MOERT_KERNEL", "sve")
     with pytest.raises(UsageError, match="'sve' is not available"):
         LLM(store("qwen3_moe"))
 

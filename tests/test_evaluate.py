@@ -11,9 +11,9 @@ from moert import LLM
 from moert.config import EngineConfig
 from moert.errors import BudgetError, UsageError
 from moert.measure import evaluate
+from moert.models.stored_model import StoredModel
 from moert.quant import reference
 from moert.scheduler.precision import FixedPrecision
-from moert.store.reader import Store
 from moert.text.tokenizer import Tokenizer
 
 from .child import ENVIRONMENT, PYTHON
@@ -96,7 +96,7 @@ def test_errors_of_layers_are_those_of_transformers_with_rounded_experts(
     result = moert("-m", path, "--against", store(family, (16,), 16), "--json", "--precision", "fixed:4", "fixed:2")
     _, *rows = json.loads(result.out)["rows"]
     model = reference_model(tiny_checkpoint(family))
-    opened = Store.open(path)
+    opened = StoredModel.open(path)
     seen, handles = {}, []
 
     def record(key):
@@ -205,7 +205,7 @@ def test_token_by_token_measures_the_same_and_what_is_read_fits_what_is_kept(moe
     assert 2 <= elastic["mean_width"] <= 4
     assert fixed["layer_errors"] == []
     # Six experts of a token, each of at most all its slices, padded to pages; some of them were there.
-    most = 6 * sum(Store.open(store()).layout.slice_sizes)
+    most = 6 * sum(StoredModel.open(store()).layout.slice_sizes)
     assert 0 < elastic["bytes_read_per_token"] < most
     assert 0 < fixed["bytes_read_per_token"] < most
 
@@ -220,7 +220,7 @@ def test_windows_do_not_overlap_and_need_two_tokens():
 
 
 def test_the_least_budget_measures_the_same(store):
-    path, lossless = Store.open(store()), Store.open(store(widths=(16,), dense_bits=16))
+    path, lossless = StoredModel.open(store()), StoredModel.open(store(widths=(16,), dense_bits=16))
 
     def rows(budget):
         config = EngineConfig(memory_budget=budget, threads=1)

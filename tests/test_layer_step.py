@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from moert.quant import layer_step, matmul
+from moert.kernels import layer_step
+from moert.quant import matmul
 from moert.quant.matmul import FEW_TOKENS
 
 COMPILED = [k for k in matmul.available_kernels() if k != "reference"]

@@ -21,10 +21,10 @@ from moert.convert.plan import ConversionPlan
 from moert.convert.source_model import SourceModel
 from moert.errors import StoreError, UsageError
 from moert.measure import evaluate
+from moert.models.stored_model import StoredModel
 from moert.quant.dispatch import compiled
 from moert.runtime.executor import ExpertRunner
 from moert.store.layout import slice_name
-from moert.store.reader import Store
 
 from .checkpoints import folder_bytes, stored_matrices
 
@@ -97,7 +97,7 @@ def test_the_store_is_within_its_limit_and_as_large_as_it_can_be(cut, limit, who
 
 
 def test_what_is_kept_is_what_the_whole_store_has(cut, whole):
-    again = Store.open(cut.path)
+    again = StoredModel.open(cut.path)
     again.verify()
     for layer in (0, 1):
         before = load_file(whole.location(layer, 0).file)
@@ -382,4 +382,4 @@ def test_a_damaged_list_of_what_is_kept_is_named(cut, tmp_path, wrong, message):
         del value["kept"]
     file.write_text(json.dumps(value))
     with pytest.raises(StoreError, match=message):
-        Store.open(tmp_path / "store")
+        StoredModel.open(tmp_path / "store")

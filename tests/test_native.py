@@ -1,4 +1,6 @@
-"""The compiled code under sanitizers and, for Arm, under an emulator: builds and runs tests/native/kernel_test.cpp.
+"""The compiled code under sanitizers and, for Arm, under an emulator: builds and runs the programs of tests/native.
+
+kernel_test is built from the sources of quant alone, step_kernel_test from those of moert/kernels.
 
 Each test needs a compiler that can build its variant and is skipped, with the reason, where there is none.
 """
@@ -14,9 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "quant" / "csrc"
+QUANT, KERNELS = ROOT / "quant" / "csrc", ROOT / "moert" / "kernels" / "csrc"
 
-PLAIN = ("kernel_generic.cpp", "products.cpp", "thread_pool.cpp")
+PLAIN = [QUANT / name for name in ("kernel_generic.cpp", "products.cpp", "thread_pool.cpp")]
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
@@ -45,16 +47,21 @@ def can_compile(compiler, flags, folder):
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def build(folder, compiler, flags, names):
-    """Build the test with the kernels `names`; returns the program."""
-    common = [compiler, "-std=gnu++17", "-Wall", "-Wextra", "-Wno-psabi", f"-I{SOURCES}", *flags]
-    jobs = {SOURCES / name: [] for name in PLAIN}
+def build(folder, compiler, flags, names, steps=False):
+    """Build a test of the products with the kernels `names`, or of the steps between them; returns the program."""
+    sources, prefix, includes = [*PLAIN], QUANT / "kernel", [f"-I{QUANT}"]
+    if steps:
+        sources, prefix, includes = [KERNELS / "step_generic.cpp"], KERNELS / "step", [f"-I{QUANT}", f"-I{KERNELS}"]
+    common = [compiler, "-std=gnu++17", "-Wall", "-Wextra", "-Wno-psabi", *includes, *flags]
+    jobs = {source: [] for source in sources}
     definitions = []
     for name, own in kernel_flags().items():
-        if name in names and can_compile(compiler, own, folder):
-            jobs[SOURCES / f"kernel_{name}.cpp"] = own
+        source = Path(f"{prefix}_{name}.cpp")
+        if name in names and source.exists() and can_compile(compiler, own, folder):
+            jobs[source] = own
             definitions.append(f"-DMOERT_WITH_{name.upper()}")
-    jobs[ROOT / "tests" / "native" / "kernel_test.cpp"] = definitions
+    test = ROOT / "tests" / "native" / ("step_kernel_test.cpp" if steps else "kernel_test.cpp")
+    jobs[test] = definitions
 
     def compile_one(job):
         source, own = job
@@ -64,7 +71,7 @@ def build(folder, compiler, flags, names):
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, jobs.items()))
-    program = folder / "kernel_test"
+    program = folder / test.stem
     subprocess.run([*common, *objects, "-pthread", "-o", program], check=True, timeout=300)
     return program
 
@@ -112,7 +119,11 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(compiler, tmp_
     if not can_compile(compiler, flags, tmp_path):
         pytest.skip(f"{compiler} cannot build with -fsanitize=address,undefined")
     program = build(tmp_path, compiler, flags, native_kernels())
-    assert "generic" in kernels_in(run([program], ASAN_OPTIONS="detect_leaks=0"))
+    usable = kernels_in(run([program], ASAN_OPTIONS="detect_leaks=0"))
+    assert "generic" in usable
+    steps = build(tmp_path, compiler, flags, usable, steps=True)
+    tested = kernels_in(run([steps, *usable], ASAN_OPTIONS="detect_leaks=0"))
+    assert set(tested) == set(usable) - {"amx"}
 
 
 def test_threads_under_thread_sanitizer(compiler, tmp_path):
@@ -132,7 +143,7 @@ def arm_program(tmp_path_factory):
     flags = ["-O3", "-static"]
     if not can_compile(CROSS_COMPILER, flags, folder):
         pytest.skip(f"{CROSS_COMPILER} cannot build a static program")
-    return build(folder, CROSS_COMPILER, flags, ["neon"])
+    return [build(folder, CROSS_COMPILER, flags, ["neon"], steps) for steps in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -141,5 +152,6 @@ def arm_program(tmp_path_factory):
     ids=["dotprod and i8mm", "dotprod", "neither"],
 )
 def test_arm_kernels_under_emulation(arm_program, cpu, kernels):
-    output = run([EMULATOR, "-cpu", cpu, arm_program])
-    assert kernels_in(output) == kernels
+    products, steps = arm_program
+    assert kernels_in(run([EMULATOR, "-cpu", cpu, products])) == kernels
+    assert set(kernels_in(run([EMULATOR, "-cpu", cpu, steps, *kernels]))) == set(kernels)

@@ -11,9 +11,9 @@ from moert import LLM, SamplingParams
 from moert.device import backend as device_module
 from moert.device import offload as offload_module
 from moert.device.backend import EmulatedDevice
-from moert.engine.model_runner import model_runner as engine_module
+from moert.engine import model_runner as engine_module
 from moert.errors import BudgetError, DeviceError, UsageError
-from moert.runtime.budget import library_bytes
+from moert.hardware.memory import library_bytes
 from moert.runtime.residency import Residency
 
 from .child import ENVIRONMENT, PYTHON

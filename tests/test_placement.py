@@ -17,14 +17,15 @@ from torch import Tensor
 from moert.device.backend import EmulatedDevice
 from moert.device.decoder import PlacedDecoder
 from moert.device.dense_quant import load_dense
+from moert.device.kv_memory import SplitKVMemory
 from moert.device.matrix import DenseQuant
-from moert.device.placement import Arena, Placement, make_dense, place, workspace_bytes
+from moert.device.placement import DenseArena, Placement, make_dense, place, workspace_bytes
 from moert.models.architecture import Architecture, kv_bytes
-from moert.models.kv_cache import KVCache, KVMemory
+from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.models.registry import architecture
+from moert.models.stored_model import StoredModel
 from moert.scheduler.profile import Profile, read_profile
-from moert.store.reader import Store
 
 from .checkpoints import make_config
 from .test_project import loaded_after
@@ -48,7 +49,7 @@ def test_bytes_are_those_that_are_allocated(quant: DenseQuant, tie: bool, store:
     """A device with not a byte more is enough, and full."""
     if quant != "16":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: it is in moert[cuda]")
-    opened = Store.open(store("qwen2_moe", tie=tie))
+    opened = StoredModel.open(store("qwen2_moe", tie=tie))
     arch = opened.architecture
     whole = place(arch, quant, PLENTY, 96, torch.int8, CPU)
     assert all(whole.layers)
@@ -59,7 +60,7 @@ def test_bytes_are_those_that_are_allocated(quant: DenseQuant, tie: bool, store:
         capacity = placement.dense_bytes + placement.kv_bytes
         device = EmulatedDevice(capacity)
         dense = load_dense(opened, placement, device, quant)
-        memory = KVMemory(arch, 96, torch.int8, placement.layers, placement.kv_positions, device)
+        memory = SplitKVMemory(arch, 96, torch.int8, placement.layers, placement.kv_positions, device)
         assert device.available_bytes() == 0
         decoder = PlacedDecoder(arch, dense, NoExperts(), placement.layers, placement.head, device)
         decoder(torch.tensor([3, 4, 5]), KVCache(arch, 96, torch.int8, memory))
@@ -103,7 +104,7 @@ def test_layers_fill_the_room_in_their_order(
     placement = place(arch, quant, room, 64, torch.float16, CPU, profile=profile, byte_gain_s=gain)
 
     def size(*names: str) -> int:
-        arena = Arena()
+        arena = DenseArena()
         make_dense(arch, [n for n in arch.dense_tensors() if n.startswith(names)], quant, torch.bfloat16, arena)
         return arena.used
 
@@ -162,10 +163,12 @@ def test_the_workspace_is_enough() -> None:
     sizes = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 32}
     arch = small(num_hidden_layers=1, vocab_size=20_000, num_experts=64, max_position_embeddings=4096, **sizes)
     placement, device = place(arch, "16", PLENTY, 2048, kv_dtype, CPU, dtype=torch.float32), EmulatedDevice()
-    dense = make_dense(arch, arch.dense_tensors(), "16", torch.float32, Arena(torch.zeros(1 << 26, dtype=torch.uint8)))
+    dense = make_dense(
+        arch, arch.dense_tensors(), "16", torch.float32, DenseArena(torch.zeros(1 << 26, dtype=torch.uint8))
+    )
     embedding = {"model.embed_tokens.weight": torch.zeros(arch.vocab_size, 256)}
     decoder = PlacedDecoder(arch, {**dense, **embedding}, NoExperts(), placement.layers, True, device)
-    cache = KVCache(arch, 2048, kv_dtype, KVMemory(arch, 2048, kv_dtype, placement.layers, 2048, device))
+    cache = KVCache(arch, 2048, kv_dtype, SplitKVMemory(arch, 2048, kv_dtype, placement.layers, 2048, device))
     for _ in range(2):
         decoder(torch.zeros(512, dtype=torch.int64), cache)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

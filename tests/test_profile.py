@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moert.errors import ProfileError, UsageError
 from moert.hardware import devices as devices_module
 from moert.hardware.devices import closest, devices, load_device, own_file, this_machine
-from moert.runtime.budget import total_bytes
+from moert.hardware.memory import total_bytes
 from moert.scheduler.profile import FIGURES, REQUIRED, parse_profile, read_profile
 
 SHIPPED = devices()

@@ -13,10 +13,11 @@ from moert.errors import ProfileError
 from moert.hub.resolve import shipped_model
 from moert.measure import bench_kernels, compute, disk, gpu, overheads
 from moert.measure.figure import measured
+from moert.models.stored_model import StoredModel
 from moert.quant import dispatch
 from moert.quant.format import ExpertLayout
 from moert.runtime import transfer
-from moert.store.reader import Store
+from moert.runtime.disk_speed import store_target
 
 from .machine import FakeGpu, shrink, without_direct
 
@@ -66,8 +67,8 @@ def test_the_disk_is_read_in_all_sizes_by_all_numbers_of_readers(small, tmp_path
 
 
 def test_of_a_store_the_experts_are_read(small):
-    store = Store.open(shipped_model())
-    target = disk.store_target(store)
+    store = StoredModel.open(shipped_model())
+    target = store_target(store)
     assert {path.name for path in target.files} == {f"experts-0000{i}.safetensors" for i in range(6)}
     assert set(target.sizes) == {*store.layout.slice_sizes, sum(store.layout.slice_sizes)}
     assert disk.measure_disk(target, silent).direct == transfer.direct_io_works(target.files[0])
@@ -158,7 +159,7 @@ def test_overheads_are_never_below_zero():
 
 @pytest.mark.parametrize("large", [False, True])
 def test_overheads_of_the_model_that_ships(small, monkeypatch, large):
-    store = Store.open(shipped_model())
+    store = StoredModel.open(shipped_model())
     monkeypatch.setattr(overheads, "LARGE_EXPERT", 1 if large else 1 << 20)
     said = []
     found = overheads.measure_overheads(store, store, 1, said.append)
@@ -169,7 +170,7 @@ def test_overheads_of_the_model_that_ships(small, monkeypatch, large):
 
 
 def test_where_a_large_model_does_not_tell_the_model_that_ships_does(small, monkeypatch):
-    store, wanted = Store.open(shipped_model()), []
+    store, wanted = StoredModel.open(shipped_model()), []
     real = overheads._overheads
 
     def not_at_first(resident, missing, store):

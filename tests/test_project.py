@@ -1,6 +1,7 @@
 """Rules of the project's layout: import directions, light imports, file lengths."""
 
 import ast
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,120 +11,43 @@ from .child import ENVIRONMENT, PYTHON
 
 ROOT = Path(__file__).parents[1]
 
-# What each package may import of ours, besides itself. "models" sees experts only through a protocol.
+# Each package, from the lowest to the highest, and what it may import of ours besides itself: only what stands above it
+# here, so that there is no cycle. `quant` and `scheduler` are usable without the rest.
 ALLOWED = {
-    "quant": set(),
-    "scheduler": set(),
     "errors": set(),
     "config": {"errors"},
-    "sampling": {"errors"},
-    "tokenizer": {"errors"},
-    "chat": {"errors"},
-    "calibration": {"errors", "store", "tokenizer"},
-    "memory": set(),
-    "models": {"errors", "quant"},
-    "store": {"errors", "memory", "quant", "models"},
-    "runtime": {"errors", "budget", "config", "memory", "quant", "scheduler", "store"},
-    "budget": {"errors", "config", "quant"},
-    "router": {"scheduler", "store"},
-    "shape": {
-        "errors",
-        "budget",
-        "foreign",
-        "headers",
-        "models",
-        "quant",
-        "router",
-        "scheduler",
-        "store",
-        "source",
-    },
-    "foreign": {"errors", "models", "quant", "store"},
-    "headers": {"errors", "store", "source"},
-    "placement": {"config", "models", "quant", "scheduler", "store"},
-    "dense_quant": {"models", "placement", "quant", "store"},
-    "devices": {"errors", "budget", "scheduler", "source", "device_profiles"},
-    "jetson": {"devices"},
-    "planning": {
-        "errors",
-        "config",
-        "budget",
-        "devices",
-        "meter",
-        "profiling",
-        "quant",
-        "scheduler",
-        "shape",
-        "store",
-    },
-    "profiling": {
-        "api",
-        "errors",
-        "config",
-        "budget",
-        "bench_kernels",
-        "engine",
-        "memory",
-        "quant",
-        "runtime",
-        "scheduler",
-        "source",
-        "store",
-    },
+    "quant": set(),
+    "scheduler": set(),
+    "hardware": {"errors", "config", "scheduler"},
+    "kernels": {"quant"},
+    "store": {"errors", "quant", "scheduler", "hardware"},
+    "checkpoints": {"errors", "store"},
+    "text": {"errors"},
+    "models": {"errors", "quant", "kernels", "store"},
+    "runtime": {"errors", "config", "quant", "scheduler", "hardware", "kernels", "store"},
+    "device": {"errors", "config", "quant", "scheduler", "hardware", "kernels", "store", "models", "runtime"},
     "engine": {
-        "errors",
-        "config",
-        "budget",
-        "memory",
-        "quant",
-        "router",
-        "scheduler",
-        "store",
-        "runtime",
-        "models",
-        "slots",
-        "offload",
-        "dense_quant",
+        "errors", "config", "quant", "scheduler", "hardware", "store", "text", "models", "runtime", "device",
     },
-    "offload": {
-        "errors",
-        "config",
-        "budget",
-        "dense_quant",
-        "devices",
-        "models",
-        "placement",
-        "runtime",
-        "scheduler",
-        "store",
+    "convert": {"errors", "quant", "kernels", "store", "checkpoints", "text", "models", "engine"},
+    "hub": {"errors", "config", "store", "checkpoints", "models", "convert"},
+    "train": {"errors", "config", "quant", "scheduler", "hardware", "store", "models", "convert"},
+    "planning": {
+        "errors", "config", "quant", "scheduler", "hardware", "store", "checkpoints", "models", "runtime", "engine",
+        "convert", "hub",
     },
-    "slots": {"models", "quant"},
-    "meter": {"engine", "runtime"},
-    "answer": {"errors", "meter", "sampling", "tokenizer"},
-    "batch": {"errors", "config", "scheduler", "sampling", "tokenizer", "engine", "slots", "meter", "answer"},
-    "bench_kernels": {"errors", "budget", "quant"},
-    "plot": {"errors"},
-    "recording": {"models", "quant", "scheduler", "store"},
-    "evaluate": {
-        "errors",
-        "config",
-        "budget",
-        "bench",
-        "bench_kernels",
-        "quant",
-        "scheduler",
-        "store",
-        "runtime",
-        "engine",
-        "models",
-        "tokenizer",
+    "api": {"errors", "config", "hub", "models", "text", "engine", "train", "planning"},
+    "measure": {
+        "errors", "config", "quant", "kernels", "scheduler", "hardware", "store", "text", "models", "runtime", "device",
+        "engine", "hub", "api",
     },
-    "distil": {"errors", "config", "budget", "quant", "scheduler", "store", "models"},
-    "train_router": {"router", "errors", "distil", "scheduler", "store", "engine"},
-    "train_scales": {"router", "errors", "distil", "quant", "scheduler", "store", "engine"},
-    "train_predictor": {"errors", "quant", "scheduler", "store"},
-    "bench": {"errors", "config", "bench_kernels", "quant", "store", "runtime", "models", "engine"},
-}
+    "cli": {
+        "errors", "config", "quant", "scheduler", "hardware", "store", "text", "models", "runtime", "device", "engine",
+        "convert", "hub", "train", "planning", "api", "measure",
+    },
+    "__init__": {"errors", "engine", "api"},
+    "__main__": {"cli"},
+}  # fmt: skip
 LINE_LIMIT, FAMILY_LIMIT = 400, 220
 
 
@@ -149,11 +73,14 @@ def imports_of(path):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            yield ".".join([*base, *(node.module.split(".") if node.module else [])])
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            packages = [name.name for name in node.names if name.name in ALLOWED] if module == "moert" else []
+            yield from (f"moert.{name}" for name in packages) if packages else (module,)
 
 
-def test_imports_go_in_the_directions_of_the_design():
-    wrong = []
+def imports_between_packages():
+    """(importing package, imported package) -> the places."""
+    found = {}
     for path in sources():
         relative = path.relative_to(ROOT)
         if path.suffix != ".py" or relative.parts[0] in ("tests", "examples"):
@@ -161,19 +88,51 @@ def test_imports_go_in_the_directions_of_the_design():
         part = part_of(path)
         for name in imports_of(path):
             head = name.split(".")
-            if head[0] in ("quant", "scheduler", "device_profiles"):
-                wrong.append(f"{relative}: bare import of {name}")
-            if part == "scheduler" and head[0] == "torch":
-                wrong.append(f"{relative}: the scheduler knows no torch")
-            if head[0] == "moert" and len(head) > 1 and part in ALLOWED and head[1] not in ALLOWED[part] | {part}:
-                wrong.append(f"{relative}: {part} imports {name}")
+            assert head[0] not in ("quant", "scheduler", "device_profiles"), f"{relative}: bare import of {name}"
+            assert part != "scheduler" or head[0] != "torch", f"{relative}: the scheduler knows no torch"
+            if head[0] == "moert" and len(head) > 1 and head[1] not in (part, "device_profiles"):
+                found.setdefault((part, head[1]), []).append(f"{relative}: {name}")
+    return found
+
+
+def test_imports_go_in_the_directions_of_the_design():
+    places = {list(ALLOWED).index(name): name for name in ALLOWED}
+    for name, allowed in ALLOWED.items():
+        assert allowed <= {places[i] for i in range(list(ALLOWED).index(name))}, f"{name}: an arrow that goes up"
+    wrong = [where for (part, other), where in imports_between_packages().items() if other not in ALLOWED[part]]
     assert not wrong, wrong
 
 
-def test_every_part_is_known():
-    top = {"__init__", "__main__", "api", "source", "cli"}
+def test_the_table_allows_nothing_that_is_not_used():
+    used = imports_between_packages().keys()
+    idle = {(part, other) for part, allowed in ALLOWED.items() for other in allowed} - used
+    assert not idle, f"take these out of the table: {sorted(idle)}"
+
+
+def drawing():
+    """The packages as text, the highest first; what a line names stands in a line below it."""
+    arrows = {part: sorted(other for p, other in imports_between_packages() if p == part) for part in ALLOWED}
+    lines = [f"{part:<12}-> {', '.join(arrows[part])}" if arrows[part] else part for part in reversed(ALLOWED)]
+    return "\n".join(line for line in lines if not line.startswith("__"))
+
+
+def test_the_drawing_of_the_packages_is_that_of_the_code():
+    page = ROOT / "moert" / "docs" / "internals.md"
+    begin, end = "<!-- imports: begin -->\n```text\n", "\n```\n<!-- imports: end -->"
+    before, _, rest = page.read_text().partition(begin)
+    drawn, _, after = rest.partition(end)
+    if os.environ.get("MOERT_REDRAW"):  # MOERT_REDRAW=1 pytest tests/test_project.py writes it anew
+        page.write_text(before + begin + drawing() + end + after)
+        return
+    assert drawn == drawing(), "MOERT_REDRAW=1 pytest tests/test_project.py draws it anew"
+
+
+def test_every_package_says_what_it_is():
     parts = {part_of(p) for p in sources() if p.relative_to(ROOT).parts[0] in ("moert", "quant", "scheduler")}
-    assert parts - {"py.typed"} <= ALLOWED.keys() | top
+    assert parts == ALLOWED.keys()
+    for name in parts - {"__main__", "__init__", "api", "config", "errors"}:
+        folder = ROOT / name if name in ("quant", "scheduler") else ROOT / "moert" / name
+        assert (ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").endswith("."), name
 
 
 def test_files_are_short():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moert import LLM, SamplingParams
+from moert.models.stored_model import StoredModel
 from moert.scheduler.trace import DECODE, PREFILL, read_trace
-from moert.store.reader import Store
 from moert.train.recording import trace_shape
 
 from .program import Program
@@ -20,7 +20,7 @@ def moert(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_token_reads_all_layers_and_the_head(store, tied):
-    found = Store.open(store(tie_word_embeddings=tied))
+    found = StoredModel.open(store(tie_word_embeddings=tied))
     sizes = {tensor.name: tensor.nbytes for tensor in found.meta.dense}
     assert ("lm_head.weight" in sizes) != tied
     layers = trace_shape(found).dense_bytes

@@ -100,10 +100,10 @@ def test_a_chat_template_that_tries_to_leave_the_sandbox(program, store):
     assert "chat template" in line
 
 
-def test_damaged_tokenizer_and_generation_config(program, store):
-    (store / "generation_config.json").write_text("{not json")
+def test_damaged_tokenizer(program, store):
+    (store / "tokenizer_config.json").write_text("{not json")
     code, line = program(*generate(store))
-    assert (code, "generation_config.json is not valid JSON" in line) == (1, True)
+    assert (code, "tokenizer_config.json is not valid JSON" in line) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import torch
 
 from moert import LLM, SamplingParams
 from moert.errors import StoreError, UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
 from moert.runtime.executor import ExpertRunner
 from moert.scheduler.precision import BitRouter, RoutedPrecision
 from moert.store.bit_router import ROUTER_FILE, TrainedRouter, read_router, write_router
-from moert.store.reader import Store
 
 from .program import Program, evaluator
 
@@ -93,7 +93,7 @@ def test_every_token_gets_its_experts_at_its_widths(experts, slots, tokens):
 
 def test_the_text_is_the_same_at_every_budget(calibrated):
     """Widths are a function of the router's output: not of what is in memory, nor of when it arrives."""
-    layout = Store.open(calibrated).layout
+    layout = StoredModel.open(calibrated).layout
     one = sum(layout.slice_sizes)
     answers = []
     for budget in (one, 5 * one, None):
@@ -197,7 +197,7 @@ def test_a_trained_router_is_used_and_said(trained):
         llm.engine.forward(list(range(3, 60)))
     assert widths[1] == {1}
     assert 3 in widths[0]
-    Store.open(trained).verify()
+    StoredModel.open(trained).verify()
 
 
 def flip(data):
@@ -217,7 +217,7 @@ def flip(data):
 def test_a_damaged_router_is_named(trained, change, message):
     path = trained / ROUTER_FILE
     path.write_bytes(change(path.read_bytes()))
-    for use in (lambda: LLM(trained, precision="routed"), lambda: Store.open(trained).verify()):
+    for use in (lambda: LLM(trained, precision="routed"), lambda: StoredModel.open(trained).verify()):
         with pytest.raises(StoreError, match=message) as caught:
             use()
         assert str(path) in str(caught.value)
@@ -226,7 +226,7 @@ def test_a_damaged_router_is_named(trained, change, message):
 
 
 @pytest.mark.parametrize(
-    ("damage", "exponents"),
+    ("sensitivity", "exponents"),
     [
         (torch.ones(2, 8, 2), torch.ones(2)),
         (torch.ones(2, 8, 3), torch.ones(3)),

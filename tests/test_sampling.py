@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from moert.engine.sampling import Sampler, SamplingParams, StopMatcher, candidates, penalise
+from moert.engine.sampling import Sampler, SamplingParams, StopMatcher, candidates, penalise, usable_fields
 from moert.errors import MoertError, UsageError
 
 
@@ -151,8 +152,30 @@ def test_defaults_of_a_checkpoint() -> None:
     assert SamplingParams.from_generation_config({}) == SamplingParams()
     assert SamplingParams.from_generation_config({"do_sample": False}).greedy
     assert SamplingParams.from_generation_config({"stop_strings": "END"}).stop == ("END",)
-    with pytest.raises(UsageError, match=r"generation_config\.json.*top_p is 7"):
-        SamplingParams.from_generation_config({"top_p": 7})
+
+
+@pytest.mark.parametrize("value", [{"top_k": None}, {"top_k": 0}, {"top_k": -1}, {"temperature": None}])
+def test_a_default_that_is_off(value: dict[str, object]) -> None:
+    assert SamplingParams.from_generation_config(value) == SamplingParams()
+    assert usable_fields(value)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"top_p": 7}, "top_p is 7, but must be"),
+        ({"top_k": -2}, "top_k is -2, but must be"),
+        ({"temperature": "0.7"}, "temperature is '0.7', but must be"),
+        ({"max_new_tokens": [5]}, r"max_tokens is \[5\], but must be"),
+        ({"stop_strings": 5}, "stop is 5"),
+    ],
+)
+def test_a_default_that_cannot_be_used_is_a_warning(value: dict[str, object], message: str) -> None:
+    assert SamplingParams.from_generation_config({**value, "repetition_penalty": 1.5}).repeat_penalty == 1.5
+    fields, warnings = usable_fields(value)
+    assert fields == {}
+    assert len(warnings) == 1
+    assert re.search(message, warnings[0])
 
 
 @settings(max_examples=300)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from moert.convert.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
 from moert.convert.convert import convert
 from moert.errors import StoreError
+from moert.models.stored_model import StoredModel
 from moert.store.meta import parse
-from moert.store.reader import Store
 
 from .checkpoints import stored_matrices
 
@@ -92,7 +92,7 @@ def test_experts_that_see_few_tokens_are_measured_on_what_they_borrow(tiny_check
 
 
 def test_a_rounded_store_has_none(store):
-    assert Store.open(store()).meta.sensitivity is None
+    assert StoredModel.open(store()).meta.sensitivity is None
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from moert.convert.convert import convert
 from moert.engine.model_runner import needs_of
 from moert.hub.resolve import Conversion
 from moert.models.kv_cache import KVCache
+from moert.models.stored_model import StoredModel
 from moert.planning.model_shape import read_shape
 from moert.quant.matmul import PackedMatrix
-from moert.store.reader import Store
 
 from .checkpoints import FAMILIES, make_checkpoint
 
@@ -92,5 +92,5 @@ def test_parameters_are_those_that_transformers_counts(
 
 def test_the_shipped_model() -> None:
     shape = read_shape(None, Conversion())
-    store = Store.open(Path(__file__).parents[1] / "moert" / "demo_model")
+    store = StoredModel.open(Path(__file__).parents[1] / "moert" / "demo_model")
     assert shape.needs(0, 4096, 3) == needs_of(store, None, 4096, 3, 0)

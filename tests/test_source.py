@@ -80,7 +80,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_the_shipped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(source, "__file__", str(tmp_path / "source.py"))
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "hub" / "resolve.py"))
     with pytest.raises(StoreError, match="no model of its own; name one with -m"):
         source.resolve(None)
     (tmp_path / "demo_model").mkdir()
@@ -186,3 +186,18 @@ def test_what_the_hub_refuses_is_one_sentence(
         source.checkpoint("o/m", offline=offline)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("Cannot get o/m from the Hugging Face hub: ")
+
+
+def test_every_file_that_a_store_copies_is_downloaded() -> None:
+    from moert.convert.plan import COPIED_FILES
+
+    files = [*COPIED_FILES, "additional_chat_templates/tool_use.jinja", "LICENSE.txt", "NOTICE"]
+    assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=source._HUB_FILES)) == files
+
+
+def test_another_chat_template_makes_another_store(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tiny")
+    (folder / "additional_chat_templates").mkdir()
+    before = source.cached_store(folder, source.Conversion())
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    assert source.cached_store(folder, source.Conversion()) != before

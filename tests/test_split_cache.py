@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moert.device.backend import EmulatedDevice
+from moert.device.kv_memory import SplitKVMemory
 from moert.device.split_cache import CacheSegment, SplitCache, merge
 from moert.models.decoder import Decoder
-from moert.models.kv_cache import KVCache, KVMemory
+from moert.models.kv_cache import KVCache
 from moert.models.registry import architecture
 from moert.scheduler.kv_split import AttentionCosts, choose, fill, lengths, slot_gain
 from moert.scheduler.profile import read_profile
@@ -151,10 +152,10 @@ def test_memory_is_as_large_as_it_says(dtype: torch.dtype) -> None:
     layers, per_position = (True, False, True), KVCache.bytes_per_position(arch, dtype) // 3
     for near in (0, 32, 112, 200):
         device = EmulatedDevice(1 << 30)
-        memory = KVMemory(arch, 100, dtype, layers, near, device)
+        memory = SplitKVMemory(arch, 100, dtype, layers, near, device)
         near = min(near, 112)
         assert (1 << 30) - device.available_bytes() == 2 * near * per_position
-        host = KVMemory.host_bytes_for(arch, 100, dtype, layers, near)
+        host = SplitKVMemory.host_bytes_for(arch, 100, dtype, layers, near)
         assert host == (112 + 2 * (112 - near)) * per_position
         assert host + 2 * near * per_position == KVCache.bytes_for(arch, 100, dtype)
         cache = KVCache(arch, 100, dtype, memory)
@@ -168,7 +169,7 @@ def test_sequences_in_one_memory_share_what_is_on_the_device(tiny_checkpoint: Ca
     arch, dense, experts = load(tiny_checkpoint("qwen3_moe"))
     layers = (True,) * arch.num_layers
     decoder, device = placed(arch, dense, experts, layers), EmulatedDevice()
-    memory = KVMemory(arch, 96, torch.float32, layers, 48, device)
+    memory = SplitKVMemory(arch, 96, torch.float32, layers, 48, device)
     caches = [KVCache(arch, 32, torch.float32, memory, start) for start in (0, 32, 64)]
     borders = [(s.near.end if s.near else 0) for cache in caches for s in cache.split[:1] if s is not None]
     assert borders == [32, 16, 0]

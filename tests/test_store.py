@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from moert.checkpoints.safetensors import Checkpoint, read_header
 from moert.convert.convert import convert
 from moert.errors import CheckpointError, StoreError
+from moert.models.stored_model import StoredModel
 from moert.quant.format import GROUP_SIZES, ExpertLayout, MatrixLayout
 from moert.store.layout import DenseTensor, Entry, ExpertFile, build_header, dense_order, experts_file, slice_name
 from moert.store.meta import CopiedFile, StoreMeta, WeightFile, parse, read_meta
-from moert.store.reader import Store
 from moert.store.writer import TensorWriter
 
 from .checkpoints import make_checkpoint
@@ -121,12 +121,12 @@ def test_writer_refuses_what_the_header_does_not_say() -> None:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory: pytest.TempPathFactory) -> StoredModel:
     folder = tmp_path_factory.mktemp("store")
     return convert(make_checkpoint(folder / "src"), folder / "out")
 
 
-def test_locations_and_checksums_agree_with_the_safetensors_library(store: Store) -> None:
+def test_locations_and_checksums_agree_with_the_safetensors_library(store: StoredModel) -> None:
     for layer in store.moe_layers:
         with safe_open(store.path / experts_file(layer), "pt") as file:
             assert len(file.keys()) == store.num_experts * store.layout.num_slices
@@ -143,8 +143,8 @@ def test_locations_and_checksums_agree_with_the_safetensors_library(store: Store
         store.location(0, store.num_experts)
 
 
-def test_reopened_store_is_the_same_and_verifies(store: Store) -> None:
-    again = Store.open(str(store.path))
+def test_reopened_store_is_the_same_and_verifies(store: StoredModel) -> None:
+    again = StoredModel.open(str(store.path))
     assert again.meta == store.meta
     assert again.config["model_type"] == again.architecture.model_type == "qwen3_moe"
     seen: list[tuple[int, int]] = []
@@ -154,7 +154,7 @@ def test_reopened_store_is_the_same_and_verifies(store: Store) -> None:
     assert seen[-1] == (total, total)
 
 
-def test_meta_survives_a_round_trip(store: Store) -> None:
+def test_meta_survives_a_round_trip(store: StoredModel) -> None:
     value = json.loads((store.path / "moert.json").read_bytes())
     assert value["format_version"] == 1
     assert value == store.meta.as_json()
@@ -167,7 +167,7 @@ def leaves(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [path, *(leaf for key, inner in value.items() for leaf in leaves(inner, (*path, key)))]
 
 
-def test_every_missing_or_wrongly_typed_field_is_named(store: Store) -> None:
+def test_every_missing_or_wrongly_typed_field_is_named(store: StoredModel) -> None:
     text = (store.path / "moert.json").read_text()
     paths = [path for path in leaves(json.loads(text)) if path]
     assert len(paths) > 60

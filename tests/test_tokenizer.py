@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moert.errors import StoreError
-from moert.text.tokenizer import Detokenizer, Tokenizer
+from moert.text.chat import render
+from moert.text.tokenizer import NAMED_TOKENS, Detokenizer, Tokenizer
 
 SAMPLE = ["the quick brown fox", "naïve café 日本語 🙂👩‍👩‍👧", "import os\n\n    return x"] * 3
 
@@ -162,6 +163,182 @@ def test_every_file_may_name_an_end(tmp_path: Path) -> None:
 )
 def test_where_the_chat_template_is_found(tmp_path: Path, files: dict[str, object], expected: str | None) -> None:
     assert saved(fresh(), files, tmp_path).chat_template == expected
+
+
+def special(content: str, **flags: bool) -> dict[str, object]:
+    return {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, **flags}
+
+
+def with_lowercase() -> tokenizers.Tokenizer:
+    """A tokenizer whose normalizer shows which added tokens are matched in normalised text."""
+    inner = fresh()
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens([tokenizers.AddedToken("<s>", rstrip=True)])
+    inner.add_tokens([tokenizers.AddedToken("<T>", normalized=False)])
+    return inner
+
+
+CONFIG = "tokenizer_config.json"
+SIDE_FILES: dict[str, dict[str, object]] = {
+    "decoder": {
+        CONFIG: {
+            "eos_token": "<|fin|>",
+            "added_tokens_decoder": {
+                "6": special("<|fin|>", special=True),
+                "5": special("<|turn|>", special=True, lstrip=True, rstrip=True),
+                "7": special("<Word>", special=False, single_word=True, normalized=True),
+            },
+        }
+    },
+    "decoder and older files": {
+        CONFIG: {"added_tokens_decoder": {"5": special("<|turn|>", special=True)}, "pad_token": "<|fin|>"},
+        "added_tokens.json": {"<Word>": 9},
+        "special_tokens_map.json": {"eos_token": "<|turn|>"},
+    },
+    "added_tokens.json": {
+        CONFIG: {"eos_token": "<|fin|>"},
+        "added_tokens.json": {"<|fin|>": 6, "<|turn|>": 5, "<Word>": 8},
+    },
+    "an id of another token": {"added_tokens.json": {"<|turn|>": 0, "<Word>": 4}},
+    "special_tokens_map.json": {
+        CONFIG: {"eos_token": "</s>", "unk_token": "w"},
+        "special_tokens_map.json": {
+            "eos_token": special("<|fin|>", lstrip=True),
+            "bos_token": "<s>",
+            "pad_token": special("<end>"),
+            "image_token": "<Word>",
+        },
+        "added_tokens.json": {"<|fin|>": 5},
+    },
+    "other flags than tokenizer.json": {
+        CONFIG: {
+            "bos_token": "<s>",
+            "added_tokens_decoder": {"0": special("<s>", special=True), "4": special("<T>", special=True, lstrip=True)},
+        }
+    },
+    "additional special tokens": {CONFIG: {"additional_special_tokens": ["<|turn|>", "<|fin|>"]}},
+    "extra special tokens": {
+        CONFIG: {"extra_special_tokens": ["<|turn|>"], "additional_special_tokens": ["<Word>"]},
+        "special_tokens_map.json": {"extra_special_tokens": [special("<|fin|>"), "<|turn|>"]},
+        "added_tokens.json": {"<|turn|>": 5},
+    },
+    "extra special tokens by name": {
+        CONFIG: {"extra_special_tokens": {"image_token": "<|turn|>", "video_token": "<Word>"}, "audio_token": "<|fin|>"}
+    },
+    "tokens with their type": {
+        CONFIG: {
+            "eos_token": {"__type": "AddedToken", **special("<|fin|>", special=True, normalized=True)},
+            "additional_special_tokens": [{"__type": "AddedToken", **special("<|turn|>", special=True, rstrip=True)}],
+        }
+    },
+    "special only by name": {
+        CONFIG: {"eos_token": "<|fin|>", "added_tokens_decoder": {"5": special("<|fin|>", special=False)}}
+    },
+    "special tokens in texts": {CONFIG: {"eos_token": "</s>", "split_special_tokens": True}},
+    "all names": {
+        CONFIG: {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "sep_token": "<sep>",
+            "cls_token": "<cls>",
+            "mask_token": "<mask>",
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("files", SIDE_FILES.values(), ids=SIDE_FILES.keys())
+def test_tokens_of_side_files_are_those_of_transformers(tmp_path: Path, files: dict[str, object]) -> None:
+    from transformers import AutoTokenizer
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **files.get(CONFIG, {})}  # type: ignore[dict-item]
+    tokenizer = saved(with_lowercase(), {**files, CONFIG: config}, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (
+        "<|turn|>user W w<|fin|>",
+        "w <|turn|> w  <|fin|> w<s>  w",
+        "<T> <t> <Word> <word> a<Word>b W <Word>",
+        "<WORD>  <|TURN|><end></s><pad><unk><sep><cls><mask>",
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == reference.encode(text, add_special_tokens=False), text
+        for skip in (False, True):
+            assert tokenizer.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip), text
+    assert tokenizer.vocabulary == reference.get_vocab()
+    assert tokenizer.special_tokens == reference.special_tokens_map
+    assert tokenizer.eos_ids == ({reference.eos_token_id} if reference.eos_token is not None else set())
+    template = "{% for name in names %}{{ name }}{% endfor %}" + "".join(
+        f"[{name}: {{{{ {name} }}}}]" for name in (*NAMED_TOKENS, "image_token", "video_token", "audio_token")
+    )
+    messages = [{"role": "user", "content": "w"}]
+    expected = reference.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert render(messages, template, special_tokens=tokenizer.special_tokens) == expected
+
+
+def test_padding_of_tokenizer_json_names_the_pad_token(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    inner = fresh()
+    inner.enable_padding(pad_token="<end>", pad_id=2)
+    tokenizer = saved(inner, {CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"}}, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.special_tokens == reference.special_tokens_map == {"pad_token": "<end>"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (CONFIG, {"added_tokens_decoder": []}, "added_tokens_decoder is not an object"),
+        (CONFIG, {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder is not an object"),
+        (CONFIG, {"added_tokens_decoder": {"5": {}}}, "added_tokens_decoder has a token that is neither"),
+        (CONFIG, {"eos_token": {"content": "x", "lstrip": 3}}, "eos_token has a token that is neither"),
+        (CONFIG, {"extra_special_tokens": "x"}, "extra_special_tokens is neither a list nor"),
+        (CONFIG, {"extra_special_tokens": [5]}, "extra_special_tokens has a token that is neither"),
+        ("added_tokens.json", {"x": "5"}, r"x has no number for its id in added_tokens\.json"),
+    ],
+)
+def test_broken_tokens_are_one_sentence(tmp_path: Path, name: str, value: object, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        saved(fresh(), {name: value}, tmp_path)
+
+
+def test_a_broken_generation_config_is_a_warning(tmp_path: Path) -> None:
+    tokenizer = saved(fresh(), {"generation_config.json": '{"top_k": 5,}'}, tmp_path)
+    assert tokenizer.generation_config == {}
+    assert len(tokenizer.warnings) == 1
+    assert "generation_config.json is not valid JSON" in tokenizer.warnings[0]
+    assert saved(fresh(), {"generation_config.json": "{}"}, tmp_path).warnings == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": "J", CONFIG: {"chat_template": "C"}},
+        {"additional_chat_templates/tool_use.jinja": "T", "chat_template.jinja": "J", CONFIG: {"chat_template": "C"}},
+        {CONFIG: {"chat_template": [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]}},
+        {CONFIG: {"chat_template": "C"}, "chat_template.json": {"chat_template": "P"}},
+    ],
+)
+def test_templates_are_found_where_transformers_finds_them(tmp_path: Path, files: dict[str, object]) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "additional_chat_templates").mkdir()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **files[CONFIG]}  # type: ignore[dict-item]
+    tokenizer = saved(fresh(), {**files, CONFIG: config}, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.chat_template == reference.get_chat_template()
+    templates = reference.chat_template
+    assert tokenizer.chat_templates == (templates if isinstance(templates, dict) else {"default": templates})
+
+
+def test_the_template_of_older_processors(tmp_path: Path) -> None:
+    assert saved(fresh(), {"chat_template.json": {"chat_template": "P"}}, tmp_path).chat_template == "P"
 
 
 def test_a_prompt_is_never_cut_short(tmp_path: Path) -> None:

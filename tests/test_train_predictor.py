@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from moert.errors import StoreError, UsageError
+from moert.models.stored_model import StoredModel
 from moert.scheduler.predictor import RATES, LastToken, PathWeights, RoutingPath, make_predictor
 from moert.scheduler.trace import Routing, TraceStep, write_trace
 from moert.store.predictor import PREDICTOR_FILE, TrainedPredictor, read_predictor, write_predictor
-from moert.store.reader import Store
 from moert.train import predictor as train_predictor
 from moert.train.predictor import Trainer, Window, measure, read_windows
 from moert.train.recording import trace_shape
@@ -32,7 +32,7 @@ def model(store, tmp_path):
     folder.mkdir()
     for path in store().iterdir():
         (folder / path.name).symlink_to(path)
-    return Store.open(folder)
+    return StoredModel.open(folder)
 
 
 def silent(text):
@@ -247,9 +247,9 @@ def test_a_predictor_of_another_model_or_a_damaged_one_is_refused(model, store, 
         (other / file.name).symlink_to(file)
     path.write_bytes(data)
     (other / PREDICTOR_FILE).write_bytes(data)
-    names = [Store.open(folder).meta.source_name for folder in (model.path, other)]
+    names = [StoredModel.open(folder).meta.source_name for folder in (model.path, other)]
     with pytest.raises(StoreError, match=f"was trained for {names[0]}, not for {names[1]}"):
-        read_predictor(Store.open(other))
+        read_predictor(StoredModel.open(other))
 
 
 def test_predictors_are_chosen_by_name():

@@ -7,11 +7,11 @@ import torch
 
 from moert import LLM
 from moert.errors import UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant import dispatch
 from moert.quant.matmul import PackedExpert
 from moert.scheduler.precision import RoutedPrecision
 from moert.store.bit_router import ROUTER_FILE, read_router
-from moert.store.reader import Store
 from moert.train import bit_router as train_router
 from moert.train import distil
 from moert.train.bit_router import Trainer
@@ -30,7 +30,7 @@ def moert(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def stores(calibrated, store):
-    return Store.open(calibrated), Store.open(store(widths=(16,), dense_bits=16))
+    return StoredModel.open(calibrated), StoredModel.open(store(widths=(16,), dense_bits=16))
 
 
 def silent(text):
@@ -88,7 +88,7 @@ def test_it_gets_better_from_a_bad_start_and_the_same_each_time(stores, monkeypa
     for _ in range(2):
         trainer = Trainer(store, lossless, short, seed=3)
         # As if the conversion had been wrong about layers and widths: that is what there is to learn.
-        trainer._sensitivity.sensitivity *= torch.tensor([[[1.0, 20.0, 1.0]], [[100.0, 100.0, 100.0]]])
+        trainer._sensitivity._measured *= torch.tensor([[[1.0, 20.0, 1.0]], [[100.0, 100.0, 100.0]]])
         sensitivity = {layer: trainer._sensitivity.sensitivity[layer].tolist() for layer in (0, 1)}
         trainer._before = replace(trainer._before, sensitivity=sensitivity)
         assert trainer.train(16, 1e9, silent) == 16
@@ -189,4 +189,4 @@ def test_what_cannot_be_trained_is_said(moert, calibrated, store, tmp_path, monk
     monkeypatch.setattr(distil, "available_bytes", lambda: 1 << 20)
     assert "1.0 MiB are available: train on a larger machine" in train(calibrated, lossless)[1]
     with pytest.raises(UsageError, match="at least two windows"):
-        Trainer(Store.open(calibrated), Store.open(lossless), WINDOWS[:1], seed=0)
+        Trainer(StoredModel.open(calibrated), StoredModel.open(lossless), WINDOWS[:1], seed=0)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moert.errors import StoreError
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert
 from moert.quant.reference import unpack_codes
 from moert.store.bit_router import ROUTER_FILE, TrainedRouter, write_router
-from moert.store.reader import Store
 from moert.train import distil
 from moert.train import rescale as rescaling
 from moert.train import scales as train_scales
@@ -30,7 +30,7 @@ def moert(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def lossless(store):
-    return Store.open(store(widths=(16,), dense_bits=16))
+    return StoredModel.open(store(widths=(16,), dense_bits=16))
 
 
 def silent(text):
@@ -48,7 +48,7 @@ def files(folder):
 
 
 def test_the_divergence_on_the_text_falls_and_is_the_same_each_time(calibrated, lossless):
-    store = Store.open(calibrated)
+    store = StoredModel.open(calibrated)
     found = []
     for seed in (3, 3, 4):
         trainer = Trainer(store, lossless, WINDOWS, seed)
@@ -65,7 +65,7 @@ def test_the_divergence_on_the_text_falls_and_is_the_same_each_time(calibrated, 
 def test_the_store_has_what_was_learnt_and_the_codes_it_had(calibrated_copy, lossless, tmp_path):
     write_router(calibrated_copy, TrainedRouter(torch.ones(2, 8, 3).numpy(), torch.ones(2).numpy(), "test"))
     (calibrated_copy / "NOTICE.md").write_text("Whose it is.")
-    store = Store.open(calibrated_copy)
+    store = StoredModel.open(calibrated_copy)
     trainer = Trainer(store, lossless, WINDOWS, seed=0)
     trainer.train(8, 1e9, silent)
     before = files(calibrated_copy)
@@ -92,7 +92,7 @@ def test_the_store_has_what_was_learnt_and_the_codes_it_had(calibrated_copy, los
 
 def test_sensitivities_are_those_of_the_new_scales(calibrated, store, lossless):
     """Beside float64, where the experts see what transformers' model would show them."""
-    nested = Store.open(calibrated)
+    nested = StoredModel.open(calibrated)
     trainer = Trainer(nested, lossless, WINDOWS, seed=0)
     trainer.train(4, 1e9, silent)
     seen = []
@@ -139,14 +139,14 @@ def test_experts_that_keep_fewer_slices_can_be_trained(tiny_checkpoint, calibrat
 
 def test_stores_of_one_width_and_rounded_ones_can_be_trained(store, lossless):
     for path in (store(widths=(3,)), store()):
-        trainer = Trainer(Store.open(path), lossless, WINDOWS, seed=0)
+        trainer = Trainer(StoredModel.open(path), lossless, WINDOWS, seed=0)
         assert not trainer._routed
         assert trainer.train(50, 0.0, silent) == 1, "its time is over at once"
         assert all(torch.isfinite(t).all() for row in trainer.result(0, 0) for t in row)
 
 
 def test_a_short_text_is_not_used_too_often(calibrated, lossless):
-    trainer = Trainer(Store.open(calibrated), lossless, WINDOWS[:4], seed=0)
+    trainer = Trainer(StoredModel.open(calibrated), lossless, WINDOWS[:4], seed=0)
     assert trainer.train(1000, 1e9, silent) == 4 * train_scales.PASSES * 3 // 4
 
 
@@ -177,7 +177,7 @@ def test_the_command_writes_what_is_better(moert, options, monkeypatch):
     new = options[7]
     assert f"Stored in {new} after 1 steps" in err
     assert f"moert train-router -m {new}" in err
-    quantiser = Store.open(new).meta.quantiser
+    quantiser = StoredModel.open(new).meta.quantiser
     assert "scales trained: 1 steps on train.txt (" in quantiser
     assert quantiser.endswith("seed 7")
     assert "exists already" in run(moert, options)[2]
@@ -228,7 +228,7 @@ def test_what_cannot_be_trained_or_written_is_said(moert, options, lossless, cal
 def test_a_folder_that_is_left_over_is_not_touched(calibrated, tmp_path):
     (tmp_path / "new.partial").mkdir()
     with pytest.raises(StoreError, match="left from a run that was cut off: delete it"):
-        rescale(Store.open(calibrated), tmp_path / "new", lambda layer, e: [], None, "", silent)
+        rescale(StoredModel.open(calibrated), tmp_path / "new", lambda layer, e: [], None, "", silent)
     assert (tmp_path / "new.partial").is_dir()
 
 
@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_nothing_behind(calibrated, tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    store = Store.open(calibrated)
+    store = StoredModel.open(calibrated)
     monkeypatch.setattr(rescaling, "write_json", full)
     old = train_scales._Scaled(store).scales
     with pytest.raises(StoreError, match=r"Cannot write .*new: No space left on device; .* is as it was"):

@@ -11,12 +11,12 @@ from moert import LLM, SamplingParams
 from moert.engine.model_runner import Engine
 from moert.errors import StoreError
 from moert.hub.resolve import warm_file
+from moert.models.stored_model import StoredModel
 from moert.runtime.warm import read_memory, write_memory
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.types import ExpertKey, RoutedExpert
 from moert.scheduler.warm import Memory, remember, restore
-from moert.store.reader import Store
 
 from .program import Program
 
@@ -134,20 +134,20 @@ def change(**values):
         (change(resident=[[0, 0]]), "is damaged."),
         (change(resident=[[0, 0, 1], [0, 0, 1]]), "is damaged."),
         (change(resident=[["0", 0, 1]]), "is damaged."),
-        (change(reuse_score=[[0, 0, 1, 1, 1, 1]]), "is damaged."),
-        (change(reuse_score=[[0, 0, -1]]), "is damaged."),
-        (change(reuse_score=[[0, 0, float("nan")]]), "is damaged."),
-        (change(reuse_score=None), "is damaged."),
+        (change(worth=[[0, 0, 1, 1, 1, 1]]), "is damaged."),
+        (change(worth=[[0, 0, -1]]), "is damaged."),
+        (change(worth=[[0, 0, float("nan")]]), "is damaged."),
+        (change(worth=None), "is damaged."),
         (change(version=2), "was written by another version of moert."),
         (change(store="0" * 64), "is of another state of the store."),
     ],
 )
-def test_what_is_damaged_or_stale_is_refused_with_a_reason(path, tmp_path, sensitivity, reason):
-    store, file = Store.open(path), tmp_path / "memory.json"
+def test_what_is_damaged_or_stale_is_refused_with_a_reason(path, tmp_path, damage, reason):
+    store, file = StoredModel.open(path), tmp_path / "memory.json"
     memory = Memory({ExpertKey(0, 3): 2, ExpertKey(2, 1): 3}, {ExpertKey(0, 3): [0.25, 0.125, 0.0]})
     write_memory(file, store, memory)
     assert read_memory(file, store) == memory
-    file.write_bytes(sensitivity(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(StoreError) as caught:
         read_memory(file, store)
     assert str(caught.value) == f"{file} {reason}"

@@ -38,7 +38,7 @@ _ELEMENT_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies; `dtype` is the format's own name (BF16, F8_E4M3 ...)."""
+    """The place of one tensor; `dtype` is the format's own name (BF16, F8_E4M3 ...)."""
 
     name: str
     file: Path
@@ -101,7 +101,9 @@ class Checkpoint:
         return result
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the source between two runs: names, sizes and times of its files, and its configuration."""
+        """Return what identifies the source between two runs: names, sizes and times of its files, and its
+        configuration.
+        """
         stats = [(file.name, file.stat()) for file in self.files]
         config = (self.path / CONFIG_FILE).read_bytes()
         return {

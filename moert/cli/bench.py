@@ -152,7 +152,7 @@ def _open(args: argparse.Namespace, status: common.Status, cases: Sequence[Case]
 
 
 def _model(args: argparse.Namespace, status: common.Status) -> int:
-    from moert import bench  # loads torch
+    from moert.measure import bench  # loads torch
 
     cases = bench.make_cases(args.n_prompt, args.n_gen, args.n_depth)
     text = common.read_text(args.prompt_file, "The prompt") if args.prompt_file else None
@@ -190,8 +190,7 @@ def _kernels(args: argparse.Namespace, status: common.Status) -> int:
     from moert.measure import bench_kernels
     from moert.quant import dispatch
 
-    if dispatch.wrong_request is not None:
-        raise UsageError(f"{dispatch.wrong_request}.")
+    common.check_kernel()
     size = parse_bytes(args.size, "size")
     group_size = 64 if args.group_size is None else args.group_size
     try:

@@ -24,12 +24,14 @@ _BLOCK = '"""'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_run_options(parser)
+    common.add_template_options(parser)
     add_figures_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     person = sys.stdin.isatty()
+    template_args = common.template_args(args)
     if args.memory_budget is None and args.expert_budget is None:
         args.memory_budget = AUTO
     with figures(args, status) as taken, common.open_llm(args, status) as llm:
@@ -37,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         params = common.sampling_params(args, llm, status)
         if llm.tokenizer.chat_template is None:
             status.say("The model has no chat template: it continues your text instead of answering it.")
-        session = ChatSession(llm, params, args.system, status, person)
+        session = ChatSession(llm, params, args.system, status, person, template_args)
         if person:
             status.say("/help lists what can be said; Ctrl-D leaves.")
             interactive(session, make_prompt())
@@ -60,7 +62,7 @@ def make_prompt() -> PromptSession[str]:
 
 
 def history_file() -> Path | None:
-    """Where questions are kept, readable by the user alone; None where nothing can be written."""
+    """Return the file in which questions are kept, readable by the user alone; None where nothing can be written."""
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "moert"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

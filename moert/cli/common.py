@@ -1,9 +1,10 @@
-"""What the commands share: options, the status stream (stderr), loading a model, the line of speeds."""
+"""Shared code of the commands: options, the status stream (stderr), loading a model, the line of speeds."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Status:
 
     @property
     def live(self) -> bool:
-        """Whether spinners and bars make sense."""
+        """Tell whether spinners and bars make sense."""
         return self.console.is_terminal and not self.quiet
 
     def say(self, text: str) -> None:
@@ -138,8 +139,40 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_conversion_options(parser)
 
 
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that use a chat template; `template_args` reads them."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable for the chat template; VALUE is JSON, or else text (may be given again)",
+    )
+    group.add_argument(
+        "--no-think", action="store_true", help="answer without thinking first: --template-arg enable_thinking=false"
+    )
+
+
+def template_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the variables that the options give the chat template. Raises UsageError."""
+    from moert.text.chat import check_template_args  # loads jinja2
+
+    found: dict[str, Any] = {"enable_thinking": False} if args.no_think else {}
+    for text in args.template_arg:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--template-arg {text} is not of the form KEY=VALUE, such as enable_thinking=false.")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    check_template_args(found)
+    return found
+
+
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """What `open_llm` wants to know besides the model and its conversion."""
+    """Add the options that `open_llm` reads besides the model and its conversion."""
     group = parser.add_argument_group("memory and speed")
     group.add_argument(
         "--memory-budget",
@@ -168,7 +201,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """What `device_options` reads."""
+    """Add the options that `device_options` reads."""
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device",
@@ -263,6 +296,16 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
     return llm
 
 
+def check_kernel() -> None:
+    """Raise UsageError where MOERT_KERNEL names a kernel that this machine lacks."""
+    from moert.quant.dispatch import choose_kernel  # loads torch
+
+    try:
+        choose_kernel()
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
 def model_name(args: argparse.Namespace) -> str:
     return Path(args.model).name if args.model else "the shipped model"
 
@@ -292,14 +335,12 @@ def print_cells(cells: Sequence[str]) -> None:
 
 def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:
     """The model's defaults, changed by the options; says what came from where."""
-    from moert.engine.sampling import generation_fields
+    from moert.engine.sampling import usable_fields
 
     names = [*(name for _, name, _, _ in SAMPLING), "max_tokens", "stop", "ignore_eos"]
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     params = llm.default_params.replace(**given)
-    origins = dict.fromkeys(generation_fields(llm.tokenizer.generation_config), "model") | dict.fromkeys(
-        given, "option"
-    )
+    origins = dict.fromkeys(usable_fields(llm.tokenizer.generation_config)[0], "model") | dict.fromkeys(given, "option")
     values = {name: getattr(params, name) for name in names}
     values["seed"] = "random" if params.seed is None else params.seed
     if not params.ignore_eos:
@@ -320,7 +361,7 @@ def write_text(text: str) -> None:
 
 
 def conclude(llm: LLM, stats: GenerationStats, status: Status, more: str = "") -> None:
-    """What an answer took, and that the plan was wrong, if it was."""
+    """Say what an answer took, and that the plan was wrong if it was."""
     status.say(speeds(stats) + more)
     if llm.plan is not None:
         llm.plan.add(stats)

@@ -48,6 +48,7 @@ def main(args: argparse.Namespace) -> int:
     with status.spinner("Starting"):
         from moert.convert.convert import convert  # loads torch
 
+        common.check_kernel()
         text = calibration.tokens(args.calibrate, content, folder) if content is not None else None
     with conversion_progress(status) as progress:
         store = convert(

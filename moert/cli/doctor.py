@@ -80,10 +80,13 @@ def _cpu() -> Finding:
 
 def _kernel() -> Finding:
     try:
-        from moert.quant.matmul import kernel_name
+        from moert.quant.dispatch import choose_kernel
     except (ImportError, OSError) as error:
         return Finding("kernel", f"cannot be loaded ({error}): install moert again", "broken")
-    name = kernel_name()
+    try:
+        name = str(choose_kernel())
+    except ValueError as error:
+        return Finding("kernel", f"{error}: unset it or name one of these", "broken")
     slow = "reference" in name or "torch" in name
     return Finding(
         "kernel", name + (" (slow: the compiled kernels are missing)" if slow else ""), "note" if slow else "ok"

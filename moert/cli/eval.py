@@ -87,8 +87,8 @@ def main(args: argparse.Namespace) -> int:
     model = common.resolve_model(args, status)
     against = None if args.against is None else _lossless(args, status)
     with status.spinner(f"Loading {common.model_name(args)}"):
-        from moert import evaluate  # loads torch
-        from moert.store.reader import Store
+        from moert.measure import evaluate  # loads torch
+        from moert.models.stored_model import StoredModel as Store
 
         store = Store.open(model)
         reference = None if against is None else Store.open(against)

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Figures:
-    """What the options ask for, of one model."""
+    """The figures of one model that the options ask for."""
 
     def __init__(self, args: argparse.Namespace, status: Status, timeline: Timeline | None) -> None:
         self._wanted, self._status, self._timeline = args.stats, status, timeline

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a question: use the model's chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each prompt instead of text")
     common.add_run_options(parser)
+    common.add_template_options(parser)
     group = parser.add_argument_group("several prompts")
     group.add_argument(
         "--batch-size",
@@ -54,6 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise UsageError("A system prompt (-sys) needs --chat: without it the prompt is continued as it is.")
+    template_args = common.template_args(args)
+    if template_args and not args.chat:
+        raise UsageError("--template-arg and --no-think need --chat: without it no chat template is used.")
     prompts = _prompts(args)
     if len(prompts) == 1:
         args.batch_size = 1
@@ -64,15 +69,23 @@ def main(args: argparse.Namespace) -> int:
         if args.chat and llm.tokenizer.chat_template is None:
             status.say("The model has no chat template: the texts follow one another.")
         if len(prompts) > 1:
-            return _several(args, llm, prompts, params, status)
+            return _several(args, llm, prompts, params, status, template_args)
         messages = _messages(args, prompts[0])
         if args.json:
-            done = llm.chat(messages, params) if args.chat else llm.generate(prompts[0], params)[0]
+            done = (
+                llm.chat(messages, params, template_args=template_args)
+                if args.chat
+                else llm.generate(prompts[0], params)[0]
+            )
             print(_json(llm, done.text, done.token_ids, done))
             return 0
         stats = None
         try:
-            for piece in llm.stream_chat(messages, params) if args.chat else llm.stream(prompts[0], params):
+            if args.chat:
+                pieces = llm.stream_chat(messages, params, template_args=template_args)
+            else:
+                pieces = llm.stream(prompts[0], params)
+            for piece in pieces:
                 common.write_text(piece.text)
                 stats = piece.stats
         finally:
@@ -96,9 +109,16 @@ def _json(llm: LLM, text: str, token_ids: list[int], last: Any) -> str:
 
 
 def _several(
-    args: argparse.Namespace, llm: LLM, prompts: list[str], params: SamplingParams, status: common.Status
+    args: argparse.Namespace,
+    llm: LLM,
+    prompts: list[str],
+    params: SamplingParams,
+    status: common.Status,
+    template_args: dict[str, Any],
 ) -> int:
-    inputs = [llm.encode_chat(_messages(args, p)) for p in prompts] if args.chat else prompts
+    inputs: Sequence[str | list[int]] = prompts
+    if args.chat:
+        inputs = [llm.encode_chat(_messages(args, p), template_args=template_args) for p in prompts]
     output = _Output(llm, prompts, args.json)
     start, tokens = time.perf_counter(), 0
     # A text that is made on the terminal shows the progress itself, and a spinner would be drawn over it.

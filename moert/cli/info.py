@@ -1,4 +1,4 @@
-"""What is in a store: the model, its sizes, the widths that it can be run at."""
+"""Show the content of a store: the model, its sizes, the widths that it can be run at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moert.errors import UsageError
 from moert.hub import resolve as source
 
 if TYPE_CHECKING:
-    from moert.store.reader import Store
+    from moert.models.stored_model import StoredModel as Store
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     if store_path is None:
         source.checkpoint(args.model, offline=True)  # says what is wrong with the name, if anything is
         raise UsageError(f"{args.model} is not converted yet ({settings}): moert convert or moert chat does it.")
-    from moert.store.reader import Store
+    from moert.models.stored_model import StoredModel as Store
 
     with status.spinner("Reading"):
         store = Store.open(store_path)
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _routed(store: Store) -> str:
-    """What `--precision routed` goes by."""
+    """Describe what `--precision routed` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
         return "not possible: converted without --calibrate"
     trained = store.trained_router()
@@ -65,14 +65,14 @@ def _routed(store: Store) -> str:
 
 
 def _elastic(store: Store) -> str:
-    """What the bound of `--precision elastic` goes by."""
+    """Describe what the bound of `--precision elastic` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
         return "by the error of each width on Gaussian weights: converted without --calibrate"
     return "by the error that was measured for each expert"
 
 
 def _foreseen(store: Store) -> str:
-    """What says which experts come next."""
+    """Describe what predicts the next experts."""
     from moert.store.predictor import read_predictor
 
     found = read_predictor(store)

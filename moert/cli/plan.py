@@ -1,5 +1,6 @@
-"""What a memory budget buys: what of a model fits, how fast it would be and what that costs in quality, on this machine
-or another one, worked out without running the model and without downloading its weights."""
+"""Predict what a memory budget buys: what of a model fits, how fast it would be and what that costs in quality, on this
+machine or another one, worked out without running the model and without downloading its weights.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be refused before anything takes time."""
+    """Refuse bad options before anything takes time."""
     for name in ("ctx_size", "prompt_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -166,7 +167,7 @@ def _assumed(
 
 
 def _title(shape: ModelShape) -> str:
-    """Its name; of a path the last part."""
+    """Return the name of the model, or the last part of its path."""
     return Path(shape.name).name if Path(shape.name).is_absolute() else shape.name
 
 
@@ -178,7 +179,7 @@ def _quality_note(shape: ModelShape) -> str:
 
 
 class _Plan:
-    """All settings that were asked for, predicted; for those that do not fit, the least budget."""
+    """Predictions for all settings that were asked for; for those that do not fit, the least budget."""
 
     def __init__(
         self,
@@ -195,7 +196,7 @@ class _Plan:
         self.rows: list[tuple[int | None, str, int, Prediction | BudgetError]] = []
         self._available = int(profile.memory_bytes - profile.library_bytes)
         if args.device is None:
-            from moert.runtime.budget import available_bytes
+            from moert.hardware.memory import available_bytes
 
             self._available = min(self._available, available_bytes())
 
@@ -249,7 +250,7 @@ class _Plan:
         return choose(every, self.shape.calibrated) if every else None
 
     def least(self) -> str:
-        """Where nothing fits: what would."""
+        """Say what would fit where nothing does."""
         shape, ctx_size = self.shape, self._args.ctx_size or min(256, self.shape.max_position_embeddings)
         name, slices = min(self._slices.items(), key=lambda item: item[1])
         least = shape.needs(int(self.profile.library_bytes), ctx_size, slices, self._args.kv_bits).least
@@ -274,7 +275,7 @@ class _Plan:
 
 
 def _as_dict(plan: _Plan, about: str, choice: Choice | None) -> dict[str, Any]:
-    """What --json prints."""
+    """Return the object that --json prints."""
     shape, profile = plan.shape, plan.profile
     names = ("name", "model_type", "origin", "runnable", "why_not", "parameters", "active_parameters", "widths")
     settings: list[dict[str, Any]] = []

@@ -50,9 +50,7 @@ def main(args: argparse.Namespace) -> int:
     with status.spinner("Loading moert"):
         from moert.engine.model_runner import default_threads
         from moert.measure import profile as measure
-        from moert.quant.dispatch import wrong_request
-    if wrong_request is not None:
-        raise UsageError(f"{wrong_request}.")
+    common.check_kernel()
     try:
         path = None if args.out == STDOUT else own_file() if args.out is None else Path(args.out).expanduser()
     except RuntimeError as error:
@@ -110,7 +108,7 @@ def _values(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _text(name: str, value: Any) -> str:
-    """With a unit that suits people."""
+    """Write a figure with a unit that suits people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("_bytes_per_s"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -59,8 +59,17 @@ class Interrupt:
 class ChatSession:
     """One conversation with `llm`. `interactive`: a person is there, so errors are shown and the chat goes on."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, status: Status, interactive: bool) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None,
+        status: Status,
+        interactive: bool,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
         self.llm, self.params, self.status, self.interactive = llm, params, status, interactive
+        self.template_args = template_args
         self.conversation = Conversation(system)
         self.last: GenerationStats | None = None
         self._attempt = 0  # of the same question: a fixed seed must not give the same answer again
@@ -116,7 +125,7 @@ class ChatSession:
         seed = self.params.seed
         params = self.params if seed is None else self.params.replace(seed=(seed + self._attempt) % 2**63)
         with Interrupt() if self.interactive else contextlib.nullcontext(Interrupt()) as interrupt:
-            pieces = self.llm.stream_chat(self.conversation.messages, params)
+            pieces = self.llm.stream_chat(self.conversation.messages, params, template_args=self.template_args)
             with self.status.spinner("Thinking"):
                 piece = next(pieces, None)
             finish = None

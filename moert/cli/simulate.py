@@ -178,7 +178,7 @@ def _settings(args: argparse.Namespace, budget: int) -> Settings:
 
 
 def as_dict(simulation: Simulation | TieredSimulation) -> dict[str, Any]:
-    """What --json prints."""
+    """Return the object that --json prints."""
     settings = simulation.settings
     tiered = settings.device_budget is not None
     return {

@@ -35,13 +35,14 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("Name what to learn from with --trace FILE: record one with --record-trace.")
     path = source.resolve(args.model, offline=args.offline, on_status=status.say)
     with status.spinner("Reading traces"):
-        from moert import train_predictor  # loads torch
         from moert.engine.model_runner import default_threads
+        from moert.models.stored_model import StoredModel as Store
         from moert.quant.dispatch import set_num_threads
         from moert.store.predictor import TrainedPredictor, write_predictor
-        from moert.store.reader import Store
+        from moert.train import predictor as train_predictor  # loads torch
 
         store = Store.open(path)
+        common.check_kernel()
         set_num_threads(args.threads or default_threads())
         windows = train_predictor.read_windows(store, args.trace)
         trainer = train_predictor.Trainer(store, windows, args.seed)

@@ -19,8 +19,8 @@ def main(args: argparse.Namespace) -> int:
     status = common.Status(args.quiet)
     content = training.check(args)
     with status.spinner("Loading"):
-        from moert import train_router  # loads torch
         from moert.store.bit_router import write_router
+        from moert.train import bit_router as train_router  # loads torch
 
         store, lossless, text, windows = training.load(args, content, calibration.MOST_TOKENS)
         trainer = train_router.Trainer(store, lossless, windows, args.seed)

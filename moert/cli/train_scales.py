@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("Name the folder to write the new store to with --out.")
     content = training.check(args)
     with status.spinner("Loading"):
-        from moert import train_scales  # loads torch
+        from moert.train import scales as train_scales  # loads torch
         from moert.train.rescale import check_out, rescale
 
         store, lossless, text, windows = training.load(args, content, MOST_TOKENS)

@@ -1,4 +1,4 @@
-"""What the commands share that learn from a lossless store."""
+"""Shared code of the commands that learn from a lossless store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.convert.calibration import CalibrationText
-    from moert.store.reader import Store
+    from moert.models.stored_model import StoredModel as Store
 
 _SAMPLE = 1 << 16  # characters that the tokenizers of both stores must understand alike
 
@@ -53,15 +53,16 @@ def load(
     args: argparse.Namespace, content: str, most_tokens: int
 ) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
-    from moert import evaluate  # loads torch
     from moert.engine.model_runner import default_threads
+    from moert.measure import evaluate  # loads torch
+    from moert.models.stored_model import StoredModel as Store
     from moert.quant.dispatch import set_num_threads
-    from moert.store.reader import Store
     from moert.train.distil import WINDOW
 
     store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))
     evaluate.encode(content[:_SAMPLE], store, lossless)  # says what is wrong with the two, if anything is
     text = calibration.tokens(args.text, content, store.path, most_tokens)
+    common.check_kernel()
     set_num_threads(args.threads or default_threads())
     size = min(WINDOW, store.architecture.max_position_embeddings)
     return store, lossless, text, evaluate.cut(text.tokens, size, 0)

@@ -30,6 +30,7 @@ from moert.convert.parallel import Workers
 from moert.convert.quantiser import Measured
 from moert.convert.source_model import SourceModel
 from moert.errors import CheckpointError, StoreError
+from moert.kernels.layer_step import Place
 from moert.models.attention import span
 from moert.models.decoder import DecoderLayer
 from moert.models.kv_cache import KVCache
@@ -37,7 +38,6 @@ from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate
 from moert.quant.format import ExpertLayout
-from moert.quant.layer_step import Place
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.store.fileio import atomic_file
 from moert.store.meta import QUANTILES
@@ -62,7 +62,7 @@ class CalibrationText:
 
 @dataclass
 class _Routed:
-    """What enters the experts of a layer: x [T, D], indices and weights [T, K]; `out` [T, D] takes what they add."""
+    """The inputs of the experts of a layer: x [T, D], indices and weights [T, K]; `out` [T, D] takes what they add."""
 
     x: Tensor
     indices: Tensor
@@ -172,7 +172,7 @@ class Calibrated:
         return errors
 
     def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
-        """What some experts of a layer see: (expert, x [n, D], inner activations [n, F]). For measurements."""
+        """Return the inputs of some experts, for measurements: (expert, x [n, D], inner activations [n, F])."""
         self.begin(Path())
         while self._layer < layer:
             self._pass(self._layer, pool, lambda stage: None)
@@ -186,7 +186,7 @@ class Calibrated:
         return result
 
     def summary(self) -> str:
-        """How well the text covered the experts."""
+        """Describe how well the text covered the experts."""
         total = len(self._arch.moe_layers) * self._arch.num_experts
         return (
             f"Calibrated on {len(self._tokens)} tokens; {self._borrowed} of {total} experts saw fewer than {FEW_TOKENS}"
@@ -287,7 +287,7 @@ class Calibrated:
 
 
 def weight_quantiles(weights: Tensor) -> list[float]:
-    """Of the router weights of an expert [n] what moert.json says: their number and their quantiles."""
+    """Return what moert.json says of an expert's router weights [n]: their number and their quantiles."""
     if not len(weights):
         return [0.0] * (2 + QUANTILES)
     ordered = weights.sort().values

@@ -19,7 +19,9 @@ WINDOW = 512
 
 
 def read(text: str) -> str:
-    """What the file `text` says, or the text that comes along for "default". UsageError where it cannot be read."""
+    """Return the content of the file `text`, or the text that comes along for "default". UsageError where it cannot be
+    read.
+    """
     path = DEFAULT_FILE if text == DEFAULT else Path(text).expanduser()
     try:
         return path.read_text(encoding="utf-8")

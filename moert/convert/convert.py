@@ -18,20 +18,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moert.convert import prune as cut
+from moert.convert import prune
 from moert.convert.calibration import Calibrated, CalibrationText
 from moert.convert.parallel import Workers, workers
 from moert.convert.partial import Finished, Partial
 from moert.convert.plan import ConversionPlan, check_settings
 from moert.convert.quantiser import Quantiser, RoundToNearest
+from moert.convert.side_files import check_side_files
 from moert.convert.source_model import SourceModel, row_chunks
 from moert.errors import CheckpointError, StoreError, UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant import nested
 from moert.quant.format import RAW_WIDTH
 from moert.store.fileio import atomic_file, readable
 from moert.store.layout import CONFIG_FILE, DENSE_FILE, TOKENIZER_FILE, DenseTensor, ExpertFile
 from moert.store.meta import CopiedFile
-from moert.store.reader import Store
 from moert.store.writer import TensorWriter, file_checksum
 
 
@@ -59,19 +60,20 @@ def convert(
     on_status: Callable[[str], None] | None = None,
     source_name: str | None = None,
     max_size: int | None = None,
-) -> Store:
+) -> StoredModel:
     """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
 
     With a `calibration` text (in place of a `quantiser`) the codes are chosen by their effect on the outputs for it;
-    `on_status` is told how many experts saw too little of it. `source_name` is recorded as where the model came from
-    (default: the folder's name). A run that was cut off goes on with `resume`, which also begins where there is nothing
-    to resume.
+    `on_status` is told how many experts saw too little of it, and which defaults of the source cannot be used.
+    `source_name` is recorded as where the model came from (default: the folder's name). A run that was cut off goes on
+    with `resume`, which also begins where there is nothing to resume.
 
     max_size: bytes of the whole store. Each expert then keeps only as many slices as minimise the errors together, by
     what the calibration measures. Until that is known the disk holds the store with all slices.
 
-    Raises UsageError for impossible settings, CheckpointError and UnsupportedModelError for the source, StoreError for
-    the output: a full disk, an OUT that exists, settings or a source other than those of the run to be resumed.
+    Raises UsageError for impossible settings, CheckpointError and UnsupportedModelError for the source (also where a
+    chat could not use its tokenizer or chat template), StoreError for the output: a full disk, an OUT that exists,
+    settings or a source other than those of the run to be resumed.
     """
     source, out = Path(source), Path(out)
     checked = check_settings(widths, group_size, dense_bits)
@@ -84,6 +86,7 @@ def convert(
     if max_size is not None and calibration is None:
         raise UsageError("A limit of the size needs to know which experts matter: add --calibrate default.")
     model = SourceModel.open(source)
+    warnings = check_side_files(source, model.architecture.vocab_size)
     if calibration is not None:
         quantiser = Calibrated(model, calibration)
     quantiser = quantiser or RoundToNearest()
@@ -92,20 +95,23 @@ def convert(
     fingerprint = plan.source.checkpoint.fingerprint()
     run = _Run(plan, quantiser, out, progress)
     said: list[str] = []
+    if on_status is not None:
+        for warning in warnings:
+            on_status(warning)
     try:
         with Partial.begin(out, plan.settings(), fingerprint, resume, quantiser.files) as partial:
             run.write(partial)
             kept = None
             if plan.cut:
-                kept, allocation = plan.allocate(cut.measured(plan, partial.finished))
-                cut.cut(plan, partial, kept, run.report)
+                kept, allocation = plan.allocate(prune.measured(plan, partial.finished))
+                prune.prune(plan, partial, kept, run.report)
                 how_good = f"at most {allocation.gap:.2%} above the least" if allocation.gap else "the least possible"
                 said.append(f"The error that is expected of this is {how_good}.")
             copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}
             partial.publish(plan.meta(partial.finished, copies, kept))
     except OSError as error:
         raise run.explain(error) from error
-    store = Store.open(out)
+    store = StoredModel.open(out)
     if on_status is not None and isinstance(quantiser, Calibrated):
         on_status(quantiser.summary())
         if max_size is not None:
@@ -174,7 +180,9 @@ class _Run:
 
     def _copy(self, partial: Partial) -> None:
         for path in self.plan.copied_files():
-            with atomic_file(partial.store / path.name) as file:
+            target = partial.store / path.relative_to(self.plan.source.checkpoint.path)
+            target.parent.mkdir(exist_ok=True)
+            with atomic_file(target) as file:
                 file.write(path.read_bytes())
 
     def _write_dense(self, path: Path, pool: Workers) -> Finished:

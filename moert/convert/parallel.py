@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 def num_workers(item_bytes: int) -> int:
-    """How many items of so many bytes may be worked on at once: at least 1."""
+    """Return how many items of so many bytes may be worked on at once: at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, MAX_WORKERS, MEMORY_BYTES // max(1, item_bytes)))
 

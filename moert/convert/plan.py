@@ -1,4 +1,4 @@
-"""What a store will hold, worked out from the headers of the source before anything is written."""
+"""Plan what a store will hold, worked out from the headers of the source before anything is written."""
 
 # B widths
 
@@ -28,6 +28,7 @@ from moert.store.layout import (
     stored_dense,
 )
 from moert.store.meta import QUANTILES, CopiedFile, StoreMeta, WeightFile
+from moert.text.tokenizer import TEMPLATE_FILES
 
 COPIED_FILES = (
     CONFIG_FILE,
@@ -43,7 +44,7 @@ COPIED_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-COPIED_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+COPIED_PATTERNS = (TEMPLATE_FILES, "LICENSE*", "LICENCE*", "NOTICE*")
 # Of the usage of an expert on the calibration text. On four other texts of a trained model its logarithm was 0.76 to
 # 0.94 times as far from the mean as on that text, with correlations from 0.7 to 0.8; exponents from 0.5 to 0.75 led to
 # allocations with the least errors on all of them.
@@ -69,7 +70,7 @@ def check_settings(widths: Sequence[int], group_size: int, dense_bits: int) -> t
 
 
 class ConversionPlan:
-    """What the store will hold.
+    """The content that the store will have.
 
     max_size: of the whole store in bytes, None without a limit. Where it holds less than all slices, `cut` is true:
     all are then written first, under other names, and `allocate` says how many are kept. Raises UsageError for a limit
@@ -154,7 +155,7 @@ class ConversionPlan:
         return "whole-" + file.name if self.cut else file.name
 
     def settings(self) -> dict[str, Any]:
-        """What a run that is resumed must have in common with the one before; `version`: the codes may change."""
+        """Return what a resumed run must have in common with the one before; `version`: the codes may change."""
         return {
             "version": __version__,
             "widths": list(self.layout.widths),
@@ -165,7 +166,7 @@ class ConversionPlan:
         }
 
     def allocate(self, measured: Mapping[int, Finished]) -> tuple[dict[int, tuple[int, ...]], Allocation]:
-        """How many slices each layer's experts keep, by what was measured of each layer, and how good that is.
+        """Choose how many slices each expert keeps, by what was measured of each layer, and say how good that is.
 
         What an expert's width costs is its sensitivity times its usage: that is, as a share of the hidden state's
         energy, what it adds to the errors behind the layer. On a trained model these shares were 0.7 to 1.05 of the
@@ -192,7 +193,7 @@ class ConversionPlan:
         copies: Mapping[str, CopiedFile],
         kept: Mapping[int, Sequence[int]] | None,
     ) -> StoreMeta:
-        """What moert.json says when the files are written; `kept` where not all slices are."""
+        """Return what moert.json says when the files are written; `kept` where not all slices are."""
         arch = self.source.architecture
         layers = arch.moe_layers
         counts = kept or {file.layer: file.counts for file in self.experts}
@@ -224,7 +225,7 @@ class ConversionPlan:
 
 
 def _expected_usage(usage: Sequence[float]) -> list[float]:
-    """What to expect on other texts, which use the experts of a layer somewhat differently: see USAGE_EXPONENT."""
+    """Estimate the usage on other texts, which use the experts of a layer somewhat differently: see USAGE_EXPONENT."""
     total = sum(usage)
     powers = [max(u, LEAST_USAGE * total / len(usage)) ** USAGE_EXPONENT for u in usage]
     return [total * p / sum(powers) if total else 0.0 for p in powers]

@@ -17,7 +17,9 @@ from moert.store.writer import TensorWriter
 
 
 def measured(plan: ConversionPlan, finished: Mapping[str, Finished]) -> dict[int, Finished]:
-    """For each layer a file that knows what was measured: the one with all slices, or the one that was cut from it."""
+    """Find for each layer a file that knows what was measured: the one with all slices, or the one that was cut from
+    it.
+    """
     return {file.layer: finished.get(file.name) or finished[plan.first_name(file)] for file in plan.experts}
 
 

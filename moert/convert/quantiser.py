@@ -1,4 +1,4 @@
-"""What chooses the codes of a conversion, and the one that looks at the weights alone."""
+"""The protocol that chooses the codes of a conversion, and a quantiser that looks at the weights alone."""
 
 # D hidden, E experts, F expert inner size, B widths
 
@@ -18,8 +18,9 @@ from moert.quant.format import ExpertLayout
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of the experts of a layer. sensitivity and router_weights: see meta.py. usage: [E], the mean over all tokens of
-    the square of the router weight that they give the expert, 0 where they are not routed to it."""
+    """Measurements of the experts of a layer. sensitivity and router_weights: see meta.py. usage: [E], the mean over
+    all tokens of the square of the router weight that they give the expert, 0 where they are not routed to it.
+    """
 
     sensitivity: list[list[float]]
     usage: list[float]
@@ -58,7 +59,7 @@ class Quantiser(Protocol):
         ...
 
     def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
-        """What is stored instead of rows `start` ... of a dense tensor: of the same shape and dtype."""
+        """Return what is stored instead of rows `start` ... of a dense tensor: of the same shape and dtype."""
         ...
 
 

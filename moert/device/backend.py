@@ -1,4 +1,4 @@
-"""What the runtime wants of a device that has memory of its own, and devices that need no hardware.
+"""The protocol of a device with memory of its own, and devices that need no hardware.
 
 `cuda` has the real one. The two here keep "device memory" in host memory: `EmulatedDevice` computes with the CPU
 kernels, `InterpretedDevice` with the GPU's kernels in Triton's interpreter. Their copies are made as late as the
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moert.errors import DeviceError
 from moert.hardware.allocator import allocate
+from moert.hardware.memory import available_bytes, total_bytes
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, experts_ffn
-from moert.runtime.budget import available_bytes, total_bytes
 
 
 class Copy(Protocol):
@@ -41,7 +41,7 @@ class Copy(Protocol):
 
 
 class ExpertBatches(NamedTuple):
-    """Which tokens meet which experts in device memory.
+    """Pairs of tokens and the experts in device memory that they meet.
 
     offsets[e]: where the first slices of expert e begin there; it is used with as many. tokens_of[e]: int64, none
     twice, weights_of[e]: float32 of that length, both on the host.
@@ -85,7 +85,7 @@ class Device(Protocol):
         """Let all that is allocated from here on take no more. Raises DeviceError where nothing would be left."""
 
     def available_bytes(self) -> int:
-        """Of its memory, what can still be had."""
+        """Return how much of its memory can still be had."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] that begin on a page. Raises DeviceError where there is not so much."""
@@ -101,7 +101,7 @@ class Device(Protocol):
         """Begin to copy host memory to device memory, behind the copies begun before; does not block."""
 
     def after(self, copies: Sequence[Copy]) -> None:
-        """What is computed from here on waits, on the device, for these copies."""
+        """Let what is computed from here on wait, on the device, for these copies."""
 
     def fence(self) -> None:
         """Copies begun from here on wait, on the device, for what is computed so far."""
@@ -110,7 +110,7 @@ class Device(Protocol):
         """This point of what is computed, for `when`."""
 
     def when(self, mark: Any) -> float | None:
-        """When a mark was reached, in `perf_counter`'s time; None before."""
+        """Return when a mark was reached, in `perf_counter`'s time; None before."""
 
     def experts(self, layout: ExpertLayout, activation: str, memory: Tensor) -> DeviceExperts:
         """Raises DeviceError where the device cannot compute such experts."""
@@ -122,7 +122,7 @@ class Device(Protocol):
         """x of the device on the host, once it is computed."""
 
     def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        """As `moert.models.device_backend.DeviceBackend` says."""
+        """Record `function` as `moert.models.link.DeviceBackend` says."""
 
     def synchronise(self) -> None:
         """Wait until all is done. Raises DeviceError where the device was lost."""
@@ -238,7 +238,7 @@ class EmulatedDevice:
             copy.wait()
 
     def fence(self) -> None:
-        """What is computed here has ended when it comes back."""
+        """Do nothing: what is computed here has ended when the call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -277,7 +277,9 @@ class EmulatedDevice:
 
 
 class InterpretedDevice(EmulatedDevice):
-    """The same with the GPU's kernels in Triton's interpreter: TRITON_INTERPRET=1, set before triton is loaded."""
+    """An emulated device that runs the GPU's kernels in Triton's interpreter: TRITON_INTERPRET=1, set before triton is
+    loaded.
+    """
 
     kind = "interpreter"
     sum_dtype = torch.float32

@@ -28,9 +28,9 @@ from moert.device.backend import Copy, DeviceExperts, ExpertBatches, TritonExper
 from moert.device.cuda_api import Cuda, of_torch, out_of_memory, translated, why_not
 from moert.device.staging import StagingPool
 from moert.errors import DeviceError
+from moert.hardware import memory
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
-from moert.runtime import budget
 
 # Slices that cannot be locked, and activations: enough to have one chunk copied while the next is filled.
 _CHUNK_BYTES, _CHUNKS = 4 << 20, 4
@@ -137,7 +137,7 @@ class CudaDevice:
             found = self._module.get_device_properties(cuda.device.index or 0)
             self.name, self.integrated = str(found.name), bool(found.is_integrated)
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
-            self.total_bytes: int = budget.total_bytes() if self.integrated else found.total_memory
+            self.total_bytes: int = memory.total_bytes() if self.integrated else found.total_memory
             self._context = 0 if self.integrated else self._in_use()
             self._rounding = _ROUNDING if found.major < 9 else _ROUNDING_HOPPER
             self.overhead_bytes = 0 if self.integrated else self._context + self._rounding
@@ -156,7 +156,7 @@ class CudaDevice:
         self._passing: StagingPool | None = None
 
     def guard(self) -> AbstractContextManager[None]:
-        """Where torch is used on this device: its errors become DeviceError."""
+        """Turn torch's errors on this device into DeviceError."""
         return translated(self.name, self._left)
 
     def limit(self, nbytes: int) -> None:
@@ -179,7 +179,7 @@ class CudaDevice:
 
     def _left(self) -> int:
         if self.integrated:
-            return budget.available_bytes()
+            return memory.available_bytes()
         free, _ = self._module.mem_get_info(self.torch_device)
         allocated = self._module.memory_allocated(self.torch_device)
         left = free + self._module.memory_reserved(self.torch_device) - allocated
@@ -195,7 +195,9 @@ class CudaDevice:
         return block[first : first + nbytes]
 
     def page_lock(self, memory: Tensor) -> Tensor | None:
-        """As the protocol says. All its pages are taken at once: that costs memory, and a second for a few GB."""
+        """Page-lock `memory` as the protocol says. All its pages are taken at once: that costs memory, and a second for
+        a few GB.
+        """
         begin = memory.data_ptr()
         with self.guard():
             if begin not in self._locked:
@@ -212,7 +214,7 @@ class CudaDevice:
             return shared if shared.data_ptr() == address else None  # a copy would not do
 
     def copy(self, source: Tensor, target: Tensor) -> Copy:
-        """As the protocol says; where `source` is not locked, blocks while the pool is full."""
+        """Start a copy as the protocol says; where `source` is not locked, blocks while the pool is full."""
         with self.guard():
             begin = self._mark(self._copying)
             if self._is_locked(source):
@@ -269,7 +271,7 @@ class CudaDevice:
         return target
 
     def record(self, function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        """As a CUDA graph, where that can be made and is faster."""
+        """Record `function` as a CUDA graph, where that can be made and is faster."""
         if not self._recording:
             return function
         with self.guard():

@@ -1,4 +1,4 @@
-"""What of torch's CUDA is used, whether it can be used here, and its errors as ours.
+"""The part of torch's CUDA that is used, whether it can be used here, and its errors as ours.
 
 Nothing asks NVML: Jetson boards do not have it.
 """
@@ -106,7 +106,7 @@ def why_not(cuda: Cuda) -> str:
 
 
 def _why_not_opened(error: str, cuda: Cuda) -> str:
-    """From what torch says where it cannot open a device (c10/cuda/CUDAFunctions.cpp)."""
+    """Explain why torch cannot open a device, from its error (c10/cuda/CUDAFunctions.cpp)."""
     line = error.strip().partition("\n")[0].rstrip(".")
     if "driver on your system is too old" in error:
         found = re.search(r"found version (\d+)", error)
@@ -193,7 +193,7 @@ def _probe(device: torch.device) -> None:
 
 
 def _device_address(host: int) -> int:
-    """By the driver: torch has no cudaHostGetDevicePointer.
+    """Ask the driver for the device's address of host memory: torch has no cudaHostGetDevicePointer.
 
     On most devices it is the host's own address, but not on all (cudaDevAttrCanUseHostPointerForRegisteredMem). Raises
     RuntimeError as torch does.
@@ -225,7 +225,8 @@ def _missing_compiler() -> str:
 
 
 def _broken_launcher() -> str:
-    """Whether Triton can build what launches kernels, which it does with the first of them: a second once, then cached.
+    """Check whether Triton can build what launches kernels, which it does with the first of them: a second once, then
+    cached.
 
     It asks ldconfig for libcuda.so.1 and the compiler for the rest, and lets their errors through.
     """

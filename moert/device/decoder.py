@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from moert.device.layer import DeviceLayer, DeviceLinear, DeviceNorm, OneToken, SequenceRun
+from moert.device.link import DeviceBackend
 from moert.device.matrix import DeviceMatrix
 from moert.device.split_cache import SplitCache
+from moert.kernels.layer_step import Place
 from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
 from moert.models.decoder import Decoder, DecoderLayer, Step
-from moert.models.device_backend import DeviceBackend
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm
 from moert.models.moe import Experts
-from moert.quant.layer_step import Place
 from moert.quant.matmul import gather_rows
 
 HEAD_TOKENS = 32  # whose logits are made at a time
@@ -140,7 +140,7 @@ class PlacedDecoder(Decoder):
             self._place_of_one()
 
     def _place_of_one(self) -> OneToken:
-        """Where a single token is on the device, and layers recorded for it."""
+        """Make the place of a single token on the device, and record the layers for it."""
         if self._one is None:
             arch, link = self.arch, self._link
             halves = [arch.hidden_size, arch.head_dim // 2, arch.head_dim // 2, arch.num_heads * arch.head_dim]

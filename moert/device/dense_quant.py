@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moert.device.bitsandbytes import bitsandbytes
+from moert.device.link import DeviceBackend
 from moert.device.matrix import DenseQuant, DeviceMatrix, dtype_of
 from moert.device.placement import DenseArena, Placement, make_dense
-from moert.models.device_backend import DeviceBackend
 from moert.models.layers import DenseTensors
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedMatrix
-from moert.store.reader import Store
 
 _STEP_WEIGHTS = 1 << 22  # brought to the device at a time
 _TILE = 16  # rows of a packed matrix come in tiles
@@ -30,7 +30,7 @@ def check_quant(quant: DenseQuant) -> None:
 
 
 def load_dense(
-    store: Store, placement: Placement, device: DeviceBackend, quant: DenseQuant, dtype: torch.dtype | None = None
+    store: StoredModel, placement: Placement, device: DeviceBackend, quant: DenseQuant, dtype: torch.dtype | None = None
 ) -> DenseTensors:
     """The dense tensors of a store: those of `placement` in memory of the device, the others as `Store.load_dense`.
 
@@ -60,7 +60,7 @@ def _fill(target: DeviceMatrix, source: Tensor | PackedMatrix, torch_device: tor
         target.fill(first, rows.to(torch_device))
 
 
-def host_dense_bytes(store: Store, placement: Placement) -> int:
+def host_dense_bytes(store: StoredModel, placement: Placement) -> int:
     """Bytes of host memory that the tensors take which stay there."""
     names = set(placement.names(store.architecture))
     return sum(tensor.nbytes for tensor in store.meta.dense if tensor.name not in names)

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moert.device.link import DeviceBackend
 from moert.device.matrix import DeviceMatrix, product
 from moert.device.split_cache import SplitCache
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention
-from moert.models.device_backend import DeviceBackend
 from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm
 from moert.models.moe import Experts, MoEBlock, route
 from moert.models.router_prediction import GateAhead, PredictionListener
 
 
 class SequenceRun(NamedTuple):
-    """So many `tokens` of a sequence, behind `past` others in its cache of a layer."""
+    """A run of `tokens` tokens of a sequence, behind `past` others in its cache of a layer."""
 
     cache: SplitCache
     past: int
@@ -66,14 +66,14 @@ class DeviceAttention(Attention):
         return q, k, v.transpose(0, 1)
 
     def attend(self, inputs: Sequence[Tensor], runs: Sequence[SequenceRun]) -> Tensor:
-        """What the heads see: [T, H * d]."""
+        """Return the output of the attention heads: [T, H * d]."""
         parts = [torch.split(t, [run.tokens for run in runs], 1) for t in inputs]
         y = [run.cache.attend(q, k, v, run.past, self.window) for run, q, k, v in zip(runs, *parts, strict=True)]
         return y[0] if len(y) == 1 else torch.cat(y)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `quant.rows.rotate`: [T, H, d] -> [H, T, d]."""
+    """Rotate x as `kernels.elementwise.rotate` does: [T, H, d] -> [H, T, d]."""
     first, second = x.transpose(0, 1).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -82,7 +82,7 @@ class DeviceBlock(MoEBlock):
     linear, gated_mlp = DeviceLinear, DeviceMLP
 
     def choose(self, normed: Tensor, routing_bias: Tensor | None) -> Tensor:
-        """What the router chooses for normed [T, D]: indices and weights, float32 [T, 2 * K], for one transfer.
+        """Return the router's choice for normed [T, D]: indices and weights, float32 [T, 2 * K], for one transfer.
 
         float32 has room for any index of an expert.
         """
@@ -101,7 +101,7 @@ class DeviceBlock(MoEBlock):
 
 
 class OneToken(NamedTuple):
-    """Where a single token is on the device, always: what is recorded reads and writes there.
+    """The fixed place of a single token on the device: what is recorded reads and writes there.
 
     x: float32 [1, D], the residual stream. rotation: cos and sin, float32 [1, d / 2]. attended: float32 [1, H * d].
     """
@@ -132,7 +132,7 @@ class DeviceLayer(nn.Module):
     def run(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], runs: Sequence[SequenceRun], link: DeviceBackend
     ) -> Tensor | None:
-        """What the layer does with tokens x [T, D] on the device, in place; returns the experts chosen, on the host."""
+        """Run the layer on tokens x [T, D] on the device, in place; returns the experts chosen, on the host."""
         y = self.self_attn.attend(self._before(x, rotation), runs)
         return self._end(x, self._behind(x, y, self._bonus(len(x), link)), link)
 
@@ -163,7 +163,8 @@ class DeviceLayer(nn.Module):
         return self.self_attn.inputs(self.input_layernorm(x), rotation)
 
     def _behind(self, x: Tensor, y: Tensor, routing_bias: Tensor | None) -> tuple[Tensor, ...]:
-        """From what the heads saw, y [T, H * d], up to the routed experts: all that is not theirs is added to x.
+        """Compute all between the heads' output y [T, H * d] and the routed experts: all that is not theirs is added to
+        x.
 
         Returns what the experts see, [T, D], and what the host wants to know: x behind attention, for a single token,
         and the router's choice, where there is one: [T, D or 0, + 2 * K or 0].

@@ -45,7 +45,7 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """The same for batches: a [B, M, K], b [B, K, N] of any dtype: float32 [B, M, N]."""
+    """Multiply batches of matrices: a [B, M, K], b [B, K, N] of any dtype: float32 [B, M, N]."""
     if a.is_cuda and b.dtype == torch.float16 and _mixed("bmm"):
         return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
     return torch.bmm(a, b.float())
@@ -53,7 +53,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _mixed(name: str) -> bool:
-    """Whether this torch can give a product of 16-bit numbers in float32."""
+    """Tell whether this torch can give a product of 16-bit numbers in float32."""
     return "dtype" in getattr(torch.ops.aten, name).overloads()
 
 
@@ -79,7 +79,7 @@ class DeviceMatrix(nn.Module, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What it keeps, by name."""
+        """Return types and shapes of the tensors that it keeps, by name."""
 
     @abstractmethod
     def fill(self, first: int, weights: Tensor) -> None:
@@ -163,7 +163,7 @@ class MatrixNF4(DeviceMatrix):
         self.peaks[own] = state.absmax.view(len(weights), -1)
 
     def _state(self, peaks: Tensor) -> Any:
-        """What bitsandbytes wants to know of rows with these peaks."""
+        """Return the state that bitsandbytes wants for rows with these peaks."""
         lib = bitsandbytes().functional
         return lib.QuantState(
             absmax=peaks.reshape(-1),
@@ -196,6 +196,6 @@ KINDS: dict[DenseQuant, type[DeviceMatrix]] = {"16": Matrix16, "int8": MatrixInt
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """In what 16-bit numbers this device computes: bfloat16 where it has it."""
+    """Return the 16-bit type in which this device computes: bfloat16 where it has it."""
     without = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if without else torch.bfloat16

@@ -1,4 +1,4 @@
-"""What lies in the memory of a device: how its budget is split, and what follows for the experts."""
+"""Decide what lies in the memory of a device: how its budget is split, and what follows for the experts."""
 
 # T tokens, D hidden, F expert inner size
 
@@ -17,18 +17,18 @@ from moert.device.matrix import DenseQuant
 from moert.device.placement import NOTHING, Placement, place
 from moert.errors import BudgetError, DeviceError
 from moert.hardware.devices import this_machine
+from moert.models.stored_model import StoredModel as Store
 from moert.runtime.budget import AUTO_SHARE, Sizes, split_line
 from moert.scheduler.assign import CostModel
 from moert.scheduler.capacity import slots_for
 from moert.scheduler.precision import Precision
-from moert.store.reader import Store
 
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBudget:
-    """How the memory of a device is split, in bytes; `total` is the promise. overhead: what the device takes by itself.
+    """A split of the memory of a device, in bytes; `total` is the promise. overhead: what the device takes by itself.
 
     On an integrated device, whose memory is the host's, there is no arena of its own.
     """
@@ -58,7 +58,7 @@ class Offload:
     dense_quant: str
 
     def line(self, positions: int) -> str:
-        """What is on the device besides experts, for people, where the KV cache has so many positions."""
+        """Describe what is on the device besides experts, for people, where the KV cache has so many positions."""
         if not self.placement.any:
             why = "" if self.dense_quant == "off" else ": --device-budget has no room for a layer and its workspace"
             return f"on the device: experts alone{why}"
@@ -74,8 +74,9 @@ class Offload:
 
 @dataclass(frozen=True, slots=True)
 class OffloadRequest:
-    """What is to be run. positions: of the KV cache, for the `alive` sequences together. shared_room: of the host's
-    memory, what is left for a device that has no other, given whether it compiles its kernels."""
+    """A description of what is to be run. positions: of the KV cache, for the `alive` sequences together. shared_room:
+    of the host's memory, what is left for a device that has no other, given whether it compiles its kernels.
+    """
 
     store: Store
     config: EngineConfig
@@ -181,7 +182,9 @@ def _planned(device: Device, run: OffloadRequest, on_status: Callable[[str], Non
 
 
 def _limit(device: Device, asked: int | None, shared_room: Callable[[bool], int]) -> int:
-    """What may be used of the device's memory, without what it takes by itself. BudgetError where that is too much."""
+    """Return how much of the device's memory may be used, without what it takes by itself. BudgetError where that is
+    too much.
+    """
     available = shared_room(device.compiles) if device.integrated else device.available_bytes()
     if asked is None:
         return available if device.integrated else int(available * AUTO_SHARE)

@@ -2,7 +2,7 @@
 
 accelerate places whole layers, and the head with the last norm, in their order (`infer_auto_device_map` over modules on
 the meta device that have the sizes which they will have there); a cost model says how much of their KV cache goes with
-them. Sizes are exact: `moert.device.dense_quant` and `KVMemory` allocate what is said here.
+them. Sizes are exact: `moert.device.dense_quant` and `SplitKVMemory` allocate what is said here.
 """
 
 # T tokens, V vocabulary, D hidden, H query heads
@@ -38,7 +38,7 @@ _DEVICE = 1  # how accelerate's map calls the device
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What is on the device besides experts, and its bytes there.
+    """The parts of the model on the device besides experts, and their bytes there.
 
     layers: those whose dense part is. head: with the last norm. embed: a head that is the embedding too. kv_positions:
     how many positions of the KV cache of these layers; the others are on the host, where the CPU attends to them.
@@ -54,7 +54,7 @@ class Placement:
 
     @property
     def any(self) -> bool:
-        """Whether anything is."""
+        """Tell whether anything is on the device."""
         return self.head or any(self.layers)
 
     @property
@@ -62,7 +62,7 @@ class Placement:
         return self.dense_bytes + self.kv_bytes + self.workspace_bytes
 
     def names(self, arch: Architecture) -> list[str]:
-        """Of the dense tensors that are on the device."""
+        """Return the names of the dense tensors that are on the device."""
         return [name for name in arch.dense_tensors() if self._has(name)]
 
     def _has(self, name: str) -> bool:
@@ -72,7 +72,7 @@ class Placement:
         return self.embed if parts[1] == "embed_tokens" else self.head
 
     def line(self, positions: int) -> str:
-        """What is on the device, for people, where the KV cache has so many positions."""
+        """Describe what is on the device, for people, where the KV cache has so many positions."""
         head = " and the head" if self.head else ""
         line = f"{sum(self.layers)} of {len(self.layers)} layers{head} ({format_bytes(self.dense_bytes)})"
         if any(self.layers):
@@ -99,7 +99,7 @@ class DenseArena:
 
 
 def matrix_kind(name: str, cols: int, quant: DenseQuant) -> type[DeviceMatrix]:
-    """What a large matrix is on the device.
+    """Return the class of a large matrix on the device.
 
     INT8 instead of NF4 for a head, which every token passes through alone, and where rows are no multiple of a block.
     """
@@ -135,7 +135,7 @@ def place(
     byte_gain_s: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Placement:
-    """What fits into `room` bytes of device memory: workspace, layers, the head, and of the KV cache what pays.
+    """Choose what fits into `room` bytes of device memory: workspace, layers, the head, and of the KV cache what pays.
 
     positions: of the KV cache, for all `sequences` together. profile: of a machine with such a device; without it as
     much of the KV cache as fits beside the layers. byte_gain_s: what a byte more for experts saves per token, in
@@ -163,7 +163,7 @@ def place(
 
 
 class _Parts(nn.Module):
-    """What can be on the device, on the meta device: tensors there have the sizes that they will have.
+    """All that can be on the device, built on the meta device: tensors there have the sizes that they will have.
 
     layer_bytes, head_bytes: of each layer, and of the head with the last norm.
     """
@@ -186,7 +186,7 @@ class _Parts(nn.Module):
         self.head_bytes = arena.used
 
     def placed(self, kv_bytes: int, room: int) -> tuple[tuple[bool, ...], bool]:
-        """Which layers are on the device, and whether the head is, where each layer brings so many bytes more."""
+        """Tell which layers are on the device, and whether the head is, where each layer brings so many bytes more."""
         from accelerate.utils import compute_module_sizes, infer_auto_device_map
 
         for module, size in zip([*self.layers, self.head], [*self.layer_bytes, self.head_bytes], strict=True):
@@ -221,7 +221,7 @@ def _border(
     profile: Profile | None,
     byte_gain_s: float | None,
 ) -> int:
-    """How many positions of the KV cache go with a layer on the device."""
+    """Return how many positions of the KV cache go with a layer on the device."""
     sizes = arch.num_layers, sum(parts.layer_bytes) / arch.num_layers, parts.head_bytes, room, positions, KEY_BLOCK
     if profile is None or not profile.gpu_memory_bytes_per_s:
         return fill(position_bytes, *sizes)

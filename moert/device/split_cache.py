@@ -15,20 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moert.device.link import DeviceBackend
 from moert.device.matrix import products
-from moert.models.device_backend import DeviceBackend
+from moert.models.kv_cache import to_int8
 
 BLOCK_FLOATS = 1 << 20  # scores, or keys, that are looked at at a time
 LEAST_BLOCK = 128
 _LOWEST = torch.finfo(torch.float32).min
 
 Attended = tuple[Tensor, Tensor]  # softmax(scores) @ values [H, T, d] and log-sum-exp of the scores [H, T], float32
-
-
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., d] as integers from -127 to 127, in float32, and the scale [..., 1] of each."""
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scale > 0, x / scale, 0.0).round_(), scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +43,7 @@ class CacheSegment:
         return self.start + self.keys.shape[1]
 
     def write(self, first: int, keys: Tensor, values: Tensor) -> None:
-        """Those of keys and values [J, T, d] of positions first .. first + T that lie in this part."""
+        """Write the keys and values [J, T, d] of those positions first .. first + T that lie in this part."""
         low, high = max(first, self.start), min(first + keys.shape[1], self.end)
         if low >= high:
             return
@@ -113,7 +108,7 @@ class CacheSegment:
 
 
 def merge(a: Attended, b: Attended) -> Attended:
-    """What attention over both sets of positions gives."""
+    """Combine attention over two sets of positions into attention over both."""
     (x, lse_x), (y, lse_y) = a, b
     lse = torch.logaddexp(lse_x, lse_y)
     safe = lse.clamp(min=_LOWEST)

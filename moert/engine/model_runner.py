@@ -21,27 +21,20 @@ from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConf
 from moert.device.decoder import PlacedDecoder
 from moert.device.dense_quant import host_dense_bytes, load_dense
 from moert.device.hybrid import HybridRunner
+from moert.device.kv_memory import SplitKVMemory
 from moert.device.matrix import DenseQuant
 from moert.device.offload import Offload, OffloadRequest, plan_offload
 from moert.engine.sequence_cache import Slots
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.hardware.allocator import keep_freed_memory
+from moert.hardware.memory import available_bytes, library_bytes
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
-from moert.quant import dispatch
-from moert.quant.dispatch import kernel_name, set_num_threads
+from moert.models.stored_model import StoredModel as Store
+from moert.quant.dispatch import choose_kernel, kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
-from moert.router import bit_router
-from moert.runtime.budget import (
-    AUTO_SHARE,
-    Budget,
-    Needs,
-    available_bytes,
-    library_bytes,
-    split_budget,
-    workspace_bytes,
-)
+from moert.runtime.budget import AUTO_SHARE, Budget, Needs, split_budget, workspace_bytes
 from moert.runtime.executor import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
@@ -56,7 +49,6 @@ from moert.scheduler.precision import ElasticPrecision, Precision, RoutedPrecisi
 from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.store.fileio import readable
 from moert.store.predictor import read_predictor
-from moert.store.reader import Store
 
 
 def default_threads() -> int:
@@ -70,7 +62,7 @@ def read_precision(text: str | None, store: Store) -> Precision:
     try:
         # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
         kind = None if text is None else text.partition(":")[0]
-        router = bit_router(store, trained=kind == "routed") if kind in ("routed", "elastic") else None
+        router = store.bit_router(trained=kind == "routed") if kind in ("routed", "elastic") else None
         return parse_precision(text, store.layout.widths, router)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
@@ -103,7 +95,7 @@ def needs_of(
         placed, shared = offload.placement, offload.shared_bytes
         dense = host_dense_bytes(store, placed)
         positions = contexts * align(ctx_size, KEY_BLOCK)
-        kv_cache = KVMemory.host_bytes_for(arch, positions, kv_dtype, placed.layers, placed.kv_positions)
+        kv_cache = SplitKVMemory.host_bytes_for(arch, positions, kv_dtype, placed.layers, placed.kv_positions)
     return Needs(
         libraries=libraries,
         dense=dense + shared[0],
@@ -123,8 +115,10 @@ class Engine:
 
     def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
         arch = store.architecture
-        if dispatch.wrong_request is not None:
-            raise UsageError(f"{dispatch.wrong_request}.")
+        try:
+            choose_kernel()
+        except ValueError as error:
+            raise UsageError(f"{error}.") from None
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH
@@ -191,7 +185,7 @@ class Engine:
             dense = load_dense(store, placed, device, cast(DenseQuant, config.dense_quant))
             decoder = PlacedDecoder(arch, dense, self._runner, placed.layers, placed.head, device)
             decoder.prepare()
-            return decoder, KVMemory(arch, positions, kv_dtype, placed.layers, placed.kv_positions, device)
+            return decoder, SplitKVMemory(arch, positions, kv_dtype, placed.layers, placed.kv_positions, device)
 
     def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int, compiles: bool) -> int:
         """Of the host's memory, what is left for a device that has no other, if all dense weights go there."""

@@ -25,7 +25,7 @@ _MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn and when to stop.
+    """Settings of how tokens are drawn and when to stop.
 
     `temperature` 0 and `top_k` 1 are greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed`
     None draws a random one. Raises UsageError that names the field.
@@ -67,11 +67,11 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
-        """The defaults that a checkpoint's generation_config.json asks for; what it leaves out keeps ours."""
-        try:
-            return cls(**generation_fields(config))
-        except UsageError as error:
-            raise UsageError(f"generation_config.json cannot be used: {error}") from None
+        """The defaults that a checkpoint's generation_config.json asks for; what it leaves out keeps ours.
+
+        A value that cannot be used keeps ours too: `usable_fields` says which ones.
+        """
+        return cls(**usable_fields(config)[0])
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed."""
@@ -82,11 +82,26 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
-def generation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of SamplingParams that a generation_config.json gives, unchecked."""
+def usable_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of SamplingParams that a generation_config.json gives, and a warning for each unusable one."""
+    fields, warnings = {}, []
+    for name, value in _generation_fields(config).items():
+        try:
+            SamplingParams(**{name: value})
+        except (UsageError, TypeError) as error:
+            reason = str(error) if isinstance(error, UsageError) else f"{name} is {value!r}."
+            warnings.append(f"A default in generation_config.json cannot be used: {reason[:-1]}; moert's own is used.")
+        else:
+            fields[name] = value
+    return fields, warnings
+
+
+def _generation_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     names = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
     names |= {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    if found.get("top_k") == -1:  # other programs' way to say off, as 0 and null are transformers'
+        found["top_k"] = 0
     if config.get("do_sample") is False:
         found["temperature"] = 0.0
     if isinstance(found.get("stop"), str):
@@ -124,7 +139,9 @@ def penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """What top-k, top-p and min-p leave of `logits` [V]: values [C] and token ids [C] (None: all of them, in order)."""
+    """Return what top-k, top-p and min-p leave of `logits` [V]: values [C] and token ids [C] (None: all of them, in
+    order).
+    """
     ids: Tensor | None = None
     if 0 < params.top_k < len(logits):
         # Tokens as likely as the last of the k stay in. Done first, so that top-p sorts few values.

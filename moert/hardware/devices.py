@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from moert.config import cache_folder
 from moert.errors import ProfileError, UsageError
-from moert.hub.resolve import cache_folder
-from moert.runtime.budget import total_bytes
+from moert.hardware.memory import total_bytes
 from moert.scheduler.profile import Profile, read_profile
 
 DEVICE_TREE = Path("/proc/device-tree/model")  # what an Arm board calls itself
@@ -49,12 +49,12 @@ def load_device(name: str | Path) -> Profile:
 
 
 def own_file() -> Path:
-    """Where `moert profile` writes the figures of this machine."""
+    """Return the file to which `moert profile` writes the figures of this machine."""
     return cache_folder() / "device.json"
 
 
 def this_machine() -> tuple[Profile, str]:
-    """What is known of this machine, and a line that says whether it was measured.
+    """Return the profile of this machine, and a line that says whether it was measured.
 
     The profile that `moert profile` wrote; where there is none, or one of no use, the one that comes along for the
     device most like this, with this machine's memory.
@@ -86,7 +86,7 @@ def device_or_this(name: str | Path | None) -> tuple[Profile, str]:
 
 
 def closest() -> str:
-    """Of the profiles that come along, the one of the device most like this machine; a guess without measuring."""
+    """Guess, without measuring, which of the profiles that come along is of the device most like this machine."""
     try:
         board = DEVICE_TREE.read_text(errors="replace").lower()
     except OSError:

@@ -1,4 +1,5 @@
-"""What a Jetson board says of itself: model, software, power mode, clocks. Plain files, no NVML and no root needed.
+"""Read what a Jetson board says of itself: model, software, power mode, clocks. Plain files, no NVML and no root
+needed.
 
 Which files those are is as of Jetson Linux (L4T) 35 to 39; each may be missing, in containers most are.
 """
@@ -55,7 +56,7 @@ class Jetson:
 
     @property
     def jetpack(self) -> int | None:
-        """Of JetPack only the first number follows from the release."""
+        """Return the first number of the JetPack version, the only one that follows from the release."""
         return _JETPACK.get(int(self.release.partition(".")[0])) if self.release else None
 
 
@@ -92,7 +93,7 @@ def _text(root: Path, path: Path) -> str:
 
 
 def _power_modes(text: str) -> tuple[list[PowerMode], int | None]:
-    """All modes of nvpmodel.conf, and the number of the one that is meant at first.
+    """Return all modes of nvpmodel.conf, and the number of the one that is meant at first.
 
     A mode begins with `< POWER_MODEL ID=0 NAME=15W >`; lines such as `EMC MAX_FREQ 2133000000` follow, where 0 and -1
     are no limit.

@@ -61,7 +61,7 @@ def find_known(model: str) -> str | None:
 
 
 def known_model(name: str) -> Checkpoint:
-    """What the headers of a known model say; KeyError for another name."""
+    """Return the headers of a known model; KeyError for another name."""
     model = _known()[name]
     tensors = {}
     for dtype, pattern, *shape in model["tensors"]:

@@ -1,4 +1,4 @@
-"""What `-m` names: a store, a checkpoint folder or a Hugging Face hub id, made into a store folder.
+"""Find the model that `-m` names, a store, a checkpoint folder or a hub id, and make it into a store folder.
 
 Checkpoints are converted once, into the cache folder; the name there follows from the model and the settings.
 """
@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = [
     "*.safetensors",
     "*.json",
-    "*.jinja",
+    "*.jinja",  # in folders too: a star of the hub client's patterns matches slashes
     "*.model",
     "merges.txt",
     "vocab.txt",
@@ -125,11 +125,12 @@ def find(model: str | Path | None, settings: Conversion) -> Path | None:
 
 
 def cached_store(model: str | Path, settings: Conversion) -> Path:
-    """Where the cache keeps `model` converted with `settings`, whether it is there or not."""
+    """Return where the cache keeps `model` converted with `settings`, whether it is there or not."""
     folder = Path(model).expanduser()
     identity: list[Any] = [str(model)]
     if folder.is_dir():
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja"))
+        files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja")]
+        files = sorted([*files, *folder.glob("additional_chat_templates/*.jinja")])
         identity = [str(folder.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
     text = json.dumps([identity, astuple(settings)])
     name = folder.resolve().name if folder.is_dir() else str(model).replace("/", "--")
@@ -138,13 +139,13 @@ def cached_store(model: str | Path, settings: Conversion) -> Path:
 
 
 def warm_file(store: Path, precision: str) -> Path:
-    """Where the cache keeps which experts of a store were in memory at the end of a run, for each precision."""
+    """Return where the cache keeps which experts of a store were in memory at the end of a run, for each precision."""
     identity = json.dumps([str(store.resolve()), precision])
     return cache_folder() / "warm" / f"{store.resolve().name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
 
 def is_hub_id(model: str | Path) -> TypeGuard[str]:
-    """Whether it has the form owner/name."""
+    """Tell whether `model` has the form owner/name."""
     return isinstance(model, str) and _HUB_ID.fullmatch(model) is not None
 
 
@@ -193,7 +194,7 @@ def downloaded(repo: str) -> Path:
 
 
 def hub_error(repo: str, offline: bool, error: Exception) -> CheckpointError:
-    """What a user is told where the hub client raised `error` for `repo`."""
+    """Make the error that a user is shown where the hub client raised `error` for `repo`."""
     from huggingface_hub import errors
 
     match error:

@@ -19,19 +19,20 @@ from moert.engine.model_runner import Engine
 from moert.errors import UsageError
 from moert.measure.bench_kernels import expert_bytes, load_average, matrix_bytes, timestamp
 from moert.models.architecture import Architecture
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.dispatch import Kernel, kernel_name, kernel_seconds
 from moert.quant.format import TILE_ROWS, align
 from moert.runtime.telemetry import Counters, peak_rss_bytes
 from moert.store.layout import EMBEDDING, HEAD, DenseTensor
-from moert.store.reader import Store
 
 SEED = 1234
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one row measures: `n_prompt` tokens in one call or `n_gen` one at a time (the other is 0), behind `n_depth`
-    tokens that are there already."""
+    """The measurement that one row shows: `n_prompt` tokens in one call or `n_gen` one at a time (the other is 0),
+    behind `n_depth` tokens that are there already.
+    """
 
     n_prompt: int
     n_gen: int
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As llama-bench writes it: `pp512`, `tg128 @ d4096`."""
+        """Return the name of the test as llama-bench writes it: `pp512`, `tg128 @ d4096`."""
         name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
         return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
@@ -263,7 +264,7 @@ class Measurement:
         return sum(self._outside) / sum(self._seconds[: len(self._outside)])
 
     def row(self) -> Row | None:
-        """What was measured; None before the first repetition has ended."""
+        """Return the figures measured so far; None before the first repetition has ended."""
         counts, store, engine, case = self._counts, self._store, self._engine, self._case
         if not counts:
             return None

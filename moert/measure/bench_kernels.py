@@ -22,11 +22,11 @@ import torch
 
 import moert
 from moert.errors import MoertError, UsageError
+from moert.hardware.memory import available_bytes
 from moert.quant import dispatch
 from moert.quant.dispatch import Kernel
 from moert.quant.format import RAW_DTYPE_BYTES, SLICE_ALIGN, ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedExpert, experts_ffn
-from moert.runtime.budget import available_bytes
 
 BUFFER_BYTES = 1 << 30  # read from memory, not from a last-level cache, of which some machines have hundreds of MiB
 HIDDEN, INNER = 2048, 768  # those of Qwen3-30B-A3B
@@ -188,7 +188,7 @@ def sample(pool: ExpertPool, x: torch.Tensor, out: torch.Tensor) -> float:
 
 
 def kernels() -> list[Kernel]:
-    """Those compiled for this machine; the torch reference where there are none."""
+    """Return the kernels compiled for this machine, or the torch reference where there are none."""
     available = dispatch.available_kernels()
     return [kernel for kernel in available if kernel != Kernel.REFERENCE or len(available) == 1]
 
@@ -247,7 +247,7 @@ class KernelMeasurement:
             dispatch.set_kernel(active)
 
     def rows(self) -> Iterator[KernelRow]:
-        """What was measured, kernel by kernel."""
+        """Yield the figures measured, kernel by kernel."""
         case, layout = self._case, self._case.layout
         weights = sum(rows * cols for rows, cols in layout.shapes)
         touched = expert_bytes(layout, case.slices)

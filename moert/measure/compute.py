@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moert.kernels.layer_step import LayerCache, LayerStep, Place, Projection
 from moert.measure.bench_kernels import EXPERTS_PER_CALL, ExpertPool, random_buffer
 from moert.measure.figure import Measured, Progress, measured
 from moert.quant.dispatch import compiled, kernel_seconds
 from moert.quant.format import KEY_BLOCK, ExpertLayout, MatrixLayout
-from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection
 from moert.quant.matmul import PackedMatrix, experts_ffn, linear
 
 DEFAULT_LAYOUTS = ((2, 3, 4), (6,), (8,))  # widths of the stores that are measured where none is given
@@ -37,7 +37,9 @@ DEPTH = 1024  # positions that stand before those whose attention is measured
 
 @dataclass(frozen=True)
 class ComputeFigures:
-    """As `moert.scheduler.profile` names them; the spread of what has several values is the widest."""
+    """Figures of computing, as `moert.scheduler.profile` names them; the spread of what has several values is the
+    widest.
+    """
 
     expert_s_per_byte: dict[int, float]
     expert_spread: float
@@ -98,7 +100,7 @@ def _expert(buffer: Tensor, layout: ExpertLayout, slices: int) -> tuple[Measured
 
 
 def _dense(buffer: Tensor) -> tuple[Measured, Measured]:
-    """The same of 8-bit matrices."""
+    """Measure the products of 8-bit matrices."""
     layout = MatrixLayout(*DENSE_SHAPE, GROUP, (DENSE_BITS,))
     nbytes = layout.slice_bytes(0)
     matrices = [PackedMatrix(layout, (piece,)) for piece in torch.split(buffer, nbytes) if len(piece) == nbytes]
@@ -112,7 +114,7 @@ def _dense(buffer: Tensor) -> tuple[Measured, Measured]:
 
 
 def _seconds(call: Callable[[], object]) -> list[float]:
-    """Of each sample the mean time of a call in the compiled kernels; where torch computes, all of its time."""
+    """Return for each sample the mean time of a call in the compiled kernels; where torch computes, all of its time."""
     call()  # what is made at the first use
     samples = []
     for _ in range(REPETITIONS):
@@ -142,7 +144,7 @@ def _time(run: Callable[[int], object], depth: int) -> float:
 
 
 def _torch_attention(depth: int) -> None:
-    """Where torch computes."""
+    """Compute attention where torch computes it."""
     q = torch.ones(1, HEADS, TOKENS, HEAD_DIM)
     keys = torch.ones(1, KEY_HEADS, depth + TOKENS, HEAD_DIM)
     functional.scaled_dot_product_attention(q, keys, keys, enable_gqa=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import statistics
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,36 +19,16 @@ from moert.errors import ProfileError
 from moert.hardware.allocator import allocate
 from moert.measure.figure import Measured, Progress, measured
 from moert.quant.format import SLICE_ALIGN, ExpertLayout, align
+from moert.runtime.disk_speed import PAGE, SAMPLE_SECONDS, STREAM_BYTES, RandomReads, Target, read_sizes
 from moert.runtime.transfer import File, Read, make_reader
 from moert.scheduler.profile import DiskReads
-from moert.store.fileio import as_bytes
-from moert.store.reader import Store
 
 READERS = (1, 2, 4, 8)
 REPETITIONS = 3
 SAMPLE_BYTES = 40 << 20  # of a repetition, which ends earlier where the disk is slow
-SAMPLE_SECONDS = 0.5
-STREAM_BYTES = 128 << 20  # the same of a repetition as the runtime reads
 LATENCY_READS = 64
 FILE_BYTES = 384 << 20  # of the file that is written where there is no store to read
 _IN_FLIGHT = 8  # reads that the runtime has on their way: about as many as a layer misses
-_PAGE = 4096
-
-
-@dataclass(frozen=True)
-class Target:
-    """Files to read at random, and the sizes of reads, ascending multiples of 4096 bytes. name, what: for people, with
-    their folder and without."""
-
-    files: tuple[Path, ...]
-    sizes: tuple[int, ...]
-    name: str
-    what: str
-
-    def place(self, size: int, draw: random.Random) -> tuple[Path, int]:
-        """A file, and a position in it behind which so many bytes stand."""
-        path = draw.choice(self.files)
-        return path, draw.randrange((path.stat().st_size - size) // _PAGE + 1) * _PAGE
 
 
 @dataclass(frozen=True)
@@ -63,17 +41,6 @@ class DiskFigures:
     rows: tuple[DiskReads, ...]
     spread: float
     direct: bool
-
-
-def read_sizes(layout: ExpertLayout) -> tuple[int, ...]:
-    """Sizes of what is read of an expert: its slices, and all of them together."""
-    return tuple(sorted({*layout.slice_sizes, sum(layout.slice_sizes)}))
-
-
-def store_target(store: Store) -> Target:
-    """The experts of a store."""
-    files = sorted({store.location(layer, 0).file for layer in store.moe_layers})
-    return Target(tuple(files), read_sizes(store.layout), f"The store {store.path}", "the experts of a store")
 
 
 @contextlib.contextmanager
@@ -118,12 +85,6 @@ def measure_disk(target: Target, progress: Progress, seed: int = 0) -> DiskFigur
         raise ProfileError(f"{target.name} cannot be read: {error.strerror or error}.") from None
 
 
-def store_speed(store: Store) -> float:
-    """Bytes per second that a few reads of a store's experts bring, in half a second at most; OSError."""
-    target = store_target(store)
-    return _Readers(target, target.sizes[-1], 2, STREAM_BYTES // 4, random.Random(0)).run()[0]
-
-
 def _measure(target: Target, progress: Progress, draw: random.Random) -> DiskFigures:
     probe = File(target.files[0])
     direct = probe.direct
@@ -131,81 +92,17 @@ def _measure(target: Target, progress: Progress, draw: random.Random) -> DiskFig
     rows: list[DiskReads] = []
     spreads: list[float] = []
     progress("disk: latency")
-    latencies = [_Readers(target, _PAGE, 1, LATENCY_READS * _PAGE, draw).run()[1] for _ in range(REPETITIONS)]
+    latencies = [RandomReads(target, PAGE, 1, LATENCY_READS * PAGE, draw).run()[1] for _ in range(REPETITIONS)]
     for size in target.sizes:
         for readers in READERS:
             progress(f"disk: {readers} at a time, {format_bytes(size)} each")
-            results = [_Readers(target, size, readers, SAMPLE_BYTES, draw).run() for _ in range(REPETITIONS)]
+            results = [RandomReads(target, size, readers, SAMPLE_BYTES, draw).run() for _ in range(REPETITIONS)]
             speed, latency = measured([r[0] for r in results]), measured([r[1] for r in results])
             spreads += [speed.spread, latency.spread]
             rows.append(DiskReads(readers, size, speed.value, latency.value))
     progress("disk: as the runtime reads")
     streams = [_stream(target, draw) for _ in range(REPETITIONS + 1)][1:]
     return DiskFigures(measured(streams), measured(latencies), tuple(rows), max(spreads), direct)
-
-
-class _Readers:
-    """Threads that read until so many bytes were read, or the time is over."""
-
-    def __init__(self, target: Target, size: int, readers: int, nbytes: int, draw: random.Random) -> None:
-        # As many for each reader, so that none is left alone at the end.
-        count = max(nbytes // (size * readers), 2)
-        self._places = [[target.place(size, draw) for _ in range(count)] for _ in range(readers)]
-        self._size = size
-        self._latencies: list[float] = []
-        self._bytes = 0
-        self._error: OSError | None = None
-        self._lock, self._stop = threading.Lock(), threading.Event()
-
-    def run(self) -> tuple[float, float]:
-        """(bytes per second, median seconds of a read). Raises OSError."""
-        buffers = [as_bytes(allocate(self._size)) for _ in self._places]
-        for buffer in buffers:
-            buffer[:] = bytes(len(buffer))  # pages that are there: the first read into new ones is slow
-        threads = [
-            threading.Thread(target=self._read, args=(places, buffer), daemon=True)
-            for places, buffer in zip(self._places, buffers, strict=True)
-        ]
-        start = time.perf_counter()
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:  # Ctrl-C: nothing may write to the buffers any more
-            self._stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._bytes / (time.perf_counter() - start), statistics.median(self._latencies)
-
-    def _read(self, places: Sequence[tuple[Path, int]], buffer: memoryview) -> None:
-        files: dict[Path, File] = {}
-        end = time.perf_counter() + SAMPLE_SECONDS
-        try:
-            for number, (path, offset) in enumerate(places):
-                before = time.perf_counter()
-                if self._stop.is_set() or (number and before > end):
-                    return
-                if path not in files:
-                    files[path] = File(path)
-                done = 0
-                while done < self._size:
-                    got = files[path].read([buffer[done:]], offset + done)
-                    if got == 0:
-                        raise OSError(5, f"{path} ended while it was read")
-                    done += got
-                after = time.perf_counter()
-                with self._lock:
-                    self._latencies.append(after - before)
-                    self._bytes += done
-        except OSError as error:
-            self._error = error
-        finally:
-            for file in files.values():
-                file.close()
 
 
 def _stream(target: Target, draw: random.Random) -> float:

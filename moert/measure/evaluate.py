@@ -22,14 +22,15 @@ from torch import Tensor
 from moert.config import EngineConfig
 from moert.engine.model_runner import Engine, needs_of, read_precision, say_what_is_kept
 from moert.errors import UsageError
+from moert.hardware.memory import available_bytes, library_bytes
 from moert.measure.bench import Case, bytes_without_experts
 from moert.measure.bench_kernels import expert_bytes
 from moert.models.decoder import DecoderLayer
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
-from moert.runtime.budget import Budget, available_bytes, library_bytes, split_budget
+from moert.runtime.budget import Budget, split_budget
 from moert.runtime.telemetry import Counters
 from moert.scheduler.precision import Precision
-from moert.store.reader import Store
 from moert.text.tokenizer import Tokenizer
 
 LAYER_TOKENS = 4096  # of these the layers' errors are measured; a mean of so many does not move
@@ -38,8 +39,9 @@ _BLOCK_FLOATS = 1 << 20  # logits that are compared at a time, in float64
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """What the width does to the experts of one layer, all else being lossless: its MoE block gets the hidden states of
-    the lossless model, and its output y' is compared with the lossless y; h is the hidden state that leaves the layer.
+    """Errors that a width causes in the experts of one layer, all else being lossless: its MoE block gets the hidden
+    states of the lossless model, and its output y' is compared with the lossless y; h is the hidden state that leaves
+    the layer.
 
     output_error: ||y' - y|| / ||y||. hidden_error: ||y' - y|| / ||h||, the share of what later layers see that is
     wrong, so that a layer that contributes little counts little: the figure to compare layers by. Norms are over all
@@ -202,7 +204,7 @@ class Evaluation:
         self._lossless_sums = Sums()
 
     def _split(self, config: EngineConfig, slices: int) -> tuple[Budget, int]:
-        """What both engines take together, and how much of the arena is the store's."""
+        """Return the budget of both engines together, and the store's share of the arena."""
         store, against, libraries = self._store, self._against, library_bytes()
         own = needs_of(store, config.kv_bits, self._window, slices, libraries)
         # Logits of a window: of both, a copy while they are put together, and the blocks in float64.

@@ -1,4 +1,4 @@
-"""What a measurement gives."""
+"""The result of a measurement."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ class Measured(NamedTuple):
 
 
 def measured(samples: Sequence[float]) -> Measured:
-    """What `samples`, at least one, come to."""
+    """Sum up `samples`, at least one, as one measurement."""
     value = statistics.median(samples)
     return Measured(value, (max(samples) - min(samples)) / value if value else 0.0)

@@ -15,8 +15,9 @@ WIDTH = 16  # torch's product, with weights in half precision; moert's own kerne
 
 
 class Gpu(Protocol):
-    """What is measured. total_bytes: of its memory; integrated: which is the host's too. The rest does something of
-    `BYTES` once and comes back when it is done."""
+    """The GPU operations that are measured. total_bytes: of its memory; integrated: which is the host's too. The rest
+    does something of `BYTES` once and comes back when it is done.
+    """
 
     name: str
     total_bytes: int
@@ -33,7 +34,7 @@ class Gpu(Protocol):
 
 @dataclass(frozen=True)
 class GpuFigures:
-    """As `moert.scheduler.profile` names them."""
+    """Figures of a GPU, as `moert.scheduler.profile` names them."""
 
     name: str
     memory_bytes: int

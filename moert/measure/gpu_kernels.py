@@ -1,4 +1,4 @@
-"""How fast moert's own kernels compute experts on a GPU, and what it takes to ask for that, and for a copy."""
+"""Measure how fast moert's own kernels compute experts on a GPU, and what launches and copies take."""
 
 # T tokens, D hidden, E experts
 
@@ -27,7 +27,9 @@ REPETITIONS = 7
 
 @dataclass(frozen=True)
 class KernelFigures:
-    """As `moert.scheduler.profile` names them; the spread of what has several values is the widest."""
+    """Figures of GPU kernels, as `moert.scheduler.profile` names them; the spread of what has several values is the
+    widest.
+    """
 
     expert_s_per_byte: dict[int, float]
     expert_spread: float
@@ -40,7 +42,7 @@ class KernelFigures:
 def find_kernels(
     layout: ExpertLayout, progress: Progress, on_status: Progress, opened: Callable[[], Device] = open_cuda
 ) -> KernelFigures | None:
-    """None where they cannot be used on this GPU; `on_status` is told why."""
+    """Measure the kernels; None where they cannot be used on this GPU: `on_status` is told why."""
     try:
         device = opened()
         try:
@@ -100,7 +102,7 @@ class _Pool:
         self._experts = device.experts(layout, "silu", memory)
 
     def seconds(self, count: int, tokens: int) -> list[float]:
-        """To compute so many experts with so many tokens, from asking until they are done."""
+        """Time so many experts with so many tokens, from asking until they are done."""
         x = self._device.send(torch.randn(tokens, self._hidden, generator=torch.Generator().manual_seed(0)))
         out = self._device.send(torch.zeros(tokens, self._hidden))
         every, weights = [torch.arange(tokens)] * count, [torch.full((tokens,), 1 / count)] * count

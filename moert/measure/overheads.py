@@ -1,4 +1,4 @@
-"""What a decoded token takes beside kernels and waiting for the disk: Python, and threads that are woken.
+"""Measure what a decoded token takes beside kernels and waiting for the disk: Python, and threads that are woken.
 
 Measured on a store of large experts if one is given, else on the model that ships. That one is small, so everything it
 needs stays in the processor's caches, where nothing of Python stays beside the weights of a large one: before and after
@@ -24,11 +24,11 @@ from moert.api import LLM
 from moert.config import EngineConfig, format_bytes, parse_bytes
 from moert.engine.model_runner import Engine
 from moert.errors import ProfileError
+from moert.hardware.memory import available_bytes
 from moert.measure.figure import Measured, Progress, measured
+from moert.models.stored_model import StoredModel as Store
 from moert.quant.dispatch import kernel_seconds
-from moert.runtime.budget import available_bytes
 from moert.runtime.timeline import Spans
-from moert.store.reader import Store
 
 TOKENS = 120  # decoded with a small model, for each share of the experts that is in memory
 SHARES = (0.85, 0.6, 0.35)
@@ -125,7 +125,8 @@ def _of_large(store: Store, threads: int, progress: Progress) -> Overheads | Non
 
 
 def measure_cached(shipped: Store, threads: int, progress: Progress) -> tuple[int, Measured, Overheads] | None:
-    """What stays in the processor's caches, at most, seconds per byte of weights from there, and overheads beside them.
+    """Return the bytes that stay in the processor's caches, seconds per byte of weights there, and overheads beside
+    them.
 
     None where the system does not say how large its caches are, or the model that ships does not fit.
     """
@@ -184,7 +185,7 @@ class _Decoded:
 
 
 def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) -> Overheads | None:
-    """None where there is too little to go by."""
+    """Work out the overheads; None where there is too little to go by."""
     hits = resident.layers[resident.layers[:, 1] == 0]
     misses = np.concatenate([run.layers[run.layers[:, 1] > 0] for run in missing])
     if len(resident.tokens) < _PARTS or len(hits) < _PARTS or len(misses) < _PARTS:
@@ -201,7 +202,7 @@ def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) ->
 
 
 def fit(reads: Array, seconds: Array) -> tuple[float, float]:
-    """Of layers with at least one read: seconds once and seconds for each read, neither below zero.
+    """Fit the seconds of layers with reads: seconds once and seconds for each read, neither below zero.
 
     Least squares; what is far from the line is left out, one round after the other.
     """

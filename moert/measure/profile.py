@@ -1,4 +1,4 @@
-"""All figures of this machine, as a device profile."""
+"""Measure all figures of this machine, as a device profile."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from moert.api import LLM as LLM  # what is resident before a model is loaded, as library_bytes counts it
-from moert.config import format_bytes
+from moert.config import cache_folder, format_bytes
 from moert.errors import ProfileError
-from moert.hub.resolve import cache_folder, shipped_model
+from moert.hardware.memory import library_bytes, total_bytes
+from moert.hub.resolve import shipped_model
 from moert.measure.bench_kernels import memory_bandwidths
 from moert.measure.compute import DENSE_BITS, TOKENS, ComputeFigures, default_layouts, measure_compute
-from moert.measure.disk import READERS, DiskFigures, Target, measure_disk, store_target, written_target
+from moert.measure.disk import READERS, DiskFigures, measure_disk, written_target
 from moert.measure.figure import Measured, Progress, measured
 from moert.measure.gpu import GpuFigures, find_gpu, measure_gpu
 from moert.measure.gpu_kernels import PROMPT_TOKENS, KernelFigures, find_kernels
 from moert.measure.overheads import Overheads, measure_answer, measure_cached, measure_overheads
+from moert.models.stored_model import StoredModel
 from moert.quant.dispatch import kernel_name, set_num_threads
-from moert.runtime.budget import library_bytes, total_bytes
+from moert.runtime.disk_speed import Target, store_target
 from moert.runtime.transfer import CHUNK_BYTES
 from moert.runtime.transfer import READERS as RUNTIME_READERS
 from moert.scheduler.profile import SCHEMA_VERSION, Profile, parse_profile
 from moert.store.fileio import atomic_file
-from moert.store.reader import Store
 
 
 def measure_device(
@@ -41,7 +42,7 @@ def measure_device(
     takes, or where that is None to the cache folder. Raises ProfileError where something cannot be measured.
     """
     libraries = library_bytes()
-    opened = None if store is None else Store.open(store)
+    opened = None if store is None else StoredModel.open(store)
     layouts = default_layouts()
     if opened is not None and not opened.layout.raw:
         layouts = [opened.layout, *layouts]
@@ -53,7 +54,7 @@ def measure_device(
     memory = measured(memory_bandwidths(threads))
     set_num_threads(threads)
     compute = measure_compute(layouts, progress)
-    shipped = Store.open(shipped_model())
+    shipped = StoredModel.open(shipped_model())
     overheads = measure_overheads(opened or shipped, shipped, threads, progress)
     gpu = find_gpu()
     own = None if gpu is None else find_kernels(layouts[0], progress, on_status)
@@ -74,7 +75,7 @@ def measure_device(
 
 
 def checked(content: Mapping[str, Any]) -> Profile:
-    """What it says. Raises ProfileError where that is impossible."""
+    """Parse the content of a profile. Raises ProfileError where it is impossible."""
     try:
         return parse_profile(json.loads(json.dumps(content)))
     except ValueError as error:
@@ -115,7 +116,9 @@ def _unwritable(path: Path, error: OSError) -> ProfileError:
 
 
 @contextlib.contextmanager
-def _disk_target(store: Store | None, folder: Path | None, progress: Progress, on_status: Progress) -> Iterator[Target]:
+def _disk_target(
+    store: StoredModel | None, folder: Path | None, progress: Progress, on_status: Progress
+) -> Iterator[Target]:
     if store is not None:
         yield store_target(store)
         return
@@ -144,7 +147,7 @@ def _of(found: Measured, source: str) -> dict[str, Any]:
 
 
 def _digits(value: float) -> float:
-    """As many as mean something."""
+    """Round a figure to as many digits as mean something."""
     return float(f"{value:.4g}")
 
 
@@ -247,7 +250,7 @@ def _kernel_figures(name: str, own: KernelFigures) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, for people."""
+    """Return the name of the processor, for people."""
     cores = f"{os.cpu_count() or 1} logical cores"
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

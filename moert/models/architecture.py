@@ -1,4 +1,5 @@
-"""What a model is, independent of its family's spelling: sizes, variants, and the canonical names of its dense tensors.
+"""Description of a model, independent of its family's spelling: sizes, variants, and the canonical names of its dense
+tensors.
 
 Canonical names are those of Qwen2-MoE and Qwen3-MoE checkpoints with one tensor per expert matrix. Knows nothing of
 configuration files, checkpoints or torch.
@@ -13,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from moert.errors import UnsupportedModelError
+from moert.store.layout import TensorSpec
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 QKNorm = Literal["none", "head", "full"]
@@ -23,14 +25,6 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 def kv_bytes(vectors: int, size: int, bits: int) -> int:
     """Bytes of so many vectors of `size` numbers in a KV cache; at 8 bits each has a float32 scale beside it."""
     return vectors * (size * bits // 8 + (4 if bits == 8 else 0))
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape of a tensor, and whether it is a large matrix that may be stored at 8 bits."""
-
-    shape: tuple[int, ...]
-    quantise: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,9 @@ class Architecture:
 
     @property
     def kv_vectors(self) -> int:
-        """How many vectors of `kv_vector_size` numbers a position takes in the KV cache, over all layers."""
+        """Return the number of vectors of `kv_vector_size` numbers that a position takes in the KV cache, over all
+        layers.
+        """
         return 2 * self.num_layers * self.num_kv_heads
 
     @property

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moert.kernels.elementwise import rotate
 from moert.models.architecture import Architecture
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm, linear_many
-from moert.quant.rows import rotate
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Span:
 
 
 def span(past: int, count: int, window: int | None) -> Span:
-    """What `count` tokens behind `past` cached ones see; made once per forward pass and window, not per layer."""
+    """Return the span of positions that `count` tokens behind `past` cached ones see; made once per forward pass and
+    window, not per layer.
+    """
     end = past + count
     start = 0 if window is None else max(0, past - window + 1)
     if count == 1:

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from moert.kernels.layer_step import LayerCache, LayerStep, Place, Projection, Router
 from moert.models.architecture import Architecture
 from moert.models.attention import Attention, Span, span
 from moert.models.kv_cache import KVCache
@@ -18,7 +19,6 @@ from moert.models.layers import DenseTensors, GatedMLP, Linear, RMSNorm, check_t
 from moert.models.moe import Experts, MoEBlock
 from moert.models.rope import Rotation
 from moert.models.router_prediction import Gate, GateAhead, PredictionListener
-from moert.quant.layer_step import LayerCache, LayerStep, Place, Projection, Router
 from moert.quant.matmul import gather_rows
 
 
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
         return LayerStep(norms, arch.rms_norm_eps, arch.head_dim, (q, k, v, o), qk_norm, arch.clip_qkv, router)
 
     def decode(self, x: Tensor, cache: LayerCache, place: Place) -> None:
-        """What the layer does with one token x [1, D], in place, where `step` can do it."""
+        """Run the layer on one token x [1, D], in place, where `step` can do it."""
         normed, experts, weights = self.step(x, cache, place, self.routing_bias(1))
         if self.watcher is not None and self.watcher.horizon and self.foresight is not None:
             self.foresight.on_router_prediction(x, self.watcher)
@@ -78,7 +78,7 @@ class DecoderLayer(nn.Module):
 
 
 class Step(NamedTuple):
-    """What a step makes of several sequences.
+    """The results of one step for several sequences.
 
     logits: float32 [R, V], of the last token of each. routes: the experts of that token, int64 [L, K], or None for a
     sequence that was computed alone.

@@ -9,50 +9,42 @@ interrupted leaves the cache as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moert.device.split_cache import CacheSegment, SplitCache, to_int8
 from moert.errors import UsageError
+from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes
-from moert.models.device_backend import DeviceBackend
 from moert.quant.format import KEY_BLOCK, align
-from moert.quant.layer_step import LayerCache
 
-_Flat = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
+FlatLayer = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., d] as integers from -127 to 127, in float32, and the scale [..., 1] of each."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, x / scale, 0.0).round_(), scale
 
 
 class KVMemory:
     """Room for the keys and values of `positions` positions (rounded up to a block), of one sequence or of several.
 
     float16, float32, or int8: then each key and each value has a float32 scale of its own. Pages are touched only as
-    sequences grow. Layers that are `on_device` have theirs of the first `kv_positions` (a multiple of a block) in
-    memory of `device`, and the rest in host memory too.
+    sequences grow.
     """
 
-    def __init__(
-        self,
-        arch: Architecture,
-        positions: int,
-        dtype: torch.dtype = torch.float16,
-        on_device: Sequence[bool] = (),
-        kv_positions: int = 0,
-        device: DeviceBackend | None = None,
-    ) -> None:
+    def __init__(self, arch: Architecture, positions: int, dtype: torch.dtype = torch.float16) -> None:
         self.positions, self.dtype = align(positions, KEY_BLOCK), dtype
         self._shape = arch.num_kv_heads, arch.head_dim
-        self._device, self._border = device, min(kv_positions, self.positions)
-        placed = [*on_device] or [False] * arch.num_layers
-        self._host = [self._room(self.positions - (self._border if far else 0)) for far in placed]
-        self._near: list[_Flat | None] = [None] * arch.num_layers
-        if device is not None:
-            size = kv_bytes(2 * self._shape[0] * self._border, arch.head_dim, 8 * dtype.itemsize)
-            arenas = iter(torch.split(device.allocate(sum(placed) * size), size) if size else [])
-            self._near = [self._room(self._border, next(arenas)) if near and size else None for near in placed]
-        self._placed = placed
+        self._host = [self._room(held) for held in self._host_positions(arch.num_layers)]
 
-    def _room(self, positions: int, arena: Tensor | None = None) -> _Flat:
+    def _host_positions(self, num_layers: int) -> list[int]:
+        """Return how many positions of each layer lie in host memory."""
+        return [self.positions] * num_layers
+
+    def _room(self, positions: int, arena: Tensor | None = None) -> FlatLayer:
         """Flat keys, values and scales of a layer, in `arena` or in host memory of their own."""
         J, d = self._shape
         sizes = [J * d * positions] * 2 + [2 * J * positions if self.dtype == torch.int8 else 0]
@@ -64,42 +56,19 @@ class KVMemory:
             keys, values, scales = (piece.view(kind) for piece, kind in zip(pieces, dtypes, strict=True))
         return keys, values, scales
 
-    @staticmethod
-    def host_bytes_for(
-        arch: Architecture, positions: int, dtype: torch.dtype, on_device: Sequence[bool], kv_positions: int
-    ) -> int:
-        """Bytes of host memory that such a memory takes; the rest of `KVCache.bytes_for` is on the device."""
-        positions = align(positions, KEY_BLOCK)
-        held = arch.num_layers * positions - sum(on_device) * min(kv_positions, positions)
-        return kv_bytes(2 * arch.num_kv_heads * held, arch.head_dim, 8 * dtype.itemsize)
-
     def layers(self, start: int, count: int) -> list[LayerCache]:
-        """A cache per layer in positions start .. start + count, both multiples of a block.
+        """Return a cache per layer in positions start .. start + count, both multiples of a block."""
+        return [self._layer(flat, start, count) for flat in self._host]
 
-        Those of layers on the device have no room: see `split`.
-        """
-        result = []
-        for flat, placed in zip(self._host, self._placed, strict=True):
-            C = 0 if placed else count
-            keys, values, scales = self._cut(flat, start, C)
-            blocks = keys.view(len(keys), C // KEY_BLOCK, self._shape[1], KEY_BLOCK)
-            result.append(LayerCache(blocks, values, scales))
-        return result
+    def split(self, start: int, count: int) -> Sequence[Any]:
+        """Return what a decoder that knows of it keeps of each layer elsewhere, None for layers in host memory."""
+        return [None] * len(self._host)
 
-    def split(self, start: int, count: int) -> list[SplitCache | None]:
-        """The same for the layers on the device, None for the others."""
-        if self._device is None:
-            return [None] * len(self._host)
-        border = min(max(self._border - start, 0), count)  # of these positions, how many are in device memory
-        result: list[SplitCache | None] = []
-        for host, device, placed in zip(self._host, self._near, self._placed, strict=True):
-            near = CacheSegment(0, *self._cut(device, start, border)) if device is not None and border else None
-            behind = max(start - self._border, 0)
-            far = CacheSegment(border, *self._cut(host, behind, count - border)) if placed and border < count else None
-            result.append(SplitCache(near, far, self._device) if placed else None)
-        return result
+    def _layer(self, flat: FlatLayer, start: int, count: int) -> LayerCache:
+        keys, values, scales = self._cut(flat, start, count)
+        return LayerCache(keys.view(len(keys), count // KEY_BLOCK, self._shape[1], KEY_BLOCK), values, scales)
 
-    def _cut(self, flat: _Flat, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _cut(self, flat: FlatLayer, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
         keys, values, scales = flat
         J, d = self._shape
@@ -109,7 +78,7 @@ class KVMemory:
 
 
 class KVCache:
-    """Per layer a `LayerCache` of one sequence: in `memory` from position `start` on, or in memory of its own.
+    """A `LayerCache` of one sequence for each layer: in `memory` from position `start` on, or in memory of its own.
 
     `split` has those of the layers on a device, which `append` and `read` do not know.
     """
@@ -129,7 +98,7 @@ class KVCache:
 
     @property
     def steppable(self) -> bool:
-        """Whether a `LayerStep` can run over this cache."""
+        """Tell whether a `LayerStep` can run over this cache."""
         return self.layers[0].steppable()
 
     @staticmethod

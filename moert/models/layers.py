@@ -5,18 +5,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moert.device.matrix import DeviceMatrix
 from moert.errors import CheckpointError
+from moert.kernels import elementwise
 from moert.models.architecture import Architecture
-from moert.quant import matmul, rows
+from moert.quant import matmul
 from moert.quant.matmul import ACTIVATIONS, PackedMatrix, linear
 
-DenseTensors = Mapping[str, Tensor | PackedMatrix | DeviceMatrix]
+
+class PlacedMatrix(Protocol):
+    """A matrix that lies elsewhere and brings its own product; here only its shape counts."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+DenseTensors = Mapping[str, Tensor | PackedMatrix | PlacedMatrix]
 
 
 def vector(dense: DenseTensors, name: str) -> nn.Parameter:
@@ -35,7 +43,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rows.rms_norm(x, self.weight, self.eps)
+        return elementwise.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Module):
@@ -46,7 +54,7 @@ class Linear(nn.Module):
     def __init__(self, dense: DenseTensors, name: str, bias: bool = False) -> None:
         super().__init__()
         weight = dense[f"{name}.weight"]
-        # That of a device is for those who know it: `placed.DeviceLinear`.
+        # One that lies elsewhere is for subclasses that know it.
         self.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight  # type: ignore[assignment]
         self.bias = vector(dense, f"{name}.bias") if bias else None
 
@@ -56,7 +64,7 @@ class Linear(nn.Module):
 
 
 def linear_many(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
-    """What each of several layers makes of the same x [T, K]; packed ones that are alike take it in one call."""
+    """Apply several layers to the same x [T, K]; packed ones that are alike take it in one call."""
     packed = [layer.weight for layer in layers if isinstance(layer.weight, PackedMatrix)]
     if len(packed) < len(layers) or len({w.layout.group_size for w in packed}) > 1:
         return [layer(x) for layer in layers]

@@ -25,13 +25,17 @@ class Experts(Protocol):
         ...
 
     def routing_bias(self, layer: int, choices: int) -> Tensor | None:
-        """What `route` adds to the logits of these experts, where they are asked for `choices` contributions in all."""
+        """Return what `route` adds to the logits of these experts, where they are asked for `choices` contributions in
+        all.
+        """
         return None
 
     def forward_token(
         self, layer: int, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor
     ) -> None:
-        """The same for a single token, added to `out`: x and out float32 contiguous [1, D]. What decoding calls."""
+        """Add the experts' output for a single token to `out`: x and out float32 contiguous [1, D]. What decoding
+        calls.
+        """
         out += self(layer, x, torch.tensor([experts]), torch.tensor([weights]))
 
 
@@ -84,7 +88,7 @@ class MoEBlock(nn.Module):
         return y if self.shared_expert is None else y + self._shared(self.shared_expert, x)
 
     def routing_bias(self, tokens: int) -> Tensor | None:
-        """What the router of so many tokens adds to the logits, [E]; see `route`."""
+        """Return what the router of so many tokens adds to the logits, [E]; see `route`."""
         return self.experts.routing_bias(self.layer, tokens * self.top_k)
 
     def forward_token(self, x: Tensor, experts: Sequence[int], weights: Sequence[float], out: Tensor) -> None:

@@ -15,7 +15,7 @@ def canonical_name(name: str) -> str | None:
 
 
 def sparse_layers(f: ConfigFields, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have experts: every `decoder_sparse_step`-th, except those of `mlp_only_layers`."""
+    """Tell which layers have experts: every `decoder_sparse_step`-th, except those of `mlp_only_layers`."""
     step, dense = f.integer("decoder_sparse_step", 1), f.optional_list("mlp_only_layers", int) or []
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
 

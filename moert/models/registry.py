@@ -13,7 +13,7 @@ from moert.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class Family:
-    """How the checkpoints of one `model_type` are read.
+    """The way to read checkpoints of one `model_type`.
 
     `canonical_name` maps a tensor's name in the checkpoint to the canonical one, or to None if it is not needed; a
     name that it does not know comes back as it is.

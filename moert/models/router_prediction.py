@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from moert.kernels.gate_ahead import GateAheadRouters, fold
 from moert.models.layers import RMSNorm
 from moert.models.moe import MoEBlock
-from moert.quant.ahead import Ahead, fold
 from moert.quant.matmul import PackedMatrix
 
 MOST_AHEAD = 3  # further on a guess is worth little more than the experts' popularity
@@ -31,7 +31,7 @@ class PredictionListener(Protocol):
     def horizon(self) -> int: ...
 
     def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
-        """What the next MoE layers behind `layer` will probably ask for, the nearest first.
+        """Take what the next MoE layers behind `layer` will probably ask for, the nearest first.
 
         Called for a single token, when the experts of `layer` are known and before they are computed; before the first
         layer as -1, with what the token alone says.
@@ -52,7 +52,7 @@ class Gate:
 
 
 class GateAhead:
-    """What a layer can say about the MoE layers behind it, whose `gates` come in their order.
+    """Predictions of a layer about the MoE layers behind it, whose `gates` come in their order.
 
     Twice as many experts are named as a router chooses: nearly all of those that it will choose are among them.
     """
@@ -60,7 +60,7 @@ class GateAhead:
     def __init__(self, layer: int, gates: Sequence[Gate], eps: float, top_k: int, num_experts: int) -> None:
         self.layer, self._gates, self._eps = layer, gates[:MOST_AHEAD], eps
         self._count = min(2 * top_k, num_experts)
-        self._ahead: dict[int, Ahead] = {}  # by the number of layers
+        self._ahead: dict[int, GateAheadRouters] = {}  # by the number of layers
 
     def on_router_prediction(self, x: Tensor, watcher: PredictionListener) -> None:
         """x: float32 contiguous [1, D]: the residual stream behind the layer's attention; the embedding for -1."""
@@ -69,7 +69,7 @@ class GateAhead:
             return
         ahead = self._ahead.get(len(gates))
         if ahead is None:
-            ahead = Ahead([gate.folded for gate in gates], self._eps, self._count)
+            ahead = GateAheadRouters([gate.folded for gate in gates], self._eps, self._count)
             self._ahead[len(gates)] = ahead
         found = zip(gates, ahead(x), strict=True)
         watcher.on_router_prediction(self.layer, [RouterPrediction(gate.layer, *choice) for gate, choice in found])

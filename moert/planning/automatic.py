@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from moert.config import EngineConfig, format_bytes
 from moert.engine.statistics import GenerationStats
 from moert.hardware.devices import this_machine
-from moert.measure.disk import store_speed
+from moert.hardware.memory import available_bytes, library_bytes
+from moert.models.stored_model import StoredModel
 from moert.planning.model_shape import store_shape
 from moert.planning.predict import PROMPT_TOKENS, Prediction
 from moert.planning.recommend import Choice, recommend
 from moert.planning.routing import drawn
-from moert.runtime.budget import available_bytes, library_bytes
-from moert.store.reader import Store
+from moert.runtime.disk_speed import store_speed
 
 OFF = 0.25  # a speed that is so far from the predicted one is worth a word
 _SLOW = 0.5  # of the disk that was measured: a difference that is no noise
@@ -23,7 +23,7 @@ _ENOUGH = 64  # tokens behind these, before that is judged
 
 @dataclass
 class Automatic:
-    """What was chosen for this machine, what it is predicted to do, and what it did so far.
+    """The choice made for this machine, with what it is predicted to do and what it did so far.
 
     device: where the machine's figures are from. tokens, seconds: of answers, but for the first few tokens.
     """
@@ -37,7 +37,7 @@ class Automatic:
     _said: bool = False
 
     def line(self, budget_bytes: int) -> str:
-        """What was chosen, with the budget that came of it, and what for."""
+        """Describe what was chosen, with the budget that came of it, and what for."""
         p = self.prediction
         return (
             f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(budget_bytes)}; predicted are "
@@ -69,7 +69,7 @@ class Automatic:
         return [f"speed: {p.decode_tokens_per_s:.1f} tokens/s predicted, {achieved}", *lines]
 
     def warning(self) -> str | None:
-        """That the plan is off, once, when there were enough tokens to tell."""
+        """Warn that the plan is off, once, when there were enough tokens to tell."""
         p, speed = self.prediction, self.achieved
         if self._said or speed is None or self.tokens < _ENOUGH or abs(speed / p.decode_tokens_per_s - 1) <= OFF:
             return None
@@ -80,7 +80,7 @@ class Automatic:
         )
 
 
-def choose(store: Store, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
+def choose(store: StoredModel, config: EngineConfig) -> tuple[EngineConfig, Automatic]:
     """Precision and context for a store on this machine, so far as `config` leaves them open.
 
     The budget stays open: the engine takes what the plan goes by, all that the model can use within 80% of what is

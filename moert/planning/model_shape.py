@@ -20,18 +20,17 @@ from moert.errors import UnsupportedModelError
 from moert.hub.headers import find_known, from_hub, known_model
 from moert.hub.resolve import Conversion, Status, checkpoint, downloaded, find, is_hub_id
 from moert.models.architecture import Architecture, kv_bytes
+from moert.models.stored_model import StoredModel
 from moert.planning.unsupported_model import UnsupportedModel
 from moert.quant.format import KEY_BLOCK, RAW_WIDTH, ExpertLayout, align
-from moert.router import bit_router
 from moert.runtime.budget import Needs, workspace_bytes
 from moert.scheduler.precision import BitRouter
 from moert.store.layout import EMBEDDING, DenseTensor, ExpertFile, build_header, stored_dense
-from moert.store.reader import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What a model is in figures. All bytes are those of a store in these widths, group size and dense bits.
+    """The sizes of a model. All bytes are those of a store in these widths, group size and dense bits.
 
     origin: where the figures come from, for people. why_not: why moert cannot run it, a sentence; empty where it can.
     moe_layers: indices of the layers with experts. widest_inner: the largest inner size of any expert or MLP.
@@ -86,11 +85,11 @@ class ModelShape:
 
     @property
     def resident_bytes(self) -> int:
-        """Of all weights but the experts."""
+        """Return the bytes of all weights but the experts."""
         return sum(self.dense_bytes) + self.head_bytes + self.embedding_bytes
 
     def slices_for(self, width: int) -> int:
-        """How many slices `width` needs. ValueError for a width that is not among `widths`."""
+        """Return how many slices `width` needs. ValueError for a width that is not among `widths`."""
         return self.widths.index(width) + 1
 
     def expert_bytes(self, slices: int) -> int:
@@ -98,7 +97,7 @@ class ModelShape:
         return sum(self.slice_bytes[:slices])
 
     def experts_bytes(self, slices: int) -> int:
-        """The same of all experts, so far as they have them."""
+        """Return the bytes of the first `slices` slices of all experts, so far as they have them."""
         return sum(size * n for size, n in zip(self.slice_bytes[:slices], self.slice_counts, strict=False))
 
     def kv_bytes_per_position(self, kv_bits: int | None = None) -> int:
@@ -111,7 +110,7 @@ class ModelShape:
         return workspace_bytes(self, ctx_size, sequences)
 
     def needs(self, libraries: int, ctx_size: int, slices: int, kv_bits: int | None = None) -> Needs:
-        """What an engine for one sequence needs; libraries: bytes of interpreter and libraries."""
+        """Return what an engine for one sequence needs; libraries: bytes of interpreter and libraries."""
         stored = [size for size, n in zip(self.slice_bytes[:slices], self.slice_counts, strict=False) if n]
         return Needs(
             libraries=libraries,
@@ -148,8 +147,8 @@ def read_shape(
 
 
 def store_shape(path: Path) -> ModelShape:
-    """Of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
-    store = Store.open(path)
+    """Return the sizes of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
+    store = StoredModel.open(path)
     return _shape(
         store.architecture,
         store.meta.dense,
@@ -161,12 +160,12 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=store.meta.dense_bits,
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
-        router=bit_router(store, trained=False),
+        router=store.bit_router(trained=False),
     )
 
 
 def checkpoint_shape(source: Checkpoint, settings: Conversion, name: str, origin: str) -> ModelShape:
-    """Of a checkpoint as it would be converted. Of its tensors only names, types and shapes are used."""
+    """Return the sizes of a checkpoint as it would be converted, from names, types and shapes of its tensors."""
     widths = check_settings(settings.widths, settings.group_size, settings.dense_bits)
     arch: Architecture | UnsupportedModel
     try:

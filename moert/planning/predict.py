@@ -1,4 +1,4 @@
-"""What a model would do on a device with a budget: the split of the memory, speeds, hits, bytes and quality."""
+"""Predict what a model would do on a device with a budget: the split of the memory, speeds, hits, bytes and quality."""
 
 # T tokens, K experts per token, E experts, S slices
 
@@ -32,7 +32,7 @@ _LIBRARY_SLACK, _WORKSPACE_SHARE = 56 << 20, 0.6
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of one setting; names as in `generate --json`. Times in seconds, sizes in bytes.
+    """The prediction for one setting; names as in `generate --json`. Times in seconds, sizes in bytes.
 
     decode_tokens_per_s, hit_ratio, bytes_read_per_token, mean_width, width_histogram: of an answer behind a prompt of
     prompt_tokens. ttft_s: of that prompt, with nothing of the experts in memory before it. prefill_tokens_per_s: of a
@@ -58,7 +58,7 @@ class Prediction:
     quality: Quality | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the prediction as plain data for JSON."""
         return asdict(self)
 
 
@@ -128,7 +128,7 @@ def predict(
 
 
 def router_of(shape: ModelShape) -> BitRouter | None:
-    """What the store measured of each expert, where all layers are simulated, so that they can be told apart."""
+    """Return what the store measured of each expert, where all layers are simulated, so that they can be told apart."""
     return shape.router if len(shape.moe_layers) == shape.num_layers <= MOST_LAYERS else None
 
 
@@ -141,7 +141,7 @@ def policy_of(precision: str, trace: Trace, shape: ModelShape) -> Precision:
 
 
 def fit(trace: Trace, shape: ModelShape, kv_bits: int | None, prompt_tokens: int) -> Trace:
-    """The same steps, with the bytes of `shape`: a token reads keys and values as it reads dense weights.
+    """Return the trace with the bytes of `shape`: a token reads keys and values as it reads dense weights.
 
     Raises UsageError where the trace is of a model with other layers or experts.
     """
@@ -167,8 +167,9 @@ def mean_sizes(shape: ModelShape) -> tuple[int, ...]:
 
 
 class Prompts:
-    """What prompts take: a chunk of up to 512 tokens goes through layer after layer, its experts compute while those
-    that are missing are read."""
+    """The time that prompts take: a chunk of up to 512 tokens goes through layer after layer, its experts compute while
+    those that are missing are read.
+    """
 
     def __init__(self, shape: ModelShape, profile: Profile, trace: Trace, found: Estimate) -> None:
         self._shape, self._profile, self._usage, self._found = shape, profile, usage(trace), found

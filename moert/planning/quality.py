@@ -1,4 +1,4 @@
-"""What precision costs in quality: as measured on small models, for want of a way to know it of a model not run yet.
+"""The cost of a precision in quality, as measured on small models, for want of a way to know it of a model not run yet.
 
 `moert eval` on the model that ships (Qwen3-MoE, 21 M parameters) and on one of OLMoE's shape (14 M), 20,440 held-out
 tokens, against the same model lossless; `elastic` on the first alone, out of a quarter of the memory. The order of the
@@ -25,12 +25,12 @@ class Quality:
 
     @property
     def text(self) -> str:
-        """For people, in percent of perplexity lost."""
+        """Describe the quality for people, in percent of perplexity lost."""
         low, high = (f"{100 * (ratio - 1):.1f}" for ratio in self.perplexity_ratio)
         return f"+{low}%" if low == high else f"+{low} to {high}%"
 
 
-# Calibrated conversion with trained scales, as README.md says under "What a width costs" and "Experts that do not fit".
+# Calibrated conversion with trained scales: moert/docs/quality.md, "Beside other quantisers" and "Elastic precision".
 _CALIBRATED = {
     "fixed:4": Quality((1.0009, 1.0035), (0.0058, 0.0063)),
     "routed:3": Quality((1.0024, 1.0048), (0.0074, 0.0082)),
@@ -50,7 +50,7 @@ _LOSSLESS = Quality((1.0, 1.0), (0.0, 0.0), "weights of 16 bits are not rounded"
 
 
 def quality_of(precision: str, calibrated: bool) -> Quality | None:
-    """Of a policy as `--precision` names it; None where it was not measured.
+    """Return the quality of a policy as `--precision` names it; None where it was not measured.
 
     calibrated: whether the store is, or would be, made with --calibrate. Rounded experts under `elastic:B` are in sum
     no worse than at B bits, which is what is said of them.

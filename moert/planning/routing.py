@@ -1,4 +1,4 @@
-"""Which experts the tokens of a plan are routed to: as recorded with the model, or drawn for it."""
+"""Choose the experts to which the tokens of a plan are routed: as recorded with the model, or drawn for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RoutingSample:
 
 
 def drawn(shape: ModelShape, prompt_tokens: int) -> RoutingSample:
-    """From what is published of the model's family."""
+    """Draw routes from what is published of the model's family."""
     statistics = statistics_for(shape.model_type, shape.name)
     trace = draw(shape, statistics, prompt=prompt_tokens, tokens=MOST_TOKENS)
     about = f"drawn from statistics ({statistics.source}; routers one layer early: {statistics.recall_source})"

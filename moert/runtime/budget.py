@@ -4,28 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import psutil
-
 from moert.config import PREFILL_CHUNK, format_bytes
 from moert.errors import BudgetError
-from moert.quant.format import align
 
 _MIB = 1 << 20
-# What is measured of interpreter and libraries differs by a few pages from run to run: rounded up, it does not.
-_LIBRARY_STEP = 32 * _MIB
-# Grown later by thread stacks, the allocator's slack and code pages not touched yet.
-_LIBRARY_GROWTH = 48 * _MIB
-# Grown by a device's first kernels: their compiler (Triton 3.7: 56 MiB), and locked memory that copies go through.
-_DEVICE_GROWTH = 96 * _MIB
 AUTO_SHARE = 0.8  # of the memory available now, where no budget is given
 
 
 class Sizes(Protocol):
-    """What the workspace depends on: of an `Architecture`, or of a `ModelShape`."""
+    """The sizes on which the workspace depends, taken from an `Architecture` or a `ModelShape`."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -74,7 +65,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How memory is split, in bytes. `total` is the promise: peak resident memory stays below it."""
+    """A split of the memory, in bytes. `total` is the promise: peak resident memory stays below it."""
 
     total: int
     libraries: int
@@ -118,38 +109,6 @@ def workspace_bytes(sizes: Sizes, ctx_size: int, sequences: int = 1) -> int:
     # Routers at 4 bits, for looking ahead.
     floats += len(sizes.moe_layers) * sizes.num_experts * sizes.hidden_size // 7
     return 4 * floats + 16 * _MIB  # blocks of unpacked weights, and what the matrix library keeps
-
-
-def library_bytes(compiles: bool = False) -> int:
-    """Resident memory of interpreter and libraries now, with what they will still grow by, rounded up.
-
-    compiles: whether there is a device whose kernels are compiled.
-    """
-    growth = _LIBRARY_GROWTH + (_DEVICE_GROWTH if compiles else 0)
-    return align(psutil.Process().memory_info().rss + growth, _LIBRARY_STEP)
-
-
-def available_bytes() -> int:
-    """Memory that this process can still get: the machine's, or its control group's where that is less."""
-    return min([psutil.virtual_memory().available, *(limit - used for limit, used in _group_limits())])
-
-
-def total_bytes() -> int:
-    """Memory that programs may use in all: the machine's, or its control group's where that is less."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits())])
-
-
-def _group_limits() -> Iterator[tuple[int, int]]:
-    """Of the control groups that limit memory: the limit and what is in use, in bytes."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_file) as limit, open(used_file) as used:
-                yield int(limit.read()), int(used.read())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
 
 
 def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | None, available: int) -> Budget:

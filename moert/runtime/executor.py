@@ -179,9 +179,7 @@ class ExpertRunner:
         bring = functools.partial(self._bring, layer, waves, slices, tokens, None)
         return self.experts.sum_tokens(layer, slices, x, places, weights, bring)
 
-    def ask(
-        self, layer: int, indices: Tensor, weights: Tensor
-    ) -> tuple[TokenGroups, list[RoutedExpert], list[float]]:
+    def ask(self, layer: int, indices: Tensor, weights: Tensor) -> tuple[TokenGroups, list[RoutedExpert], list[float]]:
         """Say what many tokens ask of a layer: where, of whom, and, for an error budget, their squared weights."""
         counts = torch.from_numpy(self.chooser.many(layer, indices.numpy(), weights.numpy()))
         places, routed = route_tokens(indices, weights, counts)

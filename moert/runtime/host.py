@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from moert.kernels.elementwise import add_rows, combine
 from moert.quant.expert_table import ExpertTable
-from moert.quant.rows import add_rows, combine
 from moert.runtime.routing import TokenGroups
 from moert.runtime.telemetry import Telemetry
 from moert.runtime.waves import Compute

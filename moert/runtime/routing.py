@@ -1,4 +1,4 @@
-"""What the router asks of a layer, put in the order of its experts."""
+"""Sort what the router asks of a layer by expert."""
 
 # T tokens, K experts per token
 
@@ -17,12 +17,12 @@ TokenGroups: TypeAlias = dict[int, dict[int, Tensor]]
 
 
 def route_token(experts: Sequence[int], weights: Sequence[float], slices: Sequence[int]) -> list[RoutedExpert]:
-    """What a single token asks of a layer."""
+    """List the experts that a single token asks of a layer."""
     return [RoutedExpert(e, 1, w, n) for e, w, n in zip(experts, weights, slices, strict=True)]
 
 
 def route_tokens(indices: Tensor, weights: Tensor, counts: Tensor) -> tuple[TokenGroups, list[RoutedExpert]]:
-    """What many tokens ask: indices and counts (of slices) int64 [T, K], weights float32 [T, K].
+    """Group what many tokens ask by expert: indices and counts (of slices) int64 [T, K], weights float32 [T, K].
 
     TokenGroups: for each expert, ascending, and each number of slices that it is wanted with, ascending, where it
     stands in the flattened [T, K].
@@ -47,14 +47,14 @@ def _places(indices: Tensor, counts: Tensor) -> TokenGroups:
 
 
 def _waiting(groups: dict[int, Tensor]) -> tuple[int, ...]:
-    """For each slice the number of tokens that need it; empty where all need all of them."""
+    """Count for each slice the tokens that need it; empty where all need all of them."""
     if len(groups) == 1:
         return ()
     return tuple(sum(len(at) for n, at in groups.items() if n > index) for index in range(max(groups)))
 
 
 def sums_by_expert(indices: Tensor, weights: Tensor) -> dict[int, float]:
-    """Of what stands beside it, weights [T, K]."""
+    """Sum up by expert the numbers that stand beside its index, weights [T, K]."""
     flat = indices.flatten()
     sums = torch.zeros(int(flat.max()) + 1).index_add_(0, flat, weights.flatten())
     return dict(enumerate(sums.tolist()))

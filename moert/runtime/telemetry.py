@@ -1,4 +1,4 @@
-"""What the runtime counts about itself."""
+"""Counters of the runtime about itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Counters:
         return replace(self, token_uses=self.token_uses.copy())
 
     def since(self, earlier: Counters) -> Counters:
-        """What was counted after `earlier`."""
+        """Return what was counted after `earlier`."""
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
     @property
@@ -67,7 +67,7 @@ class Counters:
         return {(0, *widths)[n]: count / total for n, count in sorted(self.token_uses.items())}
 
     def per_token(self, tokens: int, widths: Sequence[int]) -> dict[str, Any]:
-        """What is new in `GenerationStats`, by the names of its fields."""
+        """Return what these counters add to `GenerationStats`, by the names of its fields."""
         tokens = max(tokens, 1)
         return {
             "waited_s_per_token": self.waited_s / tokens,
@@ -127,11 +127,11 @@ class Telemetry:
         return total(part for layers in self._phases.values() for part in layers.values())
 
     def of(self, layer: int) -> Counters:
-        """What is counted now for a layer."""
+        """Return the counters of a layer that are used now."""
         return self._layers[layer]
 
     def layers(self, decoding: bool) -> dict[int, Counters]:
-        """What was counted for the experts of each layer while decoding, or for prompts."""
+        """Return what was counted for the experts of each layer while decoding, or for prompts."""
         return {layer: part.copy() for layer, part in self._phases[decoding].items()}
 
     def step(self, count: int, first: int | None) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""What happened when, in the Chrome trace format (JSON array form) that Perfetto shows."""
+"""Write what happened when, in the Chrome trace format (JSON array form) that Perfetto shows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Timeline:
 
     @property
     def full(self) -> bool:
-        """Whether there was more than it takes."""
+        """Tell whether there was more than it takes."""
         return self._events >= MOST_EVENTS
 
     @contextmanager
@@ -75,7 +75,7 @@ class Timeline:
             self._add(_COMPUTE, name, begin, time.perf_counter())
 
     def dense(self, name: str, end: float) -> None:
-        """What was computed since the last experts."""
+        """Note what was computed since the last experts."""
         self.compute(name, self._last, end)
 
     def compute(self, name: str, begin: float, end: float) -> None:

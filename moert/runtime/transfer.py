@@ -20,8 +20,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moert.errors import StoreError
-from moert.quant.dispatch import compiled
 from moert.store.fileio import as_bytes
+
+_native: ModuleType | None
+try:
+    from moert.runtime import _reader as _native  # type: ignore[attr-defined, no-redef]
+except ImportError:  # not built: Python's threads read, slowly
+    _native = None
 
 READERS = 2  # one or two saturate a disk at these sizes; more only compete with computing
 CHUNK_BYTES = 1 << 20  # what a demand may have to wait for; at 256 KiB these disks are no slower, but Python is
@@ -30,7 +35,7 @@ MAX_IOV = 1024  # buffers that one preadv call may take (IOV_MAX on Linux)
 
 
 def direct_io_works(file: Path) -> bool:
-    """Whether `file` can be read with O_DIRECT."""
+    """Tell whether `file` can be read with O_DIRECT."""
     reader = File(file)
     try:
         return reader.direct
@@ -145,10 +150,19 @@ class Reader(Protocol):
         """Let the threads end after what is queued, and close the files."""
 
 
-def make_reader(memory: Tensor) -> Reader:
-    """The compiled module's threads, which need no interpreter, or Python's. memory: uint8, what reads fill."""
-    module = compiled()
-    return SliceReader(memory) if module is None else NativeReader(memory, module)
+def native_reader() -> ModuleType | None:
+    """The compiled reader, whatever kernel computes; None where it was not built."""
+    return _native
+
+
+def make_reader(memory: Tensor, native: bool | None = None) -> Reader:
+    """Start the compiled module's threads, which need no interpreter, or Python's where it was not built.
+
+    memory: uint8, what reads fill. native: one of the two, whatever there is; RuntimeError where it was not built.
+    """
+    if native is None:
+        native = _native is not None
+    return NativeReader(memory) if native else SliceReader(memory)
 
 
 class _Files:
@@ -171,11 +185,18 @@ class _Files:
 
 
 class NativeReader:
-    """Threads of the compiled module."""
+    """Threads of the compiled module, which keep the memory alive that they fill."""
 
-    def __init__(self, memory: Tensor, module: ModuleType, threads: int = READERS) -> None:
-        self._native, self._memory = module.Reader(memory.data_ptr(), threads, CHUNK_BYTES), memory
+    def __init__(self, memory: Tensor, threads: int = READERS) -> None:
+        if _native is None:
+            raise RuntimeError("the compiled module moert.runtime._reader was not built")
         self._files = _Files()
+        self._native = _native.Reader(memory.data_ptr(), threads, CHUNK_BYTES, memory)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_native"):
+            self._native.drain()
+            self.close()
 
     def submit(self, read: Read, ahead: bool = False) -> None:
         try:
@@ -186,7 +207,7 @@ class NativeReader:
         read._job = self._native.submit(file.fd, not file.direct, read.offset, read.parts, ahead)
 
     def promote(self, read: Read) -> None:
-        self._native.hurry(read._job)
+        self._native.promote(read._job)
 
     def cancel(self, read: Read) -> bool:
         return read._job is None or bool(self._native.cancel(read._job))
@@ -203,7 +224,7 @@ _Chunk = tuple[Read, int, int]  # of which read, from and to which of its bytes
 
 
 class SliceReader:
-    """Python's threads, where the compiled module is not in use."""
+    """Python's threads, where the compiled module was not built."""
 
     def __init__(self, memory: Tensor, threads: int = READERS) -> None:
         self._memory = as_bytes(memory)

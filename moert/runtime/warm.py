@@ -1,4 +1,4 @@
-"""What was in the arena, kept in a file beside the converted models: names and scores, not the slices themselves.
+"""Keep what was in the arena in a file beside the converted models: names and scores, not the slices themselves.
 
 These are read from the store, in the order in which they lie there. A second copy in one piece was no faster (1.00 GiB:
 0.81 s against 0.75 s), takes as much disk as the arena, and 1.7 s to write at the end of each run.

@@ -1,1 +1,1 @@
-"""The store: a converted model on disk."""
+"""A converted model on disk: layout, meta data, reader and writer; knows nothing of checkpoints or models."""

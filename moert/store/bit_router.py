@@ -54,7 +54,9 @@ def write_router(store: Path, router: TrainedRouter) -> None:
 
 
 def read_router(store: Path, shape: tuple[int, int, int]) -> TrainedRouter | None:
-    """That of a store with so many MoE layers, experts and widths; None where there is none. StoreError if damaged."""
+    """Read the router of a store with so many MoE layers, experts and widths; None where there is none. StoreError if
+    damaged.
+    """
     path = store / ROUTER_FILE
     if not path.exists():
         return None

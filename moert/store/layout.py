@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from moert.models.architecture import TensorSpec
 from moert.quant.format import RAW_DTYPE_BYTES, SLICE_ALIGN, ExpertLayout, MatrixLayout, align
 
 META_FILE = "moert.json"
@@ -44,6 +43,14 @@ def experts_file(layer: int) -> str:
 def slice_name(layer: int, expert: int, index: int) -> str:
     """Name of the tensor that holds one slice of one expert."""
     return f"layers.{layer}.experts.{expert}.slice.{index}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape of a tensor, and whether it is a large matrix that may be stored at 8 bits."""
+
+    shape: tuple[int, ...]
+    quantise: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ def build_header(entries: Iterable[Entry]) -> bytes:
 
 @dataclass(frozen=True)
 class ExpertFile:
-    """Where everything lies in the file of one MoE layer. kept[e]: how many slices expert e has; None: all."""
+    """The layout of the file of one MoE layer. kept[e]: how many slices expert e has; None: all."""
 
     layer: int
     num_experts: int
@@ -80,7 +87,7 @@ class ExpertFile:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many slices each expert has."""
+        """Return how many slices each expert has."""
         return self.kept or (self.layout.num_slices,) * self.num_experts
 
     @property
@@ -98,7 +105,7 @@ class ExpertFile:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each expert begins, counted from the first, and where the last one ends."""
+        """Return where each expert begins, counted from the first, and where the last one ends."""
         prefixes = [0, *itertools.accumulate(self.layout.slice_sizes)]
         return (0, *itertools.accumulate(prefixes[count] for count in self.counts))
 
@@ -119,7 +126,7 @@ class ExpertFile:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """How one dense tensor is stored: packed (`packed` set), or row-major in `dtype` (`packed` None)."""
+    """The form in which one dense tensor is stored: packed (`packed` set), or row-major in `dtype` (`packed` None)."""
 
     name: str
     shape: tuple[int, ...]
@@ -152,7 +159,9 @@ def dense_order(tensors: Iterable[DenseTensor]) -> list[DenseTensor]:
 def stored_dense(
     tensors: Mapping[str, TensorSpec], dtype_of: Callable[[str], str], group_size: int, dense_bits: int
 ) -> list[DenseTensor]:
-    """How each of `tensors`, by canonical name, is stored, in order; dtype_of gives the source's dtype for a name."""
+    """Decide how each of `tensors`, by canonical name, is stored, in order; dtype_of gives the source's dtype for a
+    name.
+    """
 
     def stored(name: str, spec: TensorSpec) -> DenseTensor:
         packed = None

@@ -90,7 +90,7 @@ class StoreMeta:
         return self.layout.widths
 
     def expert_file(self, layer: int) -> ExpertFile:
-        """Where the experts of a layer lie."""
+        """Return the layout of the file with the experts of a layer."""
         return ExpertFile(layer, self.num_experts, self.layout, tuple(self.kept[layer]) if self.kept else None)
 
     def as_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from moert.errors import StoreError
 from moert.store.fileio import atomic_file
-from moert.store.layout import CONFIG_FILE
+from moert.store.layout import CONFIG_FILE, EMBEDDING
 from moert.store.reader import Store
 
 PREDICTOR_FILE = "predictor.safetensors"
@@ -43,8 +43,9 @@ class TrainedPredictor:
 
 
 def _shapes(store: Store, found: Arrays) -> dict[str, tuple[int, ...]]:
-    """Of all tensors, from the model and from those sizes that training may choose."""
-    rows, vocabulary = len(store.moe_layers) * store.num_experts, store.architecture.vocab_size
+    """Return the shapes of all tensors, from the model and from those sizes that training may choose."""
+    rows = len(store.moe_layers) * store.num_experts
+    vocabulary = next(tensor.shape[0] for tensor in store.meta.dense if tensor.name == EMBEDDING)
     width, (inputs, hidden) = found["tokens"].shape[1], found["context"].shape
     routes, rates = found["routes"].shape[1], found["recent"].shape[1]
     return {
@@ -80,7 +81,7 @@ def write_predictor(store: Store, predictor: TrainedPredictor) -> None:
 
 
 def read_predictor(store: Store) -> TrainedPredictor | None:
-    """That of a store; None where there is none. StoreError where it is damaged or of another model."""
+    """Read the predictor of a store; None where there is none. StoreError where it is damaged or of another model."""
     path = store.path / PREDICTOR_FILE
     if not path.exists():
         return None

@@ -9,17 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from moert.errors import StoreError
 from moert.hardware.allocator import allocate
-from moert.models import registry
-from moert.models.architecture import Architecture
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import PackedMatrix
+from moert.scheduler.precision import BitRouter
 from moert.store.bit_router import TrainedRouter, read_router
 from moert.store.fileio import as_bytes, opened, read_into
 from moert.store.layout import (
@@ -34,24 +33,23 @@ from moert.store.meta import StoreMeta, read_meta
 
 
 class Location(NamedTuple):
-    """Where slice 0 of an expert begins; its further slices follow."""
+    """The place where slice 0 of an expert begins; its further slices follow."""
 
     file: Path
     offset: int
 
 
 class Store:
-    """A converted model: `path`, `meta`, `config` (config.json) and `architecture`.
+    """A converted model on disk: `path`, `meta` (moert.json) and `config` (config.json).
 
     Opening checks all that is cheap: moert.json, that every file is there and as long as it should be, and that
-    config.json is unchanged and describes the same model. What was written is checked when it is read.
+    config.json is unchanged. What was written is checked when it is read. `moert.models.stored_model` knows the model.
     """
 
-    def __init__(self, path: Path, meta: StoreMeta, config: dict[str, Any], architecture: Architecture) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, config: dict[str, Any]) -> None:
         self.path = path
         self.meta = meta
         self.config = config
-        self.architecture = architecture
         self.layout: ExpertLayout = meta.layout
         self.num_experts = meta.num_experts
         self.moe_layers = meta.moe_layers
@@ -60,8 +58,8 @@ class Store:
         self.kept = {layer: file.counts for layer, file in self._experts.items()}
 
     @classmethod
-    def open(cls, path: Path | str) -> Store:
-        """Raises StoreError with one sentence that names the file, or UnsupportedModelError."""
+    def open(cls, path: Path | str) -> Self:
+        """Open the store in a folder. Raises StoreError with one sentence that names the file."""
         path = Path(path)
         if not path.is_dir():
             raise StoreError(f"There is no store {path}.")
@@ -71,34 +69,23 @@ class Store:
             _check_size(path / name, size)
         data = _read(path / CONFIG_FILE)
         if zlib.crc32(data) != meta.copies[CONFIG_FILE].crc32:
-            raise _changed(path / CONFIG_FILE, "is not as it was written")
-        config = json.loads(data)
-        store = cls(path, meta, config, registry.architecture(config))
+            raise changed(path / CONFIG_FILE, "is not as it was written")
+        store = cls(path, meta, json.loads(data))
         store._check_layout()
         return store
 
     def _check_layout(self) -> None:
-        arch, meta = self.architecture, self.meta
-        same = (arch.moe_layers, arch.num_experts, arch.hidden_size, arch.expert_inner, arch.model_type) == (
-            meta.moe_layers,
-            meta.num_experts,
-            meta.layout.hidden,
-            meta.layout.inner,
-            meta.model_type,
-        )
-        shapes = {name: tuple(spec.shape) for name, spec in arch.dense_tensors().items()}
-        if not same or shapes != {t.name: t.shape for t in meta.dense}:
-            raise _changed(self.path / META_FILE, f"does not describe the model of {CONFIG_FILE}")
+        meta = self.meta
         dense_header = build_header(t.entry for t in meta.dense)
         dense = meta.weights[DENSE_FILE]
         if (dense.data_start, dense.size) != (len(dense_header), len(dense_header) + self.dense_bytes):
-            raise _changed(self.path / META_FILE, f"gives sizes that are not those of {DENSE_FILE}")
+            raise changed(self.path / META_FILE, f"gives sizes that are not those of {DENSE_FILE}")
         _check_start(self.path / DENSE_FILE, dense_header)
         for file in self._experts.values():
             weights = meta.weights[file.name]
             start = weights.data_start
             if start % SLICE_ALIGN or weights.size != start + file.data_bytes:
-                raise _changed(self.path / META_FILE, f"gives sizes that are not those of {file.name}")
+                raise changed(self.path / META_FILE, f"gives sizes that are not those of {file.name}")
             _check_start(self.path / file.name, (start - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little"))
 
     @property
@@ -107,14 +94,14 @@ class Store:
         return sum(t.nbytes for t in self.meta.dense)
 
     def location(self, layer: int, expert: int) -> Location:
-        """Where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError for an expert not there."""
+        """Return where slice 0 of an expert begins, a multiple of 4096. KeyError or IndexError where there is none."""
         file = self._experts[layer]
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert {expert} is not one of {self.num_experts}")
         return Location(self.path / file.name, self.meta.weights[file.name].data_start + file.starts[expert])
 
     def experts_with(self, index: int) -> int:
-        """How many experts, over all layers, have slice `index`."""
+        """Count how many experts, over all layers, have slice `index`."""
         return sum(count > index for counts in self.kept.values() for count in counts)
 
     def experts_bytes(self, slices: int) -> int:
@@ -123,12 +110,12 @@ class Store:
 
     @property
     def widest(self) -> dict[int, int]:
-        """How many experts, over all layers, have slices up to each width, ascending."""
+        """Count how many experts, over all layers, have slices up to each width, ascending."""
         counts = Counter(self.layout.widths[count - 1] for counts in self.kept.values() for count in counts)
         return dict(sorted(counts.items()))
 
     def kept_widths(self) -> str:
-        """What `widest` says, for people."""
+        """Describe the counts of `widest` for people."""
         mean = sum(width * n for width, n in self.widest.items()) / sum(self.widest.values())
         parts = (f"{n} experts at {width}" for width, n in self.widest.items())
         return f"{mean:.2f} bits on average ({', '.join(parts)})"
@@ -138,7 +125,7 @@ class Store:
         return self.meta.checksums[layer][expert][index]
 
     def load_dense(self, but: Container[str] = ()) -> dict[str, Tensor | PackedMatrix]:
-        """All tensors but the experts' and those named, by canonical name, in memory of their own.
+        """Read all tensors but the experts' and those named, by canonical name, in memory of their own.
 
         StoreError names a damaged one.
         """
@@ -150,7 +137,7 @@ class Store:
     def read_dense(
         self, names: Container[str], room: Callable[[int], Tensor] = allocate
     ) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
-        """These of the tensors but the experts', one after the other, each in memory that `room` gives for it."""
+        """Read the named tensors, experts' excepted, one after the other, each in memory that `room` gives for it."""
         offset = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):
@@ -162,7 +149,7 @@ class Store:
         data = place[: tensor.nbytes]
         buffer = as_bytes(data)
         if read_into(fd, buffer, offset) != len(buffer) or zlib.crc32(buffer) != crc:
-            raise _changed(self.path / DENSE_FILE, f"is damaged at tensor {tensor.name}")
+            raise changed(self.path / DENSE_FILE, f"is damaged at tensor {tensor.name}")
         if tensor.packed is not None:
             return PackedMatrix(tensor.packed, (data,))
         return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
@@ -170,6 +157,22 @@ class Store:
     def trained_router(self) -> TrainedRouter | None:
         """The bit router that was trained for this store, if one was. StoreError where it is damaged."""
         return read_router(self.path, (len(self.moe_layers), self.num_experts, len(self.meta.widths)))
+
+    def bit_router(self, trained: bool = True) -> BitRouter | None:
+        """Return what decides on routed widths: trained if there is such, else sensitivities.
+
+        None where the conversion did not measure these. Raises StoreError where what was trained is damaged.
+        """
+        meta, kept, layers = self.meta, self.kept, self.moe_layers
+        if meta.sensitivity is None or meta.router_weights is None:
+            return None
+        sensitivity, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
+        found = self.trained_router() if trained else None
+        if found is not None:
+            sensitivity = dict(zip(layers, found.sensitivity.tolist(), strict=True))
+            exponents = dict(zip(layers, found.exponents.tolist(), strict=True))
+        curves = {layer: [row[:n] for row, n in zip(sensitivity[layer], kept[layer], strict=True)] for layer in layers}
+        return BitRouter(meta.widths, curves, exponents, meta.router_weights, found is not None)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte that has a checksum; `progress` gets the bytes checked and the bytes in all.
@@ -186,7 +189,7 @@ class Store:
 
         for name, copy in self.meta.copies.items():
             if zlib.crc32(_read(self.path / name)) != copy.crc32:
-                raise _changed(self.path / name, "is not as it was written")
+                raise changed(self.path / name, "is not as it was written")
         self.trained_router()
         start = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
@@ -205,7 +208,7 @@ class Store:
                 advance(before + self.location(layer, e).offset + read)
 
     def read_expert(self, layer: int, expert: int) -> list[Tensor]:
-        """Its slices, uint8 [layout.slice_sizes[i]] each, checked: StoreError names a damaged one."""
+        """Read the slices of an expert, uint8 [layout.slice_sizes[i]] each, checked: StoreError names a damaged one."""
         with _reading(self.location(layer, expert).file) as fd:
             return list(self._read_slices(fd, layer, expert))
 
@@ -215,12 +218,13 @@ class Store:
             piece = torch.empty(size, dtype=torch.uint8)
             buffer = as_bytes(piece)
             if read_into(fd, buffer, offset) != size or zlib.crc32(buffer) != self.checksum(layer, expert, i):
-                raise _changed(file, f"is damaged at layer {layer}, expert {expert}, slice {i}")
+                raise changed(file, f"is damaged at layer {layer}, expert {expert}, slice {i}")
             offset += size
             yield piece
 
 
-def _changed(file: Path, what: str) -> StoreError:
+def changed(file: Path, what: str) -> StoreError:
+    """Make the error for a file that is not as the conversion wrote it."""
     return StoreError(f"{file} {what}: convert the model again.")
 
 
@@ -244,9 +248,9 @@ def _check_size(file: Path, size: int) -> None:
     try:
         found = file.stat().st_size
     except OSError as error:
-        raise _changed(file, "is missing") from error
+        raise changed(file, "is missing") from error
     if found != size:
-        raise _changed(file, f"is {'cut short' if found < size else 'too long'} ({found} bytes, not {size})")
+        raise changed(file, f"is {'cut short' if found < size else 'too long'} ({found} bytes, not {size})")
 
 
 def _check_start(file: Path, expected: bytes) -> None:
@@ -254,4 +258,4 @@ def _check_start(file: Path, expected: bytes) -> None:
     with _reading(file) as fd:
         read_into(fd, memoryview(found), 0)
     if found != expected:
-        raise _changed(file, "has a damaged header")
+        raise changed(file, "has a damaged header")

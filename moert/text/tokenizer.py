@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from moert.errors import StoreError
 
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TEMPLATE_FILES = "additional_chat_templates/*.jinja"
+_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows a character whose bytes are not all there yet
 
 
@@ -30,10 +34,19 @@ class Tokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise StoreError(f"{path} is not a valid tokenizer: {error}.") from None
+        self._config = self._read_json("tokenizer_config.json")
+        side = SideTokens(
+            self.folder,
+            self._inner,
+            self._config,
+            *map(self._read_json, ("special_tokens_map.json", "added_tokens.json")),
+        )
+        self._inner.add_tokens(side.missing())
         # Set by training scripts for batches; here a long prompt must not be cut short.
         self._inner.no_truncation()
         self._inner.no_padding()
-        self._config = self._read_json("tokenizer_config.json")
+        self._inner.encode_special_tokens = self._config.get("split_special_tokens") is True
+        self.special_tokens = {name: str(token) for name, token in side.named.items()}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; lone surrogates (undecodable bytes of a command line) become question marks."""
@@ -58,20 +71,34 @@ class Tokenizer:
         """Every token with its id, added ones included."""
         return dict(self._inner.get_vocab(with_added_tokens=True))
 
-    @cached_property
+    @property
     def bos(self) -> str | None:
-        """The token that begins a text, as a string, for templates."""
-        return self._special("bos_token")
+        """The token that begins a text, as a string."""
+        return self.special_tokens.get("bos_token")
 
-    @cached_property
+    @property
     def eos(self) -> str | None:
-        """The token that ends a text, as a string, for templates."""
-        return self._special("eos_token")
+        """The token that ends a text, as a string."""
+        return self.special_tokens.get("eos_token")
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json; empty where there is none."""
-        return self._read_json("generation_config.json")
+        """The contents of generation_config.json; empty where there is none, or where it is in `warnings`."""
+        return self._generation_config[0]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about files that cannot be used and that a model can do without."""
+        return self._generation_config[1]
+
+    @cached_property
+    def _generation_config(self) -> tuple[dict[str, Any], list[str]]:
+        try:
+            return self._read_json("generation_config.json"), []
+        except StoreError as error:
+            return {}, [
+                f"{str(error).removesuffix('.')}: its sampling defaults and end tokens are not used; correct it."
+            ]
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -86,21 +113,29 @@ class Tokenizer:
         return frozenset(found if token is None else found | {token})
 
     @cached_property
-    def chat_template(self) -> str | None:
-        """Source of the chat template, or None: chat_template.jinja, else tokenizer_config.json (its default one)."""
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return _read_text(path)
-        value = self._config.get("chat_template")
-        if isinstance(value, list):
-            named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-            value = named.get("default", next(iter(named.values()), None))
-        return value if isinstance(value, str) else None
+    def chat_templates(self) -> dict[str, str]:
+        """Sources of all chat templates by their names; the files' replace those of tokenizer_config.json.
 
-    def _special(self, name: str) -> str | None:
-        value = self._config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        return value if isinstance(value, str) else None
+        chat_template.json, which older processors have, counts where there is nothing else, as for AutoTokenizer.
+        """
+        paths = {"default": self.folder / "chat_template.jinja"}
+        paths |= {path.name.removesuffix(".jinja"): path for path in sorted(self.folder.glob(TEMPLATE_FILES))}
+        if found := {name: _read_text(path) for name, path in paths.items() if path.is_file()}:
+            return found
+        for file in (self._config, self._read_json("chat_template.json")):
+            value = file.get("chat_template")
+            if isinstance(value, list):
+                value = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+            value = value if isinstance(value, dict) else {"default": value}
+            if found := {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, str)}:
+                return found
+        return {}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the chat template: the default one, else the first; None where there is none."""
+        templates = self.chat_templates
+        return templates.get("default", next(iter(templates.values()), None))
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -108,11 +143,136 @@ class Tokenizer:
             return {}
         try:
             value = json.loads(_read_text(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"{path} is not valid JSON: {error}.") from None
         if not isinstance(value, dict):
             raise StoreError(f"{path} does not hold a JSON object.")
         return value
+
+
+class SideTokens:
+    """Tokens that files beside tokenizer.json name, with the precedence of transformers' generic fast tokenizer.
+
+    named: special tokens by the names that templates know them by. extra: special tokens without a name. added: by the
+    ids that the files give, which only order them: a token that is new gets the next free id.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        inner: tokenizers.Tokenizer,
+        config: Mapping[str, Any],
+        special_tokens_map: Mapping[str, Any],
+        added_tokens: Mapping[str, Any],
+    ) -> None:
+        self._folder, self._inner = folder, inner
+        self.named: dict[str, AddedToken | str] = {}
+        self.extra: list[AddedToken | str] = []
+        self.added: dict[int, AddedToken] = {}
+        self._by_content: dict[str, AddedToken] = {}
+        fields = dict(config)
+        if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):
+            fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
+        named = {
+            name: fields.pop(name) for name in list(fields) if _is_own_name(name) and isinstance(fields[name], str)
+        }
+        if isinstance(fields.get("extra_special_tokens"), dict):
+            named |= fields.pop("extra_special_tokens")
+        if "added_tokens_decoder" in fields:  # then the older files do not count
+            self._add_table(fields["added_tokens_decoder"])
+        else:
+            self._merge(fields, special_tokens_map)
+            if isinstance(fields.get("extra_special_tokens"), dict):
+                named |= fields.pop("extra_special_tokens")
+            self._add_older(fields, added_tokens)
+        if inner.padding is not None:
+            fields.setdefault("pad_token", inner.padding["pad_token"])
+        for name in NAMED_TOKENS:
+            if isinstance(value := fields.get(name), (str, dict, AddedToken)):
+                token = self._token(name, value)
+                self.named[name] = self._by_content.get(str(token), token)
+        extra = fields.get("extra_special_tokens", fields.get("additional_special_tokens"))
+        if isinstance(extra, dict):
+            named = extra | named
+        elif extra is not None:
+            self.extra = [self._token("extra_special_tokens", value) for value in self._list(extra)]
+        named = {k: v for k, v in fields.items() if _is_own_name(k) and isinstance(v, (str, AddedToken))} | named
+        self.named |= {name: self._token(name, value) for name, value in named.items()}
+
+    def missing(self) -> list[AddedToken]:
+        """Tokens to add to the tokenizer, in order."""
+        have = self._inner.get_added_tokens_decoder().values()
+        known, exact = {token.content for token in have}, {repr(token) for token in have}
+        found: list[AddedToken | str] = [t for _, t in sorted(self.added.items()) if repr(t) not in exact]
+        known |= {str(token) for token in found}
+        for token in (*self.named.values(), *self.extra):
+            if str(token) not in known:
+                known.add(str(token))
+                found.append(token)
+        names = {str(token) for token in self.named.values()}
+        result = [AddedToken(token, special=True) if isinstance(token, str) else token for token in found]
+        for token in result:
+            token.special = token.special or token.content in names
+        return result
+
+    def _add(self, index: int, token: AddedToken) -> None:
+        self.added[index] = self._by_content[token.content] = token
+
+    def _add_table(self, table: Any) -> None:
+        if not isinstance(table, dict) or not all(k.isdecimal() and isinstance(v, dict) for k, v in table.items()):
+            raise self._error("added_tokens_decoder", "is not an object of tokens by their ids")
+        for index, value in table.items():
+            token = self._token("added_tokens_decoder", value)
+            assert isinstance(token, AddedToken)
+            self._add(int(index), token)
+
+    def _merge(self, fields: dict[str, Any], special_tokens_map: Mapping[str, Any]) -> None:
+        """Let special_tokens_map.json replace `fields`; its extra special tokens come in addition."""
+        for name, value in special_tokens_map.items():
+            if name == "extra_special_tokens" and isinstance(value, list):
+                tokens = list(fields.get(name) or [])
+                for item in value:
+                    token = self._token(name, {**item, "special": True} if isinstance(item, dict) else item)
+                    tokens += [] if token in tokens else [token]
+                value = tokens
+            elif name != "extra_special_tokens" and isinstance(value, dict):
+                value = self._token(name, {**value, "special": True})
+            fields[name] = value
+
+    def _add_older(self, fields: Mapping[str, Any], added_tokens: Mapping[str, Any]) -> None:
+        """Take added_tokens.json, which says nothing but ids, and then tokenizer.json's own tokens."""
+        special = {str(fields[name]) for name in NAMED_TOKENS if fields.get(name)}
+        special |= {str(token) for token in fields.get("extra_special_tokens") or []}
+        for content, index in added_tokens.items():
+            if type(index) is not int:
+                raise self._error(content, "has no number for its id", "added_tokens.json")
+            self._add(index, AddedToken(content, normalized=content not in special, special=content in special))
+        for index, token in self._inner.get_added_tokens_decoder().items():
+            self._add(index, token)
+
+    def _token(self, name: str, value: Any) -> AddedToken | str:
+        if isinstance(value, (str, AddedToken)):
+            return value
+        fields = {key: value[key] for key in _TOKEN_FIELDS if key in value} if isinstance(value, dict) else {}
+        flags_good = all(isinstance(flag, bool) for key, flag in fields.items() if key != "content")
+        if not isinstance(fields.get("content"), str) or not flags_good:
+            raise self._error(name, "has a token that is neither a string nor an object with `content` and flags")
+        return AddedToken(**fields)
+
+    def _list(self, value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise self._error("extra_special_tokens", "is neither a list nor an object")
+        return value
+
+    def _error(
+        self, name: str, what: str, file: str = "tokenizer_config.json or special_tokens_map.json"
+    ) -> StoreError:
+        return StoreError(f"{name} {what} in {file} of {self._folder}: correct it, or save the tokenizer again.")
+
+
+def _is_own_name(name: str) -> bool:
+    """Whether a field names a special token that only this model has, such as `image_token`."""
+    return name.endswith("_token") and name not in NAMED_TOKENS
 
 
 class Detokenizer:

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from moert.convert.calibration import weight_quantiles
 from moert.errors import UsageError
-from moert.router import bit_router
+from moert.models.stored_model import StoredModel
 from moert.scheduler.precision import BitRouter, RoutedPrecision
 from moert.store.bit_router import TrainedRouter
-from moert.store.reader import Store
 from moert.train import distil
 from moert.train.distil import NestedExperts
 
@@ -49,7 +48,7 @@ class Comparison:
 class _Nested(NestedExperts):
     """While `price` is set the widths are drawn and learn, else `chooser` chooses them."""
 
-    def __init__(self, store: Store, sensitivity: _Sensitivity, generator: torch.Generator) -> None:
+    def __init__(self, store: StoredModel, sensitivity: _Sensitivity, generator: torch.Generator) -> None:
         super().__init__(store)
         self._sensitivity, self._generator = sensitivity, generator
         self._bits = torch.tensor(store.meta.widths, dtype=torch.float32)
@@ -82,11 +81,14 @@ class _Nested(NestedExperts):
 
 
 class _Sensitivity(nn.Module):
-    """What is learnt. sensitivity: float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the width."""
+    """The parameters that are learnt.
+
+    sensitivity: as measured, float32 [L, E, B]. absent: bool [L, E, B], where an expert lacks the width.
+    """
 
     def __init__(self, sensitivity: Tensor, absent: Tensor) -> None:
         super().__init__()
-        self.sensitivity, self._absent = sensitivity, absent
+        self._measured, self._absent = sensitivity, absent
         self.factors = nn.Parameter(torch.zeros(sensitivity.shape[0], 1, sensitivity.shape[2]))  # logarithms
         self.exponents = nn.Parameter(torch.full((len(sensitivity),), 2.0))
 
@@ -97,7 +99,7 @@ class _Sensitivity(nn.Module):
 
     def sensitivity(self) -> Tensor:
         """[L, E, B]"""
-        return self.sensitivity * self.factors.exp()
+        return self._measured * self.factors.exp()
 
 
 class Trainer:
@@ -107,8 +109,8 @@ class Trainer:
     known, for stores that do not belong together, and where memory does not suffice.
     """
 
-    def __init__(self, store: Store, lossless: Store, windows: Sequence[Sequence[int]], seed: int) -> None:
-        thresholds = bit_router(store, trained=False)
+    def __init__(self, store: StoredModel, lossless: StoredModel, windows: Sequence[Sequence[int]], seed: int) -> None:
+        thresholds = store.bit_router(trained=False)
         if thresholds is None or store.meta.sensitivity is None:
             raise UsageError(
                 f"{store.path} does not say how sensitive its experts are, from which training starts: convert the"
@@ -165,7 +167,7 @@ class Trainer:
         return float(kl.detach()), float(width.detach())
 
     def result(self, about: str) -> TrainedRouter:
-        """What is learnt so far."""
+        """Return the router that is learnt so far."""
         exponents = self._sensitivity.exponents.detach().clamp_min(0.1)
         return TrainedRouter(self._sensitivity.sensitivity().detach().numpy(), exponents.numpy(), about)
 
@@ -207,7 +209,7 @@ class Trainer:
         self._experts.chooser = RoutedPrecision(mean, router)
 
     def _usage(self) -> dict[int, list[list[float]]]:
-        """As `router_weights` in moert.json, of all that the experts have seen."""
+        """Return `router_weights` as in moert.json, of all that the experts have seen."""
         result = {}
         for layer in self._store.moe_layers:
             seen = [(indices, weights) for at, indices, weights in self._experts.routed if at == layer]

@@ -1,4 +1,4 @@
-"""What commands share that learn from the logits of the lossless store: both models in float32, with gradients.
+"""Shared code of training against the logits of a lossless store: both models in float32, with gradients.
 
 Everything is computed by torch, with all experts in memory, so that this is for small models.
 """
@@ -17,15 +17,15 @@ from torch.nn import functional
 
 from moert.config import format_bytes
 from moert.errors import UsageError
+from moert.hardware.memory import available_bytes
 from moert.models.attention import span
 from moert.models.decoder import Decoder, DecoderLayer
 from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
+from moert.models.stored_model import StoredModel
 from moert.quant import dispatch
 from moert.quant.matmul import ACTIVATIONS, PackedExpert, floats, gather_rows
-from moert.runtime.budget import available_bytes
 from moert.scheduler.precision import Chooser
-from moert.store.reader import Store
 
 WINDOW = 512
 _MOST_CHECKED = 8  # windows that are kept from training, to compare with what there was before
@@ -44,7 +44,7 @@ class _Window(KVCache):
 class NestedExperts(Experts):
     """The experts of a store, at the widths that `chooser` chooses; those of a lossless store have a single one."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: StoredModel) -> None:
         self.activation, self.kept = store.architecture.hidden_act, store.kept
         self.chooser: Chooser | None = None  # None: always the widest
         self._weights: dict[tuple[int, int, int], Sequence[Tensor]] = {}
@@ -66,7 +66,7 @@ class NestedExperts(Experts):
         return self.sum(layer, x, indices, weights, chosen)
 
     def sum(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """As `__call__`. chosen: int64 [T, K], index of the width."""
+        """Sum the experts as `__call__` does, at given widths. chosen: int64 [T, K], index of the width."""
         out = torch.zeros_like(x)
         for e in torch.unique(indices).tolist():
             for n in range(self.kept[layer][e]):
@@ -77,12 +77,12 @@ class NestedExperts(Experts):
         return out
 
     def ffn(self, layer: int, expert: int, n: int, x: Tensor) -> Tensor:
-        """What an expert makes of x [T, D] with its first n + 1 slices."""
+        """Compute the output of an expert for x [T, D] with its first n + 1 slices."""
         gate, up, down = self.matrices(layer, expert, n)
         return (ACTIVATIONS[self.activation](x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def decoder(store: Store, experts: Experts) -> Decoder:
+def decoder(store: StoredModel, experts: Experts) -> Decoder:
     """The model of a store with dense weights in float32."""
     dense = {name: floats(w) for name, w in store.load_dense().items()}
     return Decoder(store.architecture, dense, experts)
@@ -123,8 +123,10 @@ def set_apart(windows: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tens
     return [window for i, window in enumerate(ids) if i not in at], [ids[i] for i in at]
 
 
-def check_memory(store: Store, lossless: Store, copies: int) -> None:
-    """All experts lie in memory in float32, those of the store `copies` times at each of its widths. UsageError."""
+def check_memory(store: StoredModel, lossless: StoredModel, copies: int) -> None:
+    """Raise UsageError where all experts in float32, the store's `copies` times at each of its widths, do not fit in
+    memory.
+    """
     weights = sum(rows * cols for rows, cols in store.layout.shapes)
     experts = sum(copies * sum(counts) + len(counts) for counts in store.kept.values())
     needed = 4 * weights * experts + 3 * (store.dense_bytes + lossless.dense_bytes)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moert.errors import UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedMatrix, floats
 from moert.scheduler.predictor import (
     CONTEXT,
@@ -36,7 +37,6 @@ from moert.scheduler.predictor import (
 )
 from moert.scheduler.trace import TraceStep, read_trace
 from moert.store.layout import EMBEDDING
-from moert.store.reader import Store
 
 WINDOW = 512
 _WIDTH, _HIDDEN, _SUMMARY = 32, 128, 32
@@ -61,7 +61,7 @@ class Recall:
     layers: tuple[float, ...]
 
 
-def read_windows(store: Store, paths: Sequence[Path]) -> list[Window]:
+def read_windows(store: StoredModel, paths: Sequence[Path]) -> list[Window]:
     """The tokens of traces of `store`, at most WINDOW of one turn together.
 
     UsageError for one that cannot be read, is of another model or does not say which tokens went in.
@@ -92,9 +92,9 @@ def read_windows(store: Store, paths: Sequence[Path]) -> list[Window]:
 
 
 class _Path(nn.Module):
-    """As `RoutingPath` computes it, for a whole window."""
+    """The predictor as `RoutingPath` computes it, for a whole window."""
 
-    def __init__(self, store: Store, popularity: Tensor) -> None:
+    def __init__(self, store: StoredModel, popularity: Tensor) -> None:
         super().__init__()
         rows, layers = popularity.numel(), len(store.moe_layers)
         hidden, inputs = store.architecture.hidden_size, (CONTEXT + 1) * _WIDTH
@@ -126,7 +126,7 @@ class _Path(nn.Module):
 
 
 def recent_shares(rows: Tensor, like: Tensor) -> Tensor:
-    """For each rate, token and expert its decayed share of the tokens before: [R, T, L, E]. rows: [T, L * K]."""
+    """Return for each rate, token and expert its decayed share of the tokens before: [R, T, L, E]. rows: [T, L * K]."""
     T = len(rows)
     hot = torch.zeros(T, like[0].numel()).scatter_(1, rows, 1.0)
     shares = torch.zeros(len(RATES), T, hot.shape[1])
@@ -142,7 +142,7 @@ class Trainer:
     Deterministic for a seed and a number of epochs. UsageError for too few windows.
     """
 
-    def __init__(self, store: Store, windows: Sequence[Window], seed: int) -> None:
+    def __init__(self, store: StoredModel, windows: Sequence[Window], seed: int) -> None:
         if len(windows) < 2:
             raise UsageError(f"Training needs more than one text of two or {WINDOW} tokens: record longer traces.")
         count, kept = 0, len(windows)
@@ -197,7 +197,7 @@ class Trainer:
 
     @torch.no_grad()
     def result(self) -> PathWeights:
-        """What is learnt so far, with the vectors of all tokens."""
+        """Return what is learnt so far, with the vectors of all tokens."""
         model, rows = self._model, self._store.architecture.vocab_size
         projected = [_normed(self._embedding, i, min(i + 4096, rows)) @ model.projection for i in range(0, rows, 4096)]
         vectors = torch.cat(projected) + model.tokens.weight
@@ -207,7 +207,7 @@ class Trainer:
         return PathWeights(tokens=codes.numpy(), token_scales=scales.numpy(), **others)
 
     def compare(self, on_progress: Callable[[str], None]) -> list[Recall]:
-        """What the predictor names, and what the baselines name, on windows that were not trained on."""
+        """Compare what the predictor and the baselines name, on windows that were not trained on."""
         layers, experts = self._store.moe_layers, self._store.num_experts
         weights = self.result()
         candidates: list[Callable[[], Predictor]] = [

@@ -13,13 +13,13 @@ from torch import Tensor
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
+from moert.models.stored_model import StoredModel
 from moert.quant.format import ExpertLayout
 from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep, writer
 from moert.store.layout import EMBEDDING, HEAD
-from moert.store.reader import Store
 
 
-def trace_shape(store: Store) -> Trace:
+def trace_shape(store: StoredModel) -> Trace:
     """A trace of this model without steps. An expert's bytes at 4 bits are those of widths 2, 3 and 4.
 
     The head, which every token reads, counts to the last layer; of an embedding beside it a token reads but a row.
@@ -43,7 +43,7 @@ class Recorder:
     A pass that an error or Ctrl-C breaks off is left out. OSError where the file cannot be written.
     """
 
-    def __init__(self, store: Store, decoder: Decoder, path: Path) -> None:
+    def __init__(self, store: StoredModel, decoder: Decoder, path: Path) -> None:
         self._layers = len(store.moe_layers)
         open_file = gzip.open if path.suffix == ".gz" else open
         self._file = open_file(path, "wt", encoding="utf-8")

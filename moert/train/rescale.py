@@ -13,17 +13,17 @@ from torch import Tensor
 
 from moert import __version__
 from moert.errors import StoreError
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert, PackedMatrix
 from moert.quant.reference import put_scales
 from moert.store.bit_router import ROUTER_FILE
 from moert.store.fileio import atomic_file, sync_folder, write_json
 from moert.store.layout import META_FILE
 from moert.store.meta import WeightFile
-from moert.store.reader import Store
 from moert.store.writer import TensorWriter
 
 
-def check_out(store: Store, out: Path) -> None:
+def check_out(store: StoredModel, out: Path) -> None:
     """StoreError where `out` cannot become a store."""
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already: delete it or choose another name.")
@@ -32,13 +32,13 @@ def check_out(store: Store, out: Path) -> None:
 
 
 def rescale(
-    store: Store,
+    store: StoredModel,
     out: Path,
     scales: Callable[[int, int], Sequence[Sequence[Tensor]]],
     sensitivity: dict[int, list[list[float]]] | None,
     about: str,
     progress: Callable[[str], None],
-) -> Store:
+) -> StoredModel:
     """Write `store` to the folder `out`, which appears whole or not at all, with the scales that `scales` gives.
 
     scales(layer, expert): for each slice that is kept of it, those of gate, up and down, float [N, K / G] each.
@@ -76,10 +76,10 @@ def rescale(
             write_json(folder / META_FILE, changed.as_json())
     except OSError as error:
         raise StoreError(f"Cannot write {out}: {error.strerror}; {store.path} is as it was.") from error
-    return Store.open(out)
+    return StoredModel.open(out)
 
 
-def _slices(store: Store, layer: int, expert: int, scales: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _slices(store: StoredModel, layer: int, expert: int, scales: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     slices = store.read_expert(layer, expert)
     packed = PackedExpert.from_slices(slices, store.layout)  # views of the slices
     for m, matrix in enumerate((packed.gate, packed.up, packed.down)):

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from moert.errors import UsageError
+from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert, PackedMatrix
 from moert.quant.reference import unpack_scales
-from moert.router import bit_router
 from moert.scheduler.precision import FixedPrecision, Precision, RoutedPrecision
-from moert.store.reader import Store
 from moert.train import distil
 from moert.train.distil import NestedExperts
 
@@ -50,7 +49,7 @@ class Comparison:
 class _Scaled(NestedExperts):
     """Experts whose scales learn: `changes` are the logarithms of their factors, used where `learning` is set."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: StoredModel) -> None:
         super().__init__(store)
         self._group_size = store.meta.group_size
         self.learning = True
@@ -103,7 +102,7 @@ class Trainer:
     not suffice.
     """
 
-    def __init__(self, store: Store, lossless: Store, windows: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(self, store: StoredModel, lossless: StoredModel, windows: Sequence[Sequence[int]], seed: int) -> None:
         if store.layout.raw:
             raise UsageError(f"{store.path} keeps its experts as they are, without scales: name one of 2 to 8 bits.")
         self._windows, self._checked = distil.set_apart(windows)
@@ -114,7 +113,7 @@ class Trainer:
         self._model = distil.decoder(store, self._experts)
         self._right = _Watched(lossless)
         self._lossless = distil.decoder(lossless, self._right)
-        widths, router = store.meta.widths, bit_router(store)
+        widths, router = store.meta.widths, store.bit_router()
         self._fixed: list[Precision] = [FixedPrecision(b) for b in reversed(widths)]
         self._routed: list[Precision] = []
         if router is not None and len(widths) > 1:
@@ -185,8 +184,10 @@ class Trainer:
 
     @torch.no_grad()
     def sensitivity(self, on_progress: Callable[[str], None]) -> dict[int, list[list[float]]] | None:
-        """As in moert.json, if the store says it: by as much more or less as the outputs of the experts are wrong with
-        what is learnt so far, where they see what the lossless model sees of the windows set apart."""
+        """Return the sensitivity as in moert.json, if the store says it: by as much more or less as the outputs of the
+        experts are wrong with what is learnt so far, where they see what the lossless model sees of the windows set
+        apart.
+        """
         known, layers = self._store.meta.sensitivity, self._store.moe_layers
         if known is None:
             return None
@@ -221,5 +222,5 @@ class Trainer:
         return {layer: (torch.tensor(known[layer]).double() * growth[layer]).tolist() for layer in layers}
 
     def result(self, layer: int, expert: int) -> list[list[Tensor]]:
-        """What is learnt so far: of each slice of an expert the scales of gate, up and down, fp16 [N, K / G]."""
+        """Return the scales learnt so far: for each slice of an expert those of gate, up and down, fp16 [N, K / G]."""
         return [self._experts.rounded((layer, expert, n)) for n in range(self._store.kept[layer][expert])]

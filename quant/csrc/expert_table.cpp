@@ -80,17 +80,18 @@ std::vector<int> ExpertTable::missing(int layer, const std::vector<int>& experts
   return result;
 }
 
-const std::vector<ExpertMatrices>* ExpertTable::find(int layer, const std::vector<int>& experts,
-                                                     const std::vector<int>& slices) {
+std::vector<ExpertMatrices> ExpertTable::find(int layer, const std::vector<int>& experts,
+                                              const std::vector<int>& slices) const {
   if (experts.empty() || slices.size() != experts.size())
     throw std::invalid_argument("one number of slices for each expert is needed");
-  found_.clear();
+  std::vector<ExpertMatrices> found;
+  found.reserve(experts.size());
   for (size_t i = 0; i < experts.size(); i++) {
     const auto place = experts_.find(key(layer, experts[i], slices[i]));
-    if (place == experts_.end()) return nullptr;
-    found_.push_back(place->second);
+    if (place == experts_.end()) return {};
+    found.push_back(place->second);
   }
-  return &found_;
+  return found;
 }
 
 }  // namespace moert

@@ -23,6 +23,7 @@ NestedMatrix nested_matrix(const std::vector<PlaneTuple>& planes, uintptr_t scal
 using PlacedPlane = std::tuple<size_t, size_t, size_t, int, int>;
 using PlacedMatrix = std::tuple<std::vector<PlacedPlane>, std::tuple<size_t, size_t>, int64_t, int64_t, int>;
 
+// Its functions are called under the interpreter's lock.
 class ExpertTable {
  public:
   // places[n]: gate, up and down of an expert used with n + 1 slices.
@@ -40,14 +41,14 @@ class ExpertTable {
   // The positions of those that are not there.
   std::vector<int> missing(int layer, const std::vector<int>& experts, const std::vector<int>& slices) const;
 
-  // The experts, each used with so many slices, valid until the next call; null where one is not there.
-  const std::vector<ExpertMatrices>* find(int layer, const std::vector<int>& experts, const std::vector<int>& slices);
+  // The experts, each used with so many slices; none where one of them is not there. The result is the caller's own, so
+  // that it stays right when another thread asks or changes the table.
+  std::vector<ExpertMatrices> find(int layer, const std::vector<int>& experts, const std::vector<int>& slices) const;
 
  private:
   std::vector<std::vector<PlacedMatrix>> places_;
   uintptr_t memory_;
   std::unordered_map<uint64_t, ExpertMatrices> experts_;
-  std::vector<ExpertMatrices> found_;
 };
 
 }  // namespace moert

@@ -66,21 +66,6 @@ struct Activations {
   int64_t at(int64_t token, int64_t group) const { return group * stride + token; }
 };
 
-enum class CacheType { kHalf, kFloat, kByte };
-
-// Attention of some tokens, one after the other, over cached keys and values of one layer, their own among them. Keys
-// of 16 positions lie side by side: [kv_heads][capacity / 16][head_dim][16]. Values: [kv_heads][capacity][head_dim].
-struct Attention {
-  const float* q;  // [tokens][heads][head_dim], rotated and scaled
-  const void *keys, *values;
-  CacheType type;
-  const float *key_scales, *value_scales;  // of bytes: [kv_heads][capacity]
-  int64_t capacity;                        // a multiple of 16
-  int64_t position, window;                // of the first token; how many positions each sees, its own the last
-  int heads, kv_heads, head_dim;           // head_dim is a multiple of 16, at most 256
-  float* out;                              // [tokens][heads][head_dim]
-};
-
 struct Kernel {
   const char* name;
   bool (*supported)();
@@ -98,14 +83,6 @@ struct Kernel {
                      float* out, int64_t out_stride, int64_t first, int64_t last);
   // gate[i] = silu(gate[i]) * up[i].
   void (*silu_product)(float* gate, const float* up, int64_t count);
-  // out[i] = x[i] / sqrt(mean of squares + eps) * weight[i]; out may be x.
-  void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
-  // out of tokens [first, last), of the query heads that share key/value head `kv_head`.
-  void (*attend)(const Attention& a, int64_t kv_head, int64_t first, int64_t last);
-  // Rounds x [count] to halves; beyond the largest: infinity.
-  void (*to_halves)(const float* x, int64_t count, uint16_t* out);
-  // Rounds x [count] to bytes and returns their scale, NaN where x is not finite. A multiple of 16, at most 256.
-  float (*to_bytes)(const float* x, int64_t count, int8_t* out);
   // Codes [num_groups][group_size] of the largest width and fp16 scales [num_widths][num_groups] of the groups
   // [first, last) of w [num_groups][group_size].
   void (*search_codes)(const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first,

@@ -152,14 +152,6 @@ extern const Kernel kAmxKernel = {
       kAvx512Kernel.raw_matmul(w, type, cols, x, tokens, x_stride, out, out_stride, first, last);
     },
     [](float* gate, const float* up, int64_t count) { kAvx512Kernel.silu_product(gate, up, count); },
-    [](const float* x, const float* weight, int64_t count, float eps, float* out) {
-      kAvx512Kernel.rms_norm(x, weight, count, eps, out);
-    },
-    [](const Attention& a, int64_t kv_head, int64_t first, int64_t last) {
-      kAvx512Kernel.attend(a, kv_head, first, last);
-    },
-    [](const float* x, int64_t count, uint16_t* out) { kAvx512Kernel.to_halves(x, count, out); },
-    [](const float* x, int64_t count, int8_t* out) { return kAvx512Kernel.to_bytes(x, count, out); },
     [](const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first, int64_t last) {
       kAvx512Kernel.search_codes(search, w, codes, scales, first, last);
     },

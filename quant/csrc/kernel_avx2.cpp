@@ -300,10 +300,6 @@ extern const Kernel kAvx2Kernel = {
     isa_avx2::nested_dequantise,
     isa_avx2::raw_matmul,
     isa_avx2::silu_product,
-    isa_avx2::rms_norm,
-    isa_avx2::attend,
-    isa_avx2::to_halves,
-    isa_avx2::to_bytes,
     isa_avx2::search_codes,
 };
 

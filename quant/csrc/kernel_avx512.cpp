@@ -169,10 +169,6 @@ extern const Kernel kAvx512Kernel = {
     isa_avx512::nested_dequantise,
     isa_avx512::raw_matmul,
     isa_avx512::silu_product,
-    isa_avx512::rms_norm,
-    isa_avx512::attend,
-    isa_avx512::to_halves,
-    isa_avx512::to_bytes,
     isa_avx512::search_codes,
 };
 

@@ -41,10 +41,6 @@ extern const Kernel kGenericKernel = {
     isa_generic::nested_dequantise,
     isa_generic::raw_matmul,
     isa_generic::silu_product,
-    isa_generic::rms_norm,
-    isa_generic::attend,
-    isa_generic::to_halves,
-    isa_generic::to_bytes,
     isa_generic::search_codes,
 };
 

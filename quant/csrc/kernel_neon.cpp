@@ -285,10 +285,6 @@ extern const Kernel kNeonKernel = {
     isa_neon::nested_dequantise,
     isa_neon::raw_matmul,
     isa_neon::silu_product,
-    isa_neon::rms_norm,
-    isa_neon::attend,
-    isa_neon::to_halves,
-    isa_neon::to_bytes,
     isa_neon::search_codes,
 };
 

@@ -1,9 +1,9 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
+
+#include "weighted_sum.h"
 
 namespace moert {
 
@@ -11,21 +11,6 @@ namespace {
 constexpr int64_t kTokenBlock = 16;  // AMX reads whole blocks of tokens: so much is read beyond the last
 constexpr int64_t kTileGrain = 8;  // tiles that a thread takes at a time: the first of them is not asked for ahead
 }  // namespace
-
-Buffer::~Buffer() { std::free(data_); }
-
-void* Buffer::grow(size_t bytes) {
-  if (bytes > size_) {
-    std::free(data_);
-    size_ = (bytes + bytes / 4 + 63) / 64 * 64;
-    data_ = std::aligned_alloc(64, size_);
-    if (data_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return data_;
-}
 
 void Inputs::reserve(const NestedMatrix& like, int64_t tokens) {
   groups_ = like.groups, size_ = like.group_size;
@@ -203,15 +188,6 @@ void Products::add_experts(const Kernel& kernel, const std::vector<ExpertMatrice
   std::vector<const float*> terms;
   for (int64_t e = 0; e < num; e++) terms.push_back(parts + e * hidden);
   add_weighted(terms.data(), weights, num, hidden, out);
-}
-
-void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out,
-                  const double* more) {
-  for (int64_t i = 0; i < size; i++) {
-    double sum = more == nullptr ? 0.0 : more[i];
-    for (int64_t e = 0; e < count; e++) sum += double(weights[e]) * double(terms[e][i]);
-    out[i] += float(sum);
-  }
 }
 
 }  // namespace moert

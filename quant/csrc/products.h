@@ -5,27 +5,14 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
+#include "buffer.h"
 #include "kernel.h"
 #include "thread_pool.h"
 
 namespace moert {
-
-// 64-byte aligned memory that grows and never shrinks.
-class Buffer {
- public:
-  ~Buffer();
-  template <class V>
-  V* get(size_t count) {
-    return static_cast<V*>(grow(count * sizeof(V)));
-  }
-
- private:
-  void* grow(size_t bytes);
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Nested-bit weights, or raw ones, row-major.
 struct Matrix {
@@ -58,6 +45,18 @@ class Inputs {
   int64_t groups_ = 0, size_ = 0;
 };
 
+// Throws std::invalid_argument where nested matrices differ in how they want their inputs rounded.
+inline void check_alike(const std::vector<const Matrix*>& matrices) {
+  const Matrix* first = nullptr;
+  for (const Matrix* m : matrices) {
+    if (m->raw != nullptr) continue;
+    if (first != nullptr &&
+        (m->nested.groups != first->nested.groups || m->nested.group_size != first->nested.group_size))
+      throw std::invalid_argument("the matrices differ in their inputs");
+    first = m;
+  }
+}
+
 class Products {
  public:
   explicit Products(ThreadPool& pool) : pool_(pool) {}
@@ -88,10 +87,5 @@ class Products {
   Inputs inputs_, gathered_, hidden_;
   Buffer gate_, up_, parts_;
 };
-
-// out [size] += sum over i of weights[i] * terms[i], and more unless that is null; summed in double, so that the order
-// does not show.
-void add_weighted(const float* const* terms, const float* weights, int64_t count, int64_t size, float* out,
-                  const double* more = nullptr);
 
 }  // namespace moert

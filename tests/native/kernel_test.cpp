@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "check.h"
-#include "layer_step_test.h"
 #include "kernel.h"
 #include "packed_matrix.h"
 #include "products.h"
+#include "raw_test.h"
 #include "thread_pool.h"
 
 using namespace moert;
@@ -360,9 +360,6 @@ int main(int argc, char** argv) {
     test_products_of_kernel(*kernel);
     test_silu(*kernel);
     test_raw(*kernel);
-    test_rms_norm(*kernel);
-    test_attention(*kernel);
-    test_rounding(*kernel);
     test_search(*kernel);
   }
   std::printf("tested:%s\nnot on this processor:%s\n", tested.c_str(), missing.c_str());

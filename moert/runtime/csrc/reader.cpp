@@ -4,9 +4,11 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
 
 #include "crc32.h"
 
@@ -18,26 +20,48 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 }  // namespace
 
 Reader::Reader(uintptr_t memory, int threads, int64_t chunk_bytes)
-    : memory_(reinterpret_cast<uint8_t*>(memory)), chunk_bytes_(chunk_bytes) {
+    : process_(getpid()), memory_(reinterpret_cast<uint8_t*>(memory)), chunk_bytes_(chunk_bytes) {
   for (int i = 0; i < threads; i++) threads_.emplace_back([this] { work(); });
 }
 
-Reader::~Reader() { close(); }
+bool Reader::forked() const { return getpid() != process_; }
+
+void Reader::check_process() const {
+  if (forked()) throw std::runtime_error("the reader's threads are in the process that this one was forked from");
+}
+
+Reader::~Reader() {
+  if (forked()) {
+    for (std::thread& thread : threads_) thread.detach();
+    (void)queued_.release();
+    (void)ended_.release();
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> hold(lock_);
+    demanded_.clear();
+    ahead_.clear();
+  }
+  close();
+}
 
 void Reader::submit(const std::shared_ptr<Job>& job, bool ahead) {
+  check_process();
   for (const Part& part : job->parts) job->total += part.size;
   {
     std::lock_guard<std::mutex> hold(lock_);
+    if (closed_) throw std::runtime_error("the reader is closed");
     std::deque<Chunk>& queue = ahead ? ahead_ : demanded_;
     for (int64_t first = 0; first < job->total; first += chunk_bytes_) {
       queue.push_back({job, first, std::min(first + chunk_bytes_, job->total)});
       job->left++;
     }
   }
-  queued_.notify_all();
+  queued_->notify_all();
 }
 
-void Reader::hurry(const Job* job) {
+void Reader::promote(const Job* job) {
+  if (forked()) return;
   std::lock_guard<std::mutex> hold(lock_);
   const auto middle = std::stable_partition(ahead_.begin(), ahead_.end(), [&](const Chunk& c) { return c.job.get() != job; });
   demanded_.insert(demanded_.end(), middle, ahead_.end());
@@ -45,32 +69,37 @@ void Reader::hurry(const Job* job) {
 }
 
 bool Reader::cancel(Job* job) {
+  check_process();
   std::lock_guard<std::mutex> hold(lock_);
   if (job->started) return false;
   for (std::deque<Chunk>* queue : {&demanded_, &ahead_})
     queue->erase(std::remove_if(queue->begin(), queue->end(), [&](const Chunk& c) { return c.job.get() == job; }),
                  queue->end());
   job->done = true;
-  ended_.notify_all();
+  ended_->notify_all();
   return true;
 }
 
 bool Reader::wait(const Job* job, double seconds) {
+  check_process();
   std::unique_lock<std::mutex> hold(lock_);
-  return ended_.wait_for(hold, std::chrono::duration<double>(seconds), [&] { return job->done; });
+  return ended_->wait_for(hold, std::chrono::duration<double>(seconds), [&] { return job->done; });
 }
 
 bool Reader::done(const Job* job) {
+  check_process();
   std::lock_guard<std::mutex> hold(lock_);
   return job->done;
 }
 
 bool Reader::idle() {
+  check_process();
   std::lock_guard<std::mutex> hold(lock_);
   return busy_ == 0 && demanded_.empty() && ahead_.empty();
 }
 
 void Reader::drain() {
+  if (forked()) return;
   std::unique_lock<std::mutex> hold(lock_);
   for (std::deque<Chunk>* queue : {&demanded_, &ahead_}) {
     const auto fresh = [](const Chunk& c) { return !c.job->started; };
@@ -78,15 +107,17 @@ void Reader::drain() {
       if (fresh(chunk)) chunk.job->done = true;
     queue->erase(std::remove_if(queue->begin(), queue->end(), fresh), queue->end());
   }
-  ended_.wait(hold, [&] { return busy_ == 0 && demanded_.empty() && ahead_.empty(); });
+  ended_->wait(hold, [&] { return busy_ == 0 && demanded_.empty() && ahead_.empty(); });
 }
 
 void Reader::close() {
+  if (forked()) return;
   {
     std::lock_guard<std::mutex> hold(lock_);
     closed_ = true;
   }
-  queued_.notify_all();
+  queued_->notify_all();
+  std::lock_guard<std::mutex> closer(closers_);  // a second caller waits for the first
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
 }
@@ -94,7 +125,7 @@ void Reader::close() {
 void Reader::work() {
   std::unique_lock<std::mutex> hold(lock_);
   while (true) {
-    queued_.wait(hold, [&] { return closed_ || !demanded_.empty() || !ahead_.empty(); });
+    queued_->wait(hold, [&] { return closed_ || !demanded_.empty() || !ahead_.empty(); });
     std::deque<Chunk>& queue = demanded_.empty() ? ahead_ : demanded_;
     if (queue.empty()) return;
     const Chunk chunk = queue.front();
@@ -117,7 +148,7 @@ void Reader::work() {
       job.done = true;
     }
     busy_--;
-    ended_.notify_all();
+    ended_->notify_all();
   }
 }
 

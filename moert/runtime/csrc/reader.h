@@ -2,7 +2,7 @@
 //
 // A read is cut into chunks. What somebody waits for goes first, so that it waits for one chunk of each thread at most.
 // Threads block while there is nothing to do. The reader owns neither files nor buffers: both must stay until the read
-// has ended.
+// has ended. In a child after fork there are no threads: submit and wait throw std::runtime_error there.
 #pragma once
 
 #include <condition_variable>
@@ -39,11 +39,11 @@ struct Job {
 class Reader {
  public:
   Reader(uintptr_t memory, int threads, int64_t chunk_bytes);
-  ~Reader();
+  ~Reader();  // drops what is queued; the threads need no interpreter to end
 
   uint8_t* memory() const { return memory_; }
-  void submit(const std::shared_ptr<Job>& job, bool ahead);
-  void hurry(const Job* job);   // somebody waits for it now
+  void submit(const std::shared_ptr<Job>& job, bool ahead);  // throws std::runtime_error once it is closed
+  void promote(const Job* job);  // somebody waits for it now
   bool cancel(Job* job);        // false where the disk was asked for some of it
   bool wait(const Job* job, double seconds);  // whether it is done by then
   bool done(const Job* job);
@@ -59,11 +59,15 @@ class Reader {
   void work();
   void finish(Job& job);
   static int fill(const Job& job, int64_t first, int64_t last);
+  bool forked() const;  // whether this is a child of the process that has the threads: nothing may be waited for
+  void check_process() const;
 
+  const int process_;
   uint8_t* const memory_;
   const int64_t chunk_bytes_;
-  std::mutex lock_;
-  std::condition_variable queued_, ended_;
+  std::mutex lock_, closers_;
+  // Apart, because one that threads of the parent wait for cannot be destroyed in a child.
+  std::unique_ptr<std::condition_variable> queued_{new std::condition_variable}, ended_{new std::condition_variable};
   std::deque<Chunk> demanded_, ahead_;
   int busy_ = 0;
   bool closed_ = false;

@@ -1,5 +1,5 @@
 // Attention of one token or many, with the softmax kept up over spans of keys as in FlashAttention (arXiv 2205.14135,
-// section 3.1). Part of kernel_body.h.
+// section 3.1). Part of step_body.h.
 //
 // A row is a query head of a token. Spans begin at multiples of their length wherever a row begins, so that a row's
 // sums do not depend on the rows beside it.
@@ -184,7 +184,7 @@ void attend_slab(const Attention& a, int64_t kv_head, Slab& slab) {
     }
 }
 
-void attend(const Attention& a, int64_t kv_head, int64_t first, int64_t last) {
+inline void attend(const Attention& a, int64_t kv_head, int64_t first, int64_t last) {
   const int64_t shared = a.heads / a.kv_heads, rows = (last - first) * shared;
   Slab slab;
   for (int64_t row = 0; row < rows; row += slab.rows) {

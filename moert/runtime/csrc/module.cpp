@@ -1,5 +1,5 @@
-// The part of moert.quant._native that moert/runtime/transfer.py uses.
-#include "bind_reader.h"
+// The Python module moert.runtime._reader, for moert/runtime/transfer.py.
+#include <nanobind/nanobind.h>
 
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
@@ -8,20 +8,28 @@
 #include <tuple>
 
 #include "crc32.h"
+#include "interpreter_lock.h"
 #include "reader.h"
 
 namespace nb = nanobind;
 
-namespace moert {
-
-void bind_reader(nb::module_& m) {
+NB_MODULE(_reader, m) {
+  using namespace moert;
+  m.doc() = "Threads that read slices.";
+  nb::set_leak_warnings(false);  // what lives until the interpreter ends is no leak
   nb::class_<Job>(m, "Job", "A read on its way; it does not own its buffers.")
       .def_ro("outcome", &Job::outcome)
       .def_ro("damaged", &Job::damaged)
       .def_ro("begun", &Job::begun)
       .def_ro("ended", &Job::ended);
   nb::class_<Reader>(m, "Reader", "Threads that read chunks, those first that somebody waits for.")
-      .def(nb::init<uintptr_t, int, int64_t>())
+      // (address, threads, bytes of a chunk, who owns the memory)
+      .def(
+          "__init__",
+          [](Reader* self, uintptr_t memory, int threads, int64_t chunk_bytes, nb::handle) {
+            new (self) Reader(memory, threads, chunk_bytes);
+          },
+          nb::keep_alive<1, 5>())
       // parts: (where in memory, bytes, CRC-32 or a negative number)
       .def("submit",
            [](Reader& self, int fd, bool cached, int64_t offset,
@@ -34,7 +42,7 @@ void bind_reader(nb::module_& m) {
              self.submit(job, ahead);
              return job;
            })
-      .def("hurry", [](Reader& self, const Job& job) { self.hurry(&job); })
+      .def("promote", [](Reader& self, const Job& job) { self.promote(&job); })
       .def("cancel", [](Reader& self, Job& job) { return self.cancel(&job); })
       .def("done", [](Reader& self, const Job& job) { return self.done(&job); })
       .def("idle", &Reader::idle)
@@ -43,15 +51,13 @@ void bind_reader(nb::module_& m) {
            [](Reader& self, const Job& job) {
              while (true) {
                {
-                 nb::gil_scoped_release release;
+                 const WithoutInterpreter without;
                  if (self.wait(&job, 0.05)) return;
                }
                if (PyErr_CheckSignals() != 0) throw nb::python_error();
              }
            })
-      .def("drain", &Reader::drain, nb::call_guard<nb::gil_scoped_release>())
-      .def("close", &Reader::close, nb::call_guard<nb::gil_scoped_release>());
+      .def("drain", &Reader::drain, nb::call_guard<WithoutInterpreter>())
+      .def("close", &Reader::close, nb::call_guard<WithoutInterpreter>());
   m.def("crc32", [](uintptr_t data, size_t size) { return crc32(reinterpret_cast<const uint8_t*>(data), size); });
 }
-
-}  // namespace moert

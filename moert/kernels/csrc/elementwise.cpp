@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "elementwise.h"
 
 #include <algorithm>
 #include <vector>
@@ -11,17 +11,18 @@ constexpr int64_t kGrain = 1 << 14;  // numbers that are worth another thread
 int64_t grain_for(int64_t size) { return size < kGrain ? kGrain / size : 1; }
 }  // namespace
 
-void rms_norm_rows(const Kernel& kernel, ThreadPool& pool, const float* x, const float* weight, int64_t rows,
+void rms_norm_rows(const ComputeTable& compute, const float* x, const float* weight, int64_t rows,
                    int64_t size, float eps, float* out) {
-  pool.parallel_for(rows, grain_for(size), [&](int64_t first, int64_t last) {
+  const StepKernel& kernel = step_kernel_for(compute.kernel()->name);
+  compute.split(rows, grain_for(size), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) kernel.rms_norm(x + r * size, weight, size, eps, out + r * size);
   });
 }
 
-void rotate_heads(ThreadPool& pool, const float* x, int64_t tokens, int64_t heads, int64_t d, const float* cos,
+void rotate_heads(const ComputeTable& compute, const float* x, int64_t tokens, int64_t heads, int64_t d, const float* cos,
                   const float* sin, float* out) {
   const int64_t half = d / 2;
-  pool.parallel_for(tokens, grain_for(heads * d), [&](int64_t first, int64_t last) {
+  compute.split(tokens, grain_for(heads * d), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; t++)
       for (int64_t h = 0; h < heads; h++) {
         const float *in = x + (t * heads + h) * d, *c = cos + t * half, *s = sin + t * half;
@@ -34,9 +35,9 @@ void rotate_heads(ThreadPool& pool, const float* x, int64_t tokens, int64_t head
   });
 }
 
-void combine(ThreadPool& pool, const float* parts, const int64_t* rows, const float* weights, int64_t tokens,
+void combine(const ComputeTable& compute, const float* parts, const int64_t* rows, const float* weights, int64_t tokens,
              int64_t top_k, int64_t size, const double* more, float* out) {
-  pool.parallel_for(tokens, grain_for(top_k * size), [&](int64_t first, int64_t last) {
+  compute.split(tokens, grain_for(top_k * size), [&](int64_t first, int64_t last) {
     std::vector<double> sums(size);
     for (int64_t t = first; t < last; t++) {
       if (more == nullptr) {

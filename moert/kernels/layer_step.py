@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moert.quant.dispatch import compiled, loaded
+from moert.kernels.native import compiled, loaded
 from moert.quant.matmul import FEW_TOKENS, PackedMatrix, native_matrix, streamable
 
 _EVERYTHING = 1 << 62

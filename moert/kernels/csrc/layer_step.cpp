@@ -16,7 +16,7 @@ void add(float* x, const float* y, int64_t count) {
 }
 
 void finish(float* x, int64_t count, const float* bias, const float* full_norm, float eps, float clip,
-            const Kernel& kernel) {
+            const StepKernel& kernel) {
   if (bias != nullptr) add(x, bias, count);
   if (full_norm != nullptr) kernel.rms_norm(x, full_norm, count, eps, x);
   if (clip < INFINITY)
@@ -39,7 +39,7 @@ void spread(const Number* x, int d, int64_t place, int64_t stride, void* cache) 
   for (int i = 0; i < d; i++) to[i * stride] = x[i];
 }
 
-void store(const Kernel& kernel, const float* x, int d, const LayerCache& cache, int64_t place, int64_t stride,
+void store(const StepKernel& kernel, const float* x, int d, const LayerCache& cache, int64_t place, int64_t stride,
            void* numbers, float* scales, int64_t row) {
   union {
     uint16_t halves[256];
@@ -56,7 +56,7 @@ void store(const Kernel& kernel, const float* x, int d, const LayerCache& cache,
 
 template <class Body>
 void LayerStep::for_tokens(int64_t tokens, int64_t size, const Body& body) {
-  pool_.parallel_for(tokens, std::max<int64_t>(1, kGrain / size), [&](int64_t first, int64_t last) {
+  compute_.split(tokens, std::max<int64_t>(1, kGrain / size), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; t++) body(t);
   });
 }
@@ -73,7 +73,7 @@ static void check(const Runs& runs) {
   }
 }
 
-void LayerStep::prepare(const Kernel& kernel, const Layer& layer, const Run& run, int64_t token, float* q, float* k,
+void LayerStep::prepare(const StepKernel& kernel, const Layer& layer, const Run& run, int64_t token, float* q, float* k,
                         float* v) {
   const LayerCache& cache = *run.cache;
   const Place& at = *run.at;
@@ -116,7 +116,7 @@ static Attention attention_of(const Layer& layer, const Run& run, const float* q
           out + first};
 }
 
-void LayerStep::attend(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* q, float* out) {
+void LayerStep::attend(const StepKernel& kernel, const Layer& layer, const Runs& runs, const float* q, float* out) {
   // 32 rows of a key/value head at a time. A short context is done before another thread wakes.
   const int64_t heads = layer.kv_heads, step = std::max<int64_t>(1, 32 / (layer.heads / heads));
   int64_t* starts = units_.get<int64_t>(runs.count + 1);  // of the units of each run
@@ -127,7 +127,7 @@ void LayerStep::attend(const Kernel& kernel, const Layer& layer, const Runs& run
     starts[i + 1] = starts[i] + (at.tokens + step - 1) / step * heads;
   }
   const int64_t units = starts[runs.count];
-  pool_.parallel_for(units, work < 4096 ? units : 1, [&](int64_t first, int64_t last) {
+  compute_.split(units, work < 4096 ? units : 1, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; unit++) {
       const int64_t i = std::upper_bound(starts, starts + runs.count, unit) - starts - 1, nth = unit - starts[i];
       const Run& run = runs.begin[i];
@@ -137,20 +137,21 @@ void LayerStep::attend(const Kernel& kernel, const Layer& layer, const Runs& run
   });
 }
 
-void LayerStep::run(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* bonus, float* x,
+void LayerStep::run(const Kernel& products_kernel, const Layer& layer, const Runs& runs, const float* bonus, float* x,
                     float* normed, int64_t* indices, float* weights) {
   check(runs);
+  const StepKernel& kernel = step_kernel_for(products_kernel.name);
   const int64_t D = layer.hidden, T = runs.tokens, Q = layer.q.rows(), K = layer.k.rows(), E = layer.router.rows();
   float *q = q_.get<float>(T * Q), *k = k_.get<float>(T * K), *v = v_.get<float>(T * K);
   float* attended = attended_.get<float>(T * Q);
   for_tokens(T, D, [&](int64_t t) { kernel.rms_norm(x + t * D, layer.input_norm, D, layer.eps, normed + t * D); });
   const Matrix* qkv[] = {&layer.q, &layer.k, &layer.v};
   float* const outs[] = {q, k, v};
-  products_.linear(kernel, qkv, 3, normed, T, D, D, outs);
+  compute_.linear(products_kernel, qkv, 3, normed, T, D, D, outs);
   for_tokens(T, Q, [&](int64_t t) { prepare(kernel, layer, runs.of(t), t, q + t * Q, k + t * K, v + t * K); });
   attend(kernel, layer, runs, q, attended);
   const Matrix* o[] = {&layer.o};
-  products_.linear(kernel, o, 1, attended, T, Q, Q, &normed);
+  compute_.linear(products_kernel, o, 1, attended, T, Q, Q, &normed);
   for_tokens(T, D, [&](int64_t t) {
     add(x + t * D, normed + t * D, D);
     if (layer.o_bias != nullptr) add(x + t * D, layer.o_bias, D);
@@ -159,7 +160,7 @@ void LayerStep::run(const Kernel& kernel, const Layer& layer, const Runs& runs, 
   if (E == 0) return;
   float* logits = logits_.get<float>(2 * T * E);
   const Matrix* router[] = {&layer.router};
-  products_.linear(kernel, router, 1, normed, T, D, D, &logits);
+  compute_.linear(products_kernel, router, 1, normed, T, D, D, &logits);
   for_tokens(T, 64 * E, [&](int64_t t) {
     float *own = logits + t * E, *favoured = bonus != nullptr ? logits + (T + t) * E : own;
     if (bonus != nullptr) favour(own, bonus, E, favoured);

@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include "kernel.h"
-#include "products.h"
+#include "compute.h"
+#include "step_kernel.h"
 
 namespace moert {
 
@@ -60,25 +60,24 @@ using Parts = std::vector<std::pair<const LayerCache*, const Place*>>;
 
 class LayerStep {
  public:
-  LayerStep(ThreadPool& pool, Products& products) : pool_(pool), products_(products) {}
+  explicit LayerStep(const ComputeTable& compute) : compute_(compute) {}
 
   // x [tokens][hidden] gets attention added to it; normed [tokens][hidden] is what the experts see; indices and weights
   // [tokens][top_k] are what the router makes of it. Keys and values are written to the caches. What becomes of a token
-  // does not depend on the tokens beside it. Throws std::invalid_argument where a place lies beyond its cache.
+  // does not depend on the tokens beside it. Under the lock of the products. Throws std::invalid_argument where a place lies beyond its cache.
   // bonus [experts], or null: see `favour`.
-  void run(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* bonus, float* x, float* normed,
+  void run(const Kernel& products_kernel, const Layer& layer, const Runs& runs, const float* bonus, float* x, float* normed,
            int64_t* indices, float* weights);
 
  private:
   // Norms, clips and rotates q and k of a token in place, and writes its key and value.
-  void prepare(const Kernel& kernel, const Layer& layer, const Run& run, int64_t token, float* q, float* k, float* v);
-  void attend(const Kernel& kernel, const Layer& layer, const Runs& runs, const float* q, float* out);
+  void prepare(const StepKernel& kernel, const Layer& layer, const Run& run, int64_t token, float* q, float* k, float* v);
+  void attend(const StepKernel& kernel, const Layer& layer, const Runs& runs, const float* q, float* out);
   // Calls body(token) for all, spread over the threads where there is work of `size` numbers for each.
   template <class Body>
   void for_tokens(int64_t tokens, int64_t size, const Body& body);
 
-  ThreadPool& pool_;
-  Products& products_;
+  const ComputeTable& compute_;
   Buffer q_, k_, v_, attended_, logits_, units_;
 };
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moert.quant import matmul, rows
+from moert.kernels import elementwise
+from moert.quant import matmul
 
 KERNELS = matmul.available_kernels()
 
@@ -21,13 +22,13 @@ def test_norm(shape):
     for scale in (1e-3, 1.0, 1e6):
         x, weight = torch.randn(shape, generator=g) * scale, torch.randn(shape[-1], generator=g)
         want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
-        torch.testing.assert_close(rows.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(elementwise.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-9)
 
 
 def test_norm_of_a_part_of_a_tensor():
     x, weight = torch.randn(6, 64)[::2, 16:48], torch.rand(32)
     want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
-    torch.testing.assert_close(rows.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(elementwise.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "d"), [(1, 1, 2), (7, 3, 16), (300, 4, 128)])
@@ -37,7 +38,7 @@ def test_rotation(tokens, heads, d):
     pairs = torch.complex(x[..., : d // 2].double(), x[..., d // 2 :].double())
     turned = pairs * torch.polar(torch.ones_like(angles).double(), angles.double())[:, None]
     want = torch.cat([turned.real, turned.imag], -1).transpose(0, 1)
-    got = rows.rotate(x, angles.cos(), angles.sin())
+    got = elementwise.rotate(x, angles.cos(), angles.sin())
     assert got.shape == (heads, tokens, d)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
@@ -48,4 +49,4 @@ def test_weighted_sum(tokens, top_k, size):
     parts, weights = torch.randn(tokens * top_k, size, generator=g), torch.rand(tokens, top_k, generator=g)
     order = torch.randperm(tokens * top_k, generator=g)
     want = torch.einsum("tk,tkd->td", weights.double(), parts.double()[order].view(tokens, top_k, size))
-    torch.testing.assert_close(rows.combine(parts, order, weights).double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(elementwise.combine(parts, order, weights).double(), want, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What a model needs of the device that some of its layers are on."""
+"""The protocol by which a model uses the device that some of its layers are on."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moert.quant.dispatch import compiled
+from moert.kernels.native import compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moert.kernels.native import compiled, loaded
 from moert.quant import nested
-from moert.quant.dispatch import compiled, loaded
 from moert.quant.format import MatrixLayout
 from moert.quant.matmul import PackedMatrix, floats, linear_many
 
@@ -38,8 +38,11 @@ def fold(norm: Tensor, router: Tensor | PackedMatrix) -> PackedMatrix:
 
 
 @dataclass(frozen=True, eq=False)
-class Ahead:
-    """routers: folded ones, [E, D] each. eps: of their norms. count: how many experts to name for each."""
+class GateAheadRouters:
+    """Routers of later layers that name experts from the hidden state of an earlier one.
+
+    routers: folded ones, [E, D] each. eps: of their norms. count: how many experts to name for each.
+    """
 
     routers: Sequence[PackedMatrix]
     eps: float
@@ -49,7 +52,7 @@ class Ahead:
     def native(self) -> Any:
         """What the compiled module takes; points into the routers."""
         hidden = self.routers[0].layout.cols
-        return loaded().Ahead([router.native for router in self.routers], hidden, self.eps, self.count)
+        return loaded().GateAheadRouters([router.native for router in self.routers], hidden, self.eps, self.count)
 
     def __call__(self, x: Tensor) -> list[Choice]:
         """The likeliest experts of each router for a hidden state x, float32 contiguous [1, D], the likeliest first.

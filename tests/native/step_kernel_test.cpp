@@ -1,56 +1,23 @@
-// Tests of what a kernel computes between the products of a decode step, and of raw weights.
-#pragma once
+// Tests of what every instruction set computes between the products of a step, without Python, so that they can run under
+// sanitizers and emulators. Expected values are computed in double. Usage: step_kernel_test KERNEL...: the kernels to test
+// besides the portable one. Exit code 1 where something is wrong.
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "check.h"
-#include "kernel.h"
 #include "packed_matrix.h"
+#include "step_kernel.h"
 
-namespace moert {
+using namespace moert;
 
-inline void test_raw(const Kernel& kernel) {
-  where = std::string(kernel.name) + ", raw weights";
-  for (RawType type : {RawType::kBf16, RawType::kHalf, RawType::kFloat})
-    for (int64_t cols : {1, 16, 45, 200})
-      for (int64_t tokens : {1, 3, 4, 6}) {
-        const int64_t rows = 7, x_stride = cols + 2, out_stride = rows + 1, size = type == RawType::kFloat ? 4 : 2;
-        Memory<uint8_t> w = memory<uint8_t>(rows * cols * size);
-        std::vector<double> values(rows * cols);
-        for (int64_t i = 0; i < rows * cols; i++) {
-          const float v = normal();
-          uint32_t bits;
-          std::memcpy(&bits, &v, 4);
-          const uint32_t high = bits & 0xffff0000u;
-          const uint16_t half = uint16_t(0x2c00 + generator() % 0x1000 + (generator() % 2 << 15)), bf16 = high >> 16;
-          float kept;
-          std::memcpy(&kept, &high, 4);
-          values[i] = type == RawType::kFloat ? v : type == RawType::kBf16 ? kept : half_value(half);
-          if (type == RawType::kFloat) std::memcpy(&w[4 * i], &v, 4);
-          if (type != RawType::kFloat) std::memcpy(&w[2 * i], type == RawType::kBf16 ? &bf16 : &half, 2);
-        }
-        std::vector<float> x(tokens * x_stride), out(tokens * out_stride, 7.0f);
-        for (float& v : x) v = normal();
-        kernel.raw_matmul(w.get(), type, cols, x.data(), tokens, x_stride, out.data(), out_stride, 1, rows);
-        for (int64_t t = 0; t < tokens; t++) {
-          CHECK(out[t * out_stride] == 7.0f && out[t * out_stride + rows] == 7.0f);
-          for (int64_t n = 1; n < rows; n++) {
-            double sum = 0, weight = 0;
-            for (int64_t k = 0; k < cols; k++) {
-              const double product = values[n * cols + k] * x[t * x_stride + k];
-              sum += product, weight += std::fabs(product);
-            }
-            CHECK(std::fabs(out[t * out_stride + n] - sum) <= 4e-6 * weight);
-          }
-        }
-      }
-}
+namespace {
 
-inline void test_rms_norm(const Kernel& kernel) {
+void test_rms_norm(const StepKernel& kernel) {
   where = std::string(kernel.name) + ", norm";
   for (int64_t size : {1, 15, 16, 100, 2048})
     for (float scale : {1e-3f, 1.0f, 1e6f}) {
@@ -66,7 +33,7 @@ inline void test_rms_norm(const Kernel& kernel) {
     }
 }
 
-inline void test_attention(const Kernel& kernel) {
+void test_attention(const StepKernel& kernel) {
   for (CacheType type : {CacheType::kHalf, CacheType::kFloat, CacheType::kByte})
     for (int d : {16, 48, 256})
       for (int64_t end : {1, 7, 70, 150})
@@ -140,7 +107,7 @@ inline void test_attention(const Kernel& kernel) {
         }
 }
 
-inline void test_rounding(const Kernel& kernel) {
+void test_rounding(const StepKernel& kernel) {
   where = std::string(kernel.name) + ", rounding for a cache";
   std::vector<float> x(256);
   std::vector<uint16_t> halves(256);
@@ -167,4 +134,30 @@ inline void test_rounding(const Kernel& kernel) {
   CHECK((halves[3] & 0x7c00) == 0x7c00 && (halves[3] & 0x3ff) != 0);
 }
 
-}  // namespace moert
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<const StepKernel*> all = {&kGenericStep};
+  for (int i = 1; i < argc; i++) {
+    const std::string name = argv[i];
+#if defined(MOERT_WITH_AVX2)
+    if (name == "avx2") all.push_back(&kAvx2Step);
+#endif
+#if defined(MOERT_WITH_AVX512)
+    if (name == "avx512") all.push_back(&kAvx512Step);
+#endif
+#if defined(MOERT_WITH_NEON)
+    if (name == "neon") all.push_back(&kNeonStep);
+#endif
+  }
+  std::string tested;
+  for (const StepKernel* kernel : all) {
+    tested += std::string(" ") + kernel->name;
+    generator.seed(1);
+    test_rms_norm(*kernel);
+    test_attention(*kernel);
+    test_rounding(*kernel);
+  }
+  std::printf("tested:%s\n%lld checks, %lld failures\n", tested.c_str(), (long long)checks, (long long)failures);
+  return failures != 0;
+}

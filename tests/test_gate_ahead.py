@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moert import LLM
+from moert.kernels.gate_ahead import GateAheadRouters, fold
+from moert.kernels.layer_step import LayerStep
 from moert.quant import matmul
-from moert.quant.ahead import Ahead, fold
-from moert.quant.layer_step import LayerStep
 
 EPS = 1e-6
 KERNELS = matmul.available_kernels()
@@ -40,7 +40,7 @@ def test_choices_match_float64(kernel, experts, hidden, count, routers):
     g = torch.Generator().manual_seed(hidden)
     folded = [fold(*gate(g, experts, hidden)) for _ in range(routers)]
     x = 7 * torch.randn(1, hidden, generator=g)
-    found = Ahead(folded, EPS, count)(x)
+    found = GateAheadRouters(folded, EPS, count)(x)
     assert len(found) == routers
     for router, (chosen, weights) in zip(folded, found, strict=True):
         want = exact(x, torch.ones(hidden), matmul.floats(router))
@@ -59,7 +59,7 @@ def test_folding_loses_little(hidden):
     error = (matmul.floats(fold(norm, router)).double() - want).square().sum() / want.square().sum()
     assert error < 0.015, "4 bits of Gaussian weights: about 0.9%"
     x = torch.randn(1, hidden, generator=g)
-    chosen, _ = Ahead([fold(norm, router)], EPS, 16)(x)[0]
+    chosen, _ = GateAheadRouters([fold(norm, router)], EPS, 16)(x)[0]
     best = exact(x, norm, router).topk(8).indices.tolist()
     assert set(best[:4]) <= set(chosen)
 
@@ -68,11 +68,11 @@ def test_every_kernel_agrees_and_routers_do_not_disturb_each_other():
     g = torch.Generator().manual_seed(4)
     routers, x = [fold(*gate(g, 37, 200)) for _ in range(3)], torch.randn(1, 200, generator=g)
     matmul.set_kernel("reference")
-    want = Ahead(routers, EPS, 5)(x)
+    want = GateAheadRouters(routers, EPS, 5)(x)
     for kernel in KERNELS:
         matmul.set_kernel(kernel)
-        got = Ahead(routers, EPS, 5)(x)
-        assert got == [Ahead([router], EPS, 5)(x)[0] for router in routers]
+        got = GateAheadRouters(routers, EPS, 5)(x)
+        assert got == [GateAheadRouters([router], EPS, 5)(x)[0] for router in routers]
         for (chosen, weights), (expected, their) in zip(got, want, strict=True):
             assert chosen == expected
             assert weights == pytest.approx(their, rel=1e-3)
@@ -83,9 +83,9 @@ def test_routers_that_do_not_belong_together_are_refused():
     small, large = fold(*gate(g, 8, 64)), fold(*gate(g, 8, 128))
     x = torch.randn(1, 64, generator=g)
     with pytest.raises(ValueError, match="differ in their inputs"):
-        Ahead([small, large], EPS, 2)(x)
+        GateAheadRouters([small, large], EPS, 2)(x)
     with pytest.raises(ValueError, match="number of experts"):
-        Ahead([small], EPS, 9)(x)
+        GateAheadRouters([small], EPS, 9)(x)
 
 
 class Listener:
