@@ -15,7 +15,7 @@ from moert.errors import BudgetError, StoreError, UsageError
 from moert.kernels.elementwise import combine
 from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
-from moert.runtime import executor as experts
+from moert.runtime import host as experts
 from moert.scheduler.batching import POLICIES
 
 from .child import ENVIRONMENT, PYTHON
