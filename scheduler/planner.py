@@ -111,7 +111,7 @@ class Scheduler:
         keep = {(layer, e) for e in [*ready, *awaited]}  # equal to ExpertKeys, and made much faster
         while missing or ready or awaited:
             chosen = missing if roomy else self._fitting(layer, missing, keep)
-            if not chosen and not ready and not awaited:
+            if not chosen and not keep:
                 raise ValueError(f"layer {layer}: the arena holds no expert of {missing[0].slices} slices")
             missing = missing[len(chosen) :]
             cache.in_use = keep | {(layer, r.expert) for r in chosen}
@@ -126,8 +126,9 @@ class Scheduler:
             # What was awaited but found no room for the rest of its slices is waited for again, in a later wave.
             here = tuple([e for e in awaited if all(e != r.expert for r in missing)])
             wave = Wave(tuple(change.evicted), tuple(loads), tuple(ready), here)
-            keep, ready, awaited = set(), [], [e for e in awaited if e not in here] if chosen else []
-            yield wave
+            keep, ready, awaited = set(), [], [e for e in awaited if e not in here]
+            if chosen or wave.resident or here:
+                yield wave
 
     def _fitting(
         self, layer: int, missing: Sequence[RoutedExpert], keep: set[tuple[int, int]]
