@@ -310,7 +310,7 @@ def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
                 out = torch.zeros(1, 64)
                 runner.forward_token(layer, x[:1], [e], [1.0], out)
                 assert float((out - true[:1]).norm() / true[:1].norm()) < 0.03
-                assert bool(runner._unplanned) == (compiled() is not None)  # computed at once
+                assert bool(runner._computed) == (compiled() is not None)  # computed at once
                 runner.forward_token(layer, x[:1], [e], [-1.0], out)
                 assert not out.any()
 
@@ -325,7 +325,7 @@ def test_the_result_does_not_depend_on_the_budget(cut):
             logits.append(llm.logits(TOKENS[:40]))
             for token in TOKENS[40:48]:
                 logits[-1] = torch.cat([logits[-1], llm.engine.forward([token])[None]])
-            assert llm.engine._runner._loader.arena.total_bytes <= budget
+            assert llm.engine._runner.residency.arena.total_bytes <= budget
             assert llm.engine.budget.arena <= budget
             read = llm.engine.counters.bytes_read
         assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said

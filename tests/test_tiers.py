@@ -137,7 +137,8 @@ class Executor:
             computed.append(e)
 
     def prefetch(self, predictions, busy=()):
-        found = self.tiers.prefetch(predictions, busy)
+        self.tiers.pin(busy[0].layer if busy else -1, [key.expert for key in busy])
+        found = self.tiers.prefetch(predictions)
         for key in [*found.host.evictions, *found.device.evictions]:
             assert ExpertKey(*key[:2]) not in busy
         self.host.evict(found.host.evictions)

@@ -87,7 +87,7 @@ def run(path, count=12, warm=True, **options):
     with LLM(path) as llm:
         one = llm.store.layout.bytes_at(4)
     with LLM(path, expert_budget=count * one, ctx_size=64, warm=warm, on_status=said.append, **options) as llm:
-        held = llm.engine._runner._loader.arena.held()
+        held = llm.engine._runner.residency.arena.held()
         done = llm.generate("Hello, who are", GREEDY)[0]
         counters = llm.engine.counters
         assert len(held) <= 3 * count
@@ -158,7 +158,7 @@ def test_what_cannot_be_used_is_said_and_replaced(path):
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     with LLM(path, ctx_size=64, warm=True, on_status=said.append) as llm:
-        assert not llm.engine._runner._loader.arena.held()
+        assert not llm.engine._runner.residency.arena.held()
         llm.engine.forward([5])
     assert said[-1] == f"warm start: not possible, the arena begins empty. {file} is damaged."
     assert json.loads(file.read_bytes())["version"] == 1, "the end of the run wrote it anew"
@@ -178,7 +178,7 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     path = shutil.copytree(store(), tmp_path / "store")
     with LLM(path, ctx_size=64, warm=True) as llm:
         llm.engine.forward([5, 6, 7])
-        key = min(llm.engine._runner._loader.arena.held())
+        key = min(llm.engine._runner.residency.arena.held())
         location = llm.store.location(key.layer, key.expert)
     with open(location.file, "r+b") as file:
         file.seek(location.offset + 7)

@@ -162,7 +162,7 @@ class Engine:
 
     def _make_runner(
         self, store: Store, slots: Sequence[int], policies: Policies, predictor: Predictor | None
-    ) -> ExpertRunner:
+    ) -> ExpertRunner | HybridRunner:
         activation, offload = store.architecture.hidden_act, self.offload
         if offload is None:
             return ExpertRunner(store, slots, self.precision, activation, policies, predictor)
@@ -275,7 +275,7 @@ class Engine:
 
     def foresight(self) -> str:
         """What looking ahead came to, in a line; empty where nobody looked."""
-        return self._runner.foresight.line()
+        return self._runner.lookahead.line()
 
     def counted(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
         """Around a pass of `count` tokens, from position `first` on or of several sequences: what it is counted as."""
