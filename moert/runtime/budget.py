@@ -100,7 +100,7 @@ class Split(Protocol):
 
 def split_line(split: Split, *names: str) -> str:
     """The total and the parts of these names, for people."""
-    how = " (chosen: 80% of what is available, or all that the model can use)" if split.automatic else ""
+    how = " (80% of the available memory, or less if the model cannot use it)" if split.automatic else ""
     parts = (f"{name.replace('_', ' ')} {format_bytes(getattr(split, name))}" for name in names)
     return f"{format_bytes(split.total)}{how}: {', '.join(parts)}"
 
