@@ -173,9 +173,10 @@ def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | N
     least = needs.fixed + (arena if expert_budget is not None else needs.one_expert)
     if limit < least:
         short = format_bytes(least - limit)
-        origin = "The memory budget" if memory_budget is not None else "80% of the memory available,"
+        size = f"{limit} bytes ({format_bytes(limit)})"
+        what = f"80% of the available memory, {size}," if memory_budget is None else f"The memory budget of {size}"
         raise BudgetError(
-            f"{origin} of {limit} bytes ({format_bytes(limit)}) is {short} too small: libraries "
+            f"{what} is {short} too small: libraries "
             f"{format_bytes(needs.libraries)}, dense weights {format_bytes(needs.dense)}, KV cache "
             f"{format_bytes(needs.kv_cache)}, workspace {format_bytes(needs.workspace)} and experts "
             f"{format_bytes(least - needs.fixed)} need at least {least} bytes ({format_bytes(least)}).",
