@@ -89,9 +89,7 @@ def add_status_options(parser: argparse.ArgumentParser, details: bool = False) -
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", help="store, checkpoint folder or hub id (default: the small model that comes along)"
-    )
+    parser.add_argument("-m", "--model", help="store, checkpoint folder or hub id (default: the small built-in model)")
     parser.add_argument("--offline", action="store_true", help="never use the network")
 
 
@@ -169,7 +167,7 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    return Path(args.model).name if args.model else "the small model that comes along (-m names another)"
+    return Path(args.model).name if args.model else "the small built-in model"
 
 
 def headline(args: argparse.Namespace, llm: LLM) -> str:
