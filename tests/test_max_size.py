@@ -328,7 +328,7 @@ def test_the_result_does_not_depend_on_the_budget(cut):
             assert llm.engine._runner.residency.arena.total_bytes <= budget
             assert llm.engine.budget.arena <= budget
             read = llm.engine.counters.bytes_read
-        assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
+        assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
         assert ("expert arena holds all 16 experts" in said) == (budget == everything)
     assert all(torch.equal(logits[0], other) for other in logits[1:])
     assert read <= everything
@@ -349,7 +349,7 @@ def test_what_is_counted_is_what_was_used(cut, monkeypatch):
         evaluation.run([TOKENS[:50]], lambda line: None)
     finally:
         evaluation.close()
-    assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
+    assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
     wide, narrow = evaluation.rows()
     used = used[: len(used) // 2]
     assert len(used) == 50 * 2 * 3

@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_said_and_replaced(path):
     with LLM(path, ctx_size=64, warm=True, on_status=said.append) as llm:
         assert not llm.engine._runner.residency.arena.held()
         llm.engine.forward([5])
-    assert said[-1] == f"warm start: not possible, the arena begins empty. {file} is damaged."
+    assert said[-1] == f"warning: no warm start: {file} is damaged."
     assert json.loads(file.read_bytes())["version"] == 1, "the end of the run wrote it anew"
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     with LLM(path, ctx_size=64, warm=True, on_status=said.append):
         pass
     assert f"expert {key.expert} of layer {key.layer} is damaged" in said[-1]
-    assert said[-1].startswith("warm start: not possible")
+    assert said[-1].startswith("warning: no warm start: ")
 
 
 def test_ctrl_c_writes_it_too(path, capsys, monkeypatch, tmp_path):

@@ -68,7 +68,7 @@ def read_precision(text: str | None, store: Store) -> Precision:
 def say_what_is_kept(store: Store, slices: int, on_status: Callable[[str], None]) -> None:
     """Say it where experts have fewer than the `slices` that are asked for."""
     if min(map(min, store.kept.values())) < slices:
-        on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
+        on_status(f"the store was made with --max-size: its experts have {store.kept_widths()}")
 
 
 def needs_of(
@@ -144,7 +144,7 @@ class Engine:
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
             compiles = self.offload is not None and self.offload.device.compiles
             if compiles:
-                on_status("preparing the device: some seconds, and more the first time, when its kernels are compiled")
+                on_status("compiling the kernels of the device: takes some seconds, and more the first time")
             self._runner = self._make_runner(store, slots, policies, predictor)
             undo.pop_all()
             undo.callback(self._runner.close)
@@ -198,7 +198,7 @@ class Engine:
         found = read_predictor(store)
         if found is None:
             return None
-        on_status("prefetching by the routing-path predictor that was trained for this store")
+        on_status("prefetch: by the predictor that moert train-predictor trained")
         arch = store.architecture
         weights = PathWeights(**found.tensors)
         return make_predictor(Mixed.name, store.moe_layers, store.num_experts, arch.top_k, weights)
@@ -250,7 +250,7 @@ class Engine:
             on_status(f"chosen: {', '.join(chosen)}, kernel {kernel_name()}")
         if self.ctx_size > store.architecture.max_position_embeddings:
             trained = store.architecture.max_position_embeddings
-            on_status(f"warning: the context of {self.ctx_size} is longer than the {trained} the model was made for")
+            on_status(f"warning: the context of {self.ctx_size} exceeds the {trained} that the model was trained for")
         say_what_is_kept(store, self.precision.slices(store.layout.widths), on_status)
         on_status(self.budget.line())
         share = f"{slots} of {num_experts} experts ({slots / num_experts:.0%})"
@@ -315,14 +315,14 @@ class Engine:
         """Begin with the experts that `path` names, where a run before wrote it: see `remember`."""
         try:
             memory = read_memory(path, self._store)
-            on_status(f"warm start: reading the experts of the last run, as {path} names them")
+            on_status(f"warm start: reading the experts of the last run, listed in {path}")
             began = time.perf_counter()
             nbytes = self._runner.warm(memory)
             on_status(f"warm start: {readable(nbytes)} in {time.perf_counter() - began:.1f} s")
         except FileNotFoundError:
-            on_status(f"warm start: none yet; what is in memory at the end is written to {path}")
+            on_status(f"warm start: from the next run on; the experts in memory will be listed in {path}")
         except StoreError as error:
-            on_status(f"warm start: not possible, the arena begins empty. {error}")
+            on_status(f"warning: no warm start: {error}")
 
     def remember(self, path: Path, on_status: Callable[[str], None]) -> None:
         """Write down which experts are in memory, for `warm`. Where that is not possible it says so."""
@@ -331,7 +331,7 @@ class Engine:
             if memory.resident:
                 write_memory(path, self._store, memory)
         except OSError as error:
-            on_status(f"warm start: not written for the next time, {path}: {error.strerror}")
+            on_status(f"warning: no warm start next time, since {path} cannot be written: {error.strerror}")
 
     def rewind(self, length: int) -> None:
         """Forget all tokens from position `length` on."""

@@ -185,7 +185,7 @@ class Evaluation:
     ) -> None:
         limit = store.architecture.max_position_embeddings
         if window > limit:
-            raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was made for.")
+            raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was trained for.")
         self._store, self._against, self._window, self._one_by_one = store, against, window, one_by_one
         self._on_status = on_status
         widths = store.layout.widths
