@@ -195,7 +195,7 @@ class Scheduler:
             return False
         if change.held(key) != load.first:  # an earlier one evicted its base
             return False
-        if not change.insert(key, load.last, keep, reuse_score):  # type: ignore[arg-type]
+        if not change.insert(key, load.last, keep, reuse_score):
             return False
         change.load(load, ahead=True)
         return True

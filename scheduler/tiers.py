@@ -236,14 +236,6 @@ class Tiers:
                 move(self._planned, r.expert, r.slices, 0.0, 0.0)
         return TieredPrefetch(reads, Prefetch(tuple(evictions), tuple(loads)))
 
-    def arrived(self, load: Load) -> None:
-        """A prefetch from disk has been read."""
-        self.host.arrived(load)
-
-    def cancel(self, load: Load) -> None:
-        """A prefetch from disk will not be read: its room is free again."""
-        self.host.cancel(load)
-
     def moved(self, load: Load) -> None:
         """A prefetch to the device has been copied."""
         if self.device is not None:
