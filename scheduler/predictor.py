@@ -318,6 +318,7 @@ class PredictorStats:
         """Return the share of the experts used that had been named; None where there were none."""
         return self.foreseen / self.asked if self.asked else None
 
+
 def make_predictor(
     name: str, layers: Sequence[int], num_experts: int, top_k: int, weights: PathWeights | None
 ) -> Predictor:
