@@ -63,11 +63,11 @@ class SliceCache:
         self._unfinished: Change | None = None  # committed, and perhaps not wholly carried out
 
     def sizes(self, layer: int) -> Sequence[int]:
-        """Room that a slice of each index takes in a layer."""
+        """Return the room that a slice of each index takes in a layer."""
         return self._ones if self._sizes is None else self._sizes[layer]
 
     def nbytes(self, load: Load) -> int:
-        """Room that the slices of a load take."""
+        """Return the room that the slices of a load take."""
         return sum(self.sizes(load.layer)[load.first : load.last])
 
     def resident(self, layer: int, expert: int) -> int:
@@ -75,7 +75,7 @@ class SliceCache:
         return self._resident.get((layer, expert), 0)  # type: ignore[call-overload, no-any-return]
 
     def there(self, layer: int, expert: int, without: Load | None = None) -> int:
-        """How many slices of an expert are in memory and not on their way any more. without: a load that has ended."""
+        """Return how many slices of an expert are there, not in flight any more. without: a load that has ended."""
         count = self.resident(layer, expert)
         for load in self.in_flight.get((layer, expert), ()):  # type: ignore[call-overload]
             if load.first < count and load != without:
@@ -87,7 +87,7 @@ class SliceCache:
         return dict(self._resident)
 
     def room(self, keep: Collection[tuple[int, int]]) -> list[int]:
-        """Room per slice index that is free or can be freed without touching the experts in `keep`."""
+        """Return the room per slice index that is free or can be freed without touching the experts in `keep`."""
         room = list(self.capacity)
         for key in keep:
             sizes = self.sizes(key[0])
@@ -188,18 +188,18 @@ class Change:
         self.ended: list[Load] = []
 
     def held(self, key: ExpertKey) -> int:
-        """How many slices of an expert have room after this."""
+        """Return how many slices of an expert have room after this."""
         found = self.resident.get(key)
         return self._cache.resident(*key) if found is None else found
 
     def loading(self, key: ExpertKey) -> tuple[Load, ...]:
-        """What of an expert is in flight after this."""
+        """Return the loads of an expert that are in flight after this."""
         found = self.in_flight.get(key)
         return self._cache.in_flight.get(key, ()) if found is None else found
 
     @property
     def ahead(self) -> int:
-        """How much is in flight after this that nobody waits for."""
+        """Return how much is in flight after this that nobody waits for."""
         cache = self._cache
         ended = sum([cache.ahead.get(load, 0) for load in self.ended])
         return sum(cache.ahead.values()) - ended + sum([cache.nbytes(load) for load, a in self.loads.items() if a])

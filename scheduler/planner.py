@@ -133,7 +133,7 @@ class Scheduler:
     def _fitting(
         self, layer: int, missing: Sequence[RoutedExpert], keep: set[tuple[int, int]]
     ) -> Sequence[RoutedExpert]:
-        """As many of the first as there is room for beside `keep`."""
+        """Return as many of the first as there is room for beside `keep`."""
         cache = self.cache
         sizes, room = cache.sizes(layer), cache.room(keep)
         for number, r in enumerate(missing):
@@ -145,12 +145,12 @@ class Scheduler:
         return missing
 
     def done(self, wave: Wave) -> None:
-        """All that was read for a wave is there."""
+        """Note that all that was read for a wave is there."""
         for load in wave.loads:
             self.arrived(load)
 
     def prefetch(self, predictions: Sequence[Prediction]) -> Prefetch:
-        """What to read ahead of what the layers to come are predicted to want, and protect what of it is there.
+        """Choose what to read ahead of what the layers to come are predicted to want, and protect what of it is there.
 
         After that come refinements of what the layer just planned computed with fewer slices than it wanted.
 
@@ -195,14 +195,14 @@ class Scheduler:
             return False
         if change.held(key) != load.first:  # an earlier one evicted its base
             return False
-        if not change.insert(key, load.last, keep, reuse_score):  # type: ignore[arg-type]
+        if not change.insert(key, load.last, keep, reuse_score):
             return False
         change.load(load, ahead=True)
         return True
 
     @property
     def spare(self) -> int:
-        """How much more may be on its way that nobody waits for."""
+        """Return how much more may be on its way that nobody waits for."""
         return self.ahead - sum(self.cache.ahead.values())
 
     def _refinements(self) -> list[tuple[float, Load]]:
@@ -218,9 +218,9 @@ class Scheduler:
         ]
 
     def arrived(self, load: Load) -> None:
-        """A load in flight has been read."""
+        """Note that a load in flight has been read."""
         self.cache.arrived(load)
 
     def cancel(self, load: Load) -> None:
-        """A load in flight will not be read: its room is free again."""
+        """Note that a load in flight will not be read: its room is free again."""
         self.cache.cancel(load)

@@ -302,27 +302,21 @@ class Mixed:
 class PredictorStats:
     """Statistics of how right guesses were, since the start.
 
-    asked, foreseen: experts that tokens were routed to, and those of them that had been named before. named: experts
-    that were named.
+    asked, foreseen: experts that tokens were routed to, and those of them that had been named before.
     """
 
     asked: int = 0
     foreseen: int = 0
-    named: int = 0
 
     def count(self, named: Collection[int], asked: Collection[int]) -> None:
         """Count the hits of one layer of a pass."""
         self.asked += len(asked)
-        self.named += len(named)
         self.foreseen += len(set(named) & set(asked))
 
     @property
     def recall(self) -> float | None:
+        """Return the share of the experts used that had been named; None where there were none."""
         return self.foreseen / self.asked if self.asked else None
-
-    @property
-    def precision(self) -> float | None:
-        return self.foreseen / self.named if self.named else None
 
 
 def make_predictor(

@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Where the experts of one layer of one step are computed: each once, in one place.
+    """The division of the experts of one layer of one step between host and device: each computes once, in one place.
 
     host, device: experts computed there, with their numbers of slices (0, in `host`: left out). hits: how many of them
     need no disk. predicted: seconds that host and device were expected to compute, moves and reads to take. seconds:
@@ -57,7 +57,7 @@ class Division:
 
 @dataclass(frozen=True, slots=True)
 class TieredPlan(Division):
-    """What happens in one layer of one step: where experts are computed, and in which stages."""
+    """The plan of one layer of one step: where experts are computed, and in which stages."""
 
     stages: tuple[Stage, ...]
 
@@ -89,7 +89,7 @@ class Tiers:
     _planned: int = 0  # the layer of the last plan
 
     def have(self, layer: int, expert: int) -> int:
-        """How many slices of an expert are in the tier that has more of them, and not on their way any more."""
+        """Return how many slices of an expert are in the tier that has more of them, and not on their way any more."""
         found = self.host.cache.there(layer, expert)
         return found if self.device is None else max(found, self.device.cache.there(layer, expert))
 
@@ -198,7 +198,7 @@ class Tiers:
             self.device.used(layer, asked, tokens)
 
     def prefetch(self, predictions: Sequence[Prediction]) -> TieredPrefetch:
-        """What to read into host memory and what to move to the device, ahead of the layers to come.
+        """Choose what to read into host memory and what to move to the device, ahead of the layers to come.
 
         predictions: layer by layer, of all experts expected with the slices wanted, also of those that host memory has:
         these can be moved. What the device has is not read. Moves go by gain: see `gains`. Behind them what the host
@@ -235,14 +235,6 @@ class Tiers:
             if fits and first < r.slices <= self.host.cache.there(self._planned, r.expert):
                 move(self._planned, r.expert, r.slices, 0.0, 0.0)
         return TieredPrefetch(reads, Prefetch(tuple(evictions), tuple(loads)))
-
-    def arrived(self, load: Load) -> None:
-        """A prefetch from disk has been read."""
-        self.host.arrived(load)
-
-    def cancel(self, load: Load) -> None:
-        """A prefetch from disk will not be read: its room is free again."""
-        self.host.cancel(load)
 
     def moved(self, load: Load) -> None:
         """A prefetch to the device has been copied."""

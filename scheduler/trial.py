@@ -15,7 +15,7 @@ _DROP = 2  # tokens after a change that still feel the one before
 
 
 def pays(seconds: float, without: float, margin: float = MARGIN) -> bool:
-    """Whether something that takes so long per token is faster by more than `margin` than doing without it."""
+    """Tell whether something that takes so long per token is faster by more than `margin` than doing without it."""
     return seconds < without * (1 - margin)
 
 

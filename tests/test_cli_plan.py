@@ -10,9 +10,10 @@ from moert.cli.main import main
 from moert.errors import MoertError, UsageError
 from moert.hardware import devices
 from moert.planning.predict import fit
-from moert.scheduler.trace import draw_trace, write_trace
+from moert.scheduler.trace import draw_trace
 
 from .test_planning import DEVICE, shape_of
+from .traces import write_trace
 
 # Names that `generate --json` has too, with the same meaning.
 SHARED = {

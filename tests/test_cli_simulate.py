@@ -6,7 +6,9 @@ import pytest
 
 from moert.cli.main import main
 from moert.errors import MoertError, UsageError
-from moert.scheduler.trace import draw_trace, write_trace
+from moert.scheduler.trace import draw_trace
+
+from .traces import write_trace
 
 KEYS = {"decode_tokens_per_s", "hit_ratio", "bytes_read_per_token", "stall_share", "mean_width", "mass_at_width"}
 

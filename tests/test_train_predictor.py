@@ -9,13 +9,14 @@ import torch
 from moert.errors import StoreError, UsageError
 from moert.models.stored_model import StoredModel
 from moert.scheduler.predictor import RATES, LastToken, PathWeights, RoutingPath, make_predictor
-from moert.scheduler.trace import Routing, TraceStep, write_trace
+from moert.scheduler.trace import Routing, TraceStep
 from moert.store.predictor import PREDICTOR_FILE, TrainedPredictor, read_predictor, write_predictor
 from moert.train import predictor as train_predictor
 from moert.train.predictor import Trainer, Window, measure, read_windows
 from moert.train.recording import trace_shape
 
 from .program import Program
+from .traces import write_trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

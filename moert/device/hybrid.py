@@ -91,11 +91,11 @@ class HybridRunner:
 
     @property
     def counters(self) -> Counters:
-        """What was counted, up to date when it is asked for."""
+        """Return what was counted, up to date."""
         return self.host.counters
 
     def layer_counters(self, decoding: bool) -> dict[int, Counters]:
-        """What was counted for each layer, of decoding or of prompts."""
+        """Return what was counted for each layer, of decoding or of prompts."""
         return self.host.layer_counters(decoding)
 
     @contextmanager
@@ -118,7 +118,7 @@ class HybridRunner:
 
     @property
     def horizon(self) -> int:
-        """For how many layers ahead guesses are wanted now."""
+        """Return for how many layers ahead guesses are wanted now."""
         return self.lookahead.horizon
 
     def tokens(self, ids: Sequence[int]) -> None:
@@ -133,7 +133,7 @@ class HybridRunner:
             self._prefetch(layer, ())
 
     def routing_bias(self, layer: int, choices: int) -> Tensor | None:
-        """For those in memory of either, unless nearly all experts are needed anyway."""
+        """Return the bias [E] that favours experts in the memory of either; None as `ExpertRunner.routing_bias`."""
         found = self.host.routing_bias(layer, choices)
         device = self._tiers.device
         if found is None or device is None:
@@ -142,7 +142,7 @@ class HybridRunner:
         return torch.where(held, self.host.precision.route, found)
 
     def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the routed experts, as `ExpertRunner` does it."""
+        """Compute the weighted sum of the routed experts, as `ExpertRunner` does it."""
         if len(x) == 1:  # with a list for each token it is faster
             out = torch.zeros_like(x)
             self.forward_token(layer, x, indices[0].tolist(), weights[0].tolist(), out)
@@ -211,17 +211,17 @@ class HybridRunner:
 
     @staticmethod
     def _host_slices(division: Division) -> dict[int, int]:
-        """With how many slices the host computes each expert; 0: not there."""
+        """Return with how many slices the host computes each expert; 0: it does not."""
         return dict.fromkeys(division.device, 0) | division.host
 
     def _part(self, layer: int, x: Tensor, entries: Entries) -> tuple[DeviceWork, bool]:
-        """The device's part, and whether x lies there."""
+        """Return the device's part, and whether x lies there."""
         device, there = self._device, x.device == self._device.torch_device
         sent = x if there or not entries else device.send(x)
         return DeviceWork(layer, sent, torch.zeros_like(sent, dtype=device.sum_dtype), entries), there
 
     def _compute_at_once(self, layer: int, x: Tensor, entries: Entries, seconds: float) -> Tensor:
-        """What the device makes of x [1, D] out of what it has."""
+        """Return what the device makes of x [1, D] out of what it has."""
         slices = {e: n for e, [(n, _, _)] in entries.items()}
         part, there = self._part(layer, x, entries)
         self._tier.launch(part, list(entries))
@@ -240,7 +240,7 @@ class HybridRunner:
         on_host: Callable[[Tensor, Bring, More], Tensor],
         meanwhile: Callable[[], None],
     ) -> Tensor:
-        """What both sides make of x [T, D], where it lies. on_host: what the host makes of it, with what is brought."""
+        """Return what both sides make of x [T, D], where it lies. on_host: the host's side, given what is brought."""
         device, (part, there) = self._device, self._part(division.layer, x, entries)
         works = any(division.host.values()) or not there
 

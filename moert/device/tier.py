@@ -33,7 +33,7 @@ Entries: TypeAlias = dict[int, list[tuple[int, Tensor, Tensor]]]
 
 @dataclass(slots=True)
 class DeviceWork:
-    """What the device computes of a layer: x float32 [T, D] and out of its `sum_dtype`, on the device."""
+    """The work of the device in a layer: x float32 [T, D] and out of its `sum_dtype`, on the device."""
 
     layer: int
     x: Tensor
@@ -43,7 +43,7 @@ class DeviceWork:
     copies: list[tuple[SliceKey, Copy]] = field(default_factory=list)
 
     def slices(self, expert: int) -> int:
-        """With how many it is used at most."""
+        """Return with how many an expert is used at most."""
         return max((n for n, _, _ in self.entries.get(expert, ())), default=0)
 
 
@@ -86,7 +86,7 @@ class DeviceTier:
 
     @property
     def unified(self) -> bool:
-        """Whether host and device have one memory."""
+        """Tell whether host and device have one memory."""
         return self._slots is None
 
     def update(self) -> None:
@@ -177,11 +177,11 @@ class DeviceTier:
         self.device.synchronise()
 
     def watch(self, part: DeviceWork, device_s: float, move_s: float) -> None:
-        """All of `part` is on its way: learn later what it takes, of which so much was predicted."""
+        """Note that all of `part` is on its way: learn later what it takes, of which so much was predicted."""
         self._watched.append((part, device_s, move_s))
 
     def measured(self) -> list[tuple[Measurable, float, float]]:
-        """What was watched and has ended since the last time: what it was, predicted and measured seconds."""
+        """Return what was watched and has ended since the last time: what it was, predicted and measured seconds."""
         self._copies = {key: copy for key, copy in self._copies.items() if not copy.done}
         found: list[tuple[Measurable, float, float]] = []
         while self._watched:

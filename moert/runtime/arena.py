@@ -60,10 +60,10 @@ class Arena:
         return {key for owner in self._owner for key in owner if key is not None}
 
     def offset(self, key: SliceKey) -> int:
-        """Where the slot of `key` begins in `memory`, valid until it is released."""
+        """Return where the slot of `key` begins in `memory`, valid until it is released."""
         return self._starts[key[2]] + self._slot_of[key] * self.sizes[key[2]]
 
     def offsets(self, layer: int, expert: int, count: int) -> list[int]:
-        """Where the slots of the first `count` slices of an expert begin."""
+        """Return where the slots of the first `count` slices of an expert begin."""
         slot_of, places = self._slot_of, zip(range(count), self._starts, self.sizes, strict=False)
         return [start + slot_of[layer, expert, index] * size for index, start, size in places]  # type: ignore[index]

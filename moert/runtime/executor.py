@@ -36,7 +36,7 @@ _AHEAD_BYTES = 12 << 20  # prefetches on their way: about what a fast disk reads
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """Which policies decide.
+    """The policies that decide, by name.
 
     cache: a name in `POLICIES`. order: one in `ORDERS`. horizons: how many layers to look ahead; of several numbers the
     one is used that is measured to be fastest. overlap: whether experts compute while others are read (False is a
@@ -87,12 +87,12 @@ class ExpertRunner:
 
     @property
     def counters(self) -> Counters:
-        """What was counted, up to date when it is asked for."""
+        """Return what was counted, up to date."""
         self._tell_used()
         return self.telemetry.counters
 
     def layer_counters(self, decoding: bool) -> dict[int, Counters]:
-        """What was counted for each layer, of decoding or of prompts."""
+        """Return what was counted for each layer, of decoding or of prompts."""
         self._tell_used()
         return self.telemetry.layers(decoding)
 
@@ -127,7 +127,7 @@ class ExpertRunner:
                 self.waves.run(wave, layer, lambda ready: None)
 
     def every_expert(self) -> dict[int, list[RoutedExpert]]:
-        """Every expert of each layer, as wide as it is wanted and kept."""
+        """Return every expert of each layer, as wide as it is wanted and kept."""
         most = self.precision.slices(self._layout.widths)
         return {
             layer: [RoutedExpert(e, 1, 0.0, min(n, most)) for e, n in enumerate(kept)]
@@ -135,7 +135,7 @@ class ExpertRunner:
         }
 
     def holds_all(self, slots: Sequence[int]) -> bool:
-        """Whether so many slots of each slice index are enough for all experts at the width in use."""
+        """Tell whether so many slots of each slice index are enough for all experts at the width in use."""
         every = [r.slices for routed in self.every_expert().values() for r in routed]
         return all(sum(n > index for n in every) <= count for index, count in enumerate(slots))
 
@@ -159,7 +159,7 @@ class ExpertRunner:
         self.residency.close()
 
     def __call__(self, layer: int, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the routed experts.
+        """Compute the weighted sum of the routed experts.
 
         x: float32 [T, D]. indices: int64 [T, K], no expert twice in a row. weights: float32 [T, K].
         Returns float32 [T, D]. Raises StoreError where an expert cannot be read.
@@ -189,7 +189,7 @@ class ExpertRunner:
         return places, routed, [sums[e] for e in places]
 
     def routing_bias(self, layer: int, choices: int) -> Tensor | None:
-        """For those in memory, unless so many are chosen that nearly all experts are needed anyway."""
+        """Return the bias [E] that favours experts in memory; None where there is none, or nearly all are needed."""
         route, present = self.precision.route, self.residency.present[layer]
         return torch.from_numpy(present * np.float32(route)) if route and choices <= len(present) else None
 
@@ -246,7 +246,7 @@ class ExpertRunner:
 
     @property
     def horizon(self) -> int:
-        """For how many layers ahead guesses are wanted now."""
+        """Return for how many layers ahead guesses are wanted now."""
         return self.lookahead.horizon
 
     def tokens(self, ids: Sequence[int]) -> None:
@@ -265,7 +265,7 @@ class ExpertRunner:
             self._prefetch(layer, ())
 
     def slices_ahead(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> Sequence[int]:
-        """How many slices of experts to prefetch: the base alone where it can be computed with."""
+        """Choose how many slices of experts to prefetch: the base alone where it can be computed with."""
         if self.scheduler.error_budget is not None:
             return [1] * len(experts)
         return self.chooser.one(layer, experts, weights)

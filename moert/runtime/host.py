@@ -61,7 +61,7 @@ class HostExperts:
         bring: Bring,
         more: More = nothing_more,
     ) -> Tensor:
-        """Weighted sum over the experts of each token: x float32 [T, D], weights [T, K] -> float32 [T, D].
+        """Return the weighted sum over the experts of each token: x float32 [T, D], weights [T, K] -> float32 [T, D].
 
         slices: with how many each expert is computed at most (0: not here). places: as of `route_tokens`. more: added
         in the end.
@@ -124,7 +124,7 @@ class HostExperts:
         self._telemetry.computed(step.layer, len(experts), before)
 
     def _room(self, rows: int, size: int) -> Tensor:
-        """Float32 [rows, size], valid until the next call: kept, because new pages cost more than what is written."""
+        """Return float32 [rows, size], valid until the next call: kept, because new pages cost more than writing."""
         if self._parts.numel() < rows * size:
             self._parts = torch.empty(rows * size)
         return self._parts[: rows * size].view(rows, size)

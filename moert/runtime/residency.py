@@ -89,7 +89,7 @@ class Residency:
         self._telemetry.asked(load, read, ahead)
 
     def done(self, load: Load) -> bool:
-        """Whether the read of a load has ended."""
+        """Tell whether the read of a load has ended."""
         return self._reads[load].done
 
     def wait(self, load: Load) -> None:

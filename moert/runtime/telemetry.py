@@ -135,7 +135,7 @@ class Telemetry:
         return {layer: part.copy() for layer, part in self._phases[decoding].items()}
 
     def step(self, count: int, first: int | None) -> AbstractContextManager[object]:
-        """Around a forward pass of `count` tokens, from position `first` on or of several sequences."""
+        """Enter a forward pass of `count` tokens, from position `first` on or of several sequences."""
         return _NOTHING if self.timeline is None else self.timeline.step(count, first)
 
     def reached(self, layer: int) -> None:
