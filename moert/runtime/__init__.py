@@ -1,1 +1,1 @@
-"""Executes the plans of the scheduler: arena, reading threads, experts."""
+"""Experts out of memory and disk: where every slice is, reads, and the plans of the scheduler carried out; knows no model."""
