@@ -1,1 +1,1 @@
-"""Experts out of memory and disk: where every slice is, reads, and the plans of the scheduler carried out; knows no model."""
+"""Experts out of memory and disk: where every slice is, its reads, and plans carried out; knows no model."""
