@@ -18,6 +18,10 @@ class UsageError(MoertError):
     exit_code = 2
 
 
+class ClosedError(MoertError):
+    """A model was used after it was closed, or in a child of the process that loaded it."""
+
+
 class BudgetError(MoertError):
     """Something does not fit the memory that was allowed.
 

@@ -42,17 +42,17 @@ def answer(llm):
 def test_precision_and_context_are_chosen_and_said(machine):
     """On a machine that computes 2 bits fast and anything wider slowly, nothing wide is worth its quality."""
     with LLM(memory_budget="auto") as llm:
-        assert (llm.plan.prediction.precision, llm.ctx_size) == (str(llm.engine.precision), 2048)
-        assert str(llm.engine.precision) == "fixed:4"
+        assert (llm.plan.prediction.precision, llm.ctx_size) == (str(llm.runner.precision), 2048)
+        assert str(llm.runner.precision) == "fixed:4"
         assert any(line.startswith("plan: fixed:4, context 2048, ") for line in llm.description)
     machine(expert_s_per_byte={2: 1e-11, 3: 1e-4, 4: 1e-4})
     with LLM(memory_budget="auto") as llm:
-        assert str(llm.engine.precision) == "fixed:2"
+        assert str(llm.runner.precision) == "fixed:2"
 
 
 def test_what_is_asked_for_is_kept(machine):
     with LLM(memory_budget="auto", precision="fixed:3", ctx_size=512) as llm:
-        assert (str(llm.engine.precision), llm.ctx_size, llm.plan.prediction.ctx_size) == ("fixed:3", 512, 512)
+        assert (str(llm.runner.precision), llm.ctx_size, llm.plan.prediction.ctx_size) == ("fixed:3", 512, 512)
     with LLM(memory_budget="1GiB") as llm:
         assert llm.plan is None
     machine(available=1 << 20)
@@ -67,7 +67,7 @@ def test_a_store_on_a_slow_disk_is_planned_with_that_disk(machine, monkeypatch):
             return llm.plan
 
     with LLM(ctx_size=2048) as llm:
-        fixed = llm.engine.budget
+        fixed = llm.runner.budget
     machine(available=int((fixed.total - fixed.libraries - fixed.arena // 2) / 0.8))
     fast, slow = opened(2e9), opened(4e6)
     assert "disk" not in fast.device

@@ -61,7 +61,7 @@ def measured(path, case, tokens=None, **options):
     """The row of one case."""
     with LLM(path, **options) as llm:
         tokens = tokens or bench.Tokens(llm.store.architecture.vocab_size)
-        measurement = bench.Measurement(llm.store, llm.engine, case, tokens, BANDWIDTH)
+        measurement = bench.Measurement(llm.store, llm.runner, case, tokens, BANDWIDTH)
         assert measurement.row() is None
         measurement.run(2, True, lambda text: None)
         return measurement.row()
@@ -161,7 +161,7 @@ def test_prefill_counts_each_pass_once_with_the_experts_that_were_used(store, mo
     case = bench.Case(600, 0, 0)
     with LLM(store("olmoe"), ctx_size=600) as llm:
         every_pass, row = bench.dense_bytes(llm.store.meta.dense)
-        got = bench.bytes_touched(llm.store, llm.engine, case, Counters(expert_uses=7, width_sum=2 + 3 + 5 * 4))
+        got = bench.bytes_touched(llm.store, llm.runner, case, Counters(expert_uses=7, width_sum=2 + 3 + 5 * 4))
         used = [bench_kernels.expert_bytes(llm.store.layout, slices) for slices in (1, 2, 3, 3, 3, 3, 3)]
         assert len(set(used)) == 3
     assert case.steps() == [(0, 256), (256, 256), (512, 88)]
@@ -241,11 +241,11 @@ def test_a_text_is_fed_as_it_stands_and_not_repeated():
 def test_what_is_computed_is_what_the_case_says(store):
     with LLM(store()) as llm:
         calls = []
-        forward = llm.engine.forward
-        llm.engine.forward = lambda ids: calls.append((len(llm.engine.tokens), len(ids))) or forward(ids)
+        forward = llm.runner.forward
+        llm.runner.forward = lambda ids: calls.append((len(llm.runner.tokens), len(ids))) or forward(ids)
         tokens = bench.Tokens(320)
         for case in (bench.Case(8, 0, 5), bench.Case(0, 2, 5), bench.Case(0, 1, 7)):
-            bench.Measurement(llm.store, llm.engine, case, tokens, 1.0).run(1, case.n_prompt > 0, lambda text: None)
+            bench.Measurement(llm.store, llm.runner, case, tokens, 1.0).run(1, case.n_prompt > 0, lambda text: None)
     assert calls == [(0, 5), (5, 8), (5, 8), (5, 1), (6, 1), (5, 2), (7, 1)]
 
 

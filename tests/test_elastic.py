@@ -277,10 +277,10 @@ def test_with_everything_in_memory_routing_changes_nothing_and_with_little_the_f
 
     def run(precision, **options):
         with LLM(store(), precision=precision, ctx_size=64, prefetch="off", **options) as llm:
-            llm.engine.preload()
-            before = llm.engine.counters.copy()
-            logits = [llm.engine.forward([i]) for i in ids]
-            return torch.stack(logits), llm.engine.counters.since(before)
+            llm.runner.preload()
+            before = llm.runner.counters.copy()
+            logits = [llm.runner.forward([i]) for i in ids]
+            return torch.stack(logits), llm.runner.counters.since(before)
 
     plain, _ = run("elastic:4")
     assert torch.equal(plain, run("elastic:4,route=1")[0])

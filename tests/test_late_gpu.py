@@ -104,9 +104,9 @@ def test_a_whole_model_is_opened_and_used(monkeypatch, refused):
         device = EagerGpu(fake.api())
         monkeypatch.setattr(offload, "open_device", lambda kind, say: device)
         with LLM(ctx_size=256, device="cuda") as llm:
-            assert all(llm.engine.offload.placement.layers)
+            assert all(llm.runner.offload.placement.layers)
             params = SamplingParams(max_tokens=4, temperature=0)
             first = llm.generate("import os\n", params)[0].text
-            llm.engine.preload()
+            llm.runner.preload()
             assert llm.generate("import os\n", params)[0].text == first
         assert not fake.locked

@@ -296,7 +296,7 @@ def test_damage_before_the_copy_is_found(source, tmp_path, about_to_cut, limit):
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
     with LLM(cut.path, ctx_size=64, precision=f"fixed:{width}") as llm:
-        runner = llm.engine._runner
+        runner = llm.runner._experts
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
         for layer in (0, 1):
             for e in range(8):
@@ -324,10 +324,10 @@ def test_the_result_does_not_depend_on_the_budget(cut):
         with LLM(cut.path, ctx_size=64, expert_budget=budget, on_status=said.append) as llm:
             logits.append(llm.logits(TOKENS[:40]))
             for token in TOKENS[40:48]:
-                logits[-1] = torch.cat([logits[-1], llm.engine.forward([token])[None]])
-            assert llm.engine._runner.residency.arena.total_bytes <= budget
-            assert llm.engine.budget.arena <= budget
-            read = llm.engine.counters.bytes_read
+                logits[-1] = torch.cat([logits[-1], llm.runner.forward([token])[None]])
+            assert llm.runner._experts.residency.arena.total_bytes <= budget
+            assert llm.runner.budget.arena <= budget
+            read = llm.runner.counters.bytes_read
         assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
         assert ("expert arena holds all 16 experts" in said) == (budget == everything)
     assert all(torch.equal(logits[0], other) for other in logits[1:])

@@ -170,13 +170,13 @@ def _model(args: argparse.Namespace, status: Status) -> int:
         ids = None if text is None else llm.tokenizer.encode(text)
         tokens = bench.Tokens(llm.store.architecture.vocab_size, ids)
         tokens.check(max(case.needed for case in cases))
-        bandwidth = _bandwidth(args, status, llm.engine.threads)
+        bandwidth = _bandwidth(args, status, llm.runner.threads)
         try:
             with line_progress(status) as progress:
                 for case in cases:
-                    measurement = bench.Measurement(llm.store, llm.engine, case, tokens, bandwidth)
+                    measurement = bench.Measurement(llm.store, llm.runner, case, tokens, bandwidth)
                     try:
-                        measurement.run(args.repetitions, not args.no_warmup, progress)
+                        llm.call(lambda runner: measurement.run(args.repetitions, not args.no_warmup, progress))  # noqa: B023
                     finally:
                         row = measurement.row()
                         if row is not None:

@@ -38,17 +38,18 @@ class Figures:
         """Watch this model from now on."""
         self._llm = llm
         if self._timeline is not None:
-            llm.engine.draw(self._timeline)
+            timeline = self._timeline
+            llm.call(lambda runner: runner.draw(timeline))
 
     def show(self) -> None:
         """The table of what was done up to now."""
         if self._wanted and self._llm is not None:
-            engine, top_k = self._llm.engine, self._llm.store.architecture.top_k
+            runner, top_k = self._llm.runner, self._llm.store.architecture.top_k
             for what, decoding in (("prompts", False), ("decoding", True)):
-                layers = engine.layer_counters(decoding)
-                for line in table(what, layers, engine.widths, top_k):
+                layers = runner.layer_counters(decoding)
+                for line in table(what, layers, runner.widths, top_k):
                     self._status.show(line, style="default")
-            if line := engine.foresight():
+            if line := runner.foresight():
                 self._status.show(line, style="default")
 
 
