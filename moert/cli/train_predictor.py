@@ -38,12 +38,12 @@ def main(args: argparse.Namespace) -> int:
     path = source.resolve(args.model, offline=args.offline, on_status=status.say)
     with status.spinner("Reading traces"):
         from moert.engine.model_runner import default_threads
-        from moert.models.stored_model import StoredModel as Store
+        from moert.models.stored_model import StoredModel
         from moert.quant.dispatch import set_num_threads
         from moert.store.predictor import TrainedPredictor, write_predictor
         from moert.train import predictor as train_predictor  # loads torch
 
-        store = Store.open(path)
+        store = StoredModel.open(path)
         common.check_kernel()
         set_num_threads(args.threads or default_threads())
         windows = train_predictor.read_windows(store, args.trace)

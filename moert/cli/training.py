@@ -14,7 +14,7 @@ from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.convert.calibration import CalibrationText
-    from moert.models.stored_model import StoredModel as Store
+    from moert.models.stored_model import StoredModel
 
 _SAMPLE = 1 << 16  # characters that the tokenizers of both stores must understand alike
 
@@ -50,15 +50,15 @@ def check(args: argparse.Namespace) -> str:
 
 def load(
     args: argparse.Namespace, content: str, most_tokens: int
-) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
+) -> tuple[StoredModel, StoredModel, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
     from moert.engine.model_runner import default_threads
     from moert.measure import evaluate  # loads torch
-    from moert.models.stored_model import StoredModel as Store
+    from moert.models.stored_model import StoredModel
     from moert.quant.dispatch import set_num_threads
     from moert.train.distil import WINDOW
 
-    store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))
+    store, lossless = (StoredModel.open(Path(name).expanduser()) for name in (args.model, args.against))
     evaluate.encode(content[:_SAMPLE], store, lossless)  # says what is wrong with the two, if anything is
     text = calibration.tokens(args.text, content, store.path, most_tokens)
     common.check_kernel()

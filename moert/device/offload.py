@@ -17,7 +17,7 @@ from moert.device.matrix import DenseQuant
 from moert.device.placement import NOTHING, Placement, place
 from moert.errors import BudgetError, DeviceError
 from moert.hardware.devices import this_machine
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.runtime.budget import AUTO_SHARE, Sizes, split_line
 from moert.scheduler.assign import CostModel
 from moert.scheduler.capacity import slots_for
@@ -78,7 +78,7 @@ class OffloadRequest:
     of the host's memory, what is left for a device that has no other, given whether it compiles its kernels.
     """
 
-    store: Store
+    store: StoredModel
     config: EngineConfig
     precision: Precision
     positions: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -120,7 +120,7 @@ class Worker:
             self._aborts.append(submission)
             self._inbox.put(None)
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
+    def stream(self, requests: Sequence[Request]) -> Generator[tuple[int, Chunk], None, None]:
         """Pieces of the answers as they come, each with the index of its request. Raises ClosedError.
 
         To close or to drop the iterator ends the requests.

@@ -87,9 +87,10 @@ class KVMemory:
     @staticmethod
     def _with_positions(parts: Sequence[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]) -> list[RegionParts]:
         """Sort what `_cut` gave of parts of a region, each with the position that it begins at, by kind."""
-        both = [[(first, tensors[kind]) for first, tensors in parts] for kind in (0, 1)]
+        keys = [(first, tensors[0]) for first, tensors in parts]
+        values = [(first, tensors[1]) for first, tensors in parts]
         scales = [(first, tensors[2].flatten(0, 1)) for first, tensors in parts if tensors[2] is not None]
-        return [*both, scales] if scales else both
+        return [keys, values, scales] if scales else [keys, values]
 
     def _cut(self, flat: FlatLayer, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
