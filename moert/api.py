@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -85,15 +86,16 @@ class LLM:
         self._runner = ModelRunner(self.store, config, status)
         if self.plan is not None:
             status(self.plan.line(self._runner.budget.total))
-        self._ending = _Ending(self._runner, self._say)
+        at_end: list[Callable[[], object]] = []  # it must not know `self`, which would never be dropped then
         if warm:
             try:
                 self._runner.warm(file := warm_file(path, str(self._runner.precision)), status)
             except BaseException:
                 self._runner.close()
                 raise
-            self._ending.warm_file = file  # only now: what is interrupted before is nothing to remember
-        self._worker = Worker(self._runner, self.tokenizer, self._ending)
+            # Only now: what is interrupted before is nothing to remember.
+            at_end.append(partial(self._runner.remember, file, self._say))
+        self._worker = Worker(self._runner, self.tokenizer, at_end)
         self._finalizer = weakref.finalize(self, self._worker.close)  # also when the program ends
 
     @property
@@ -285,8 +287,7 @@ class LLM:
     def record_trace(self, path: Path | str) -> None:
         """Write from now on, until the model is closed, which experts each token is routed to, for `moert simulate` and
         `moert train-predictor`. OSError where the file cannot be written."""
-        recorders = self._ending.recorders
-        self.call(lambda runner: recorders.append(Recorder(self.store, runner.decoder, Path(path))))
+        self.call(lambda runner: self._worker.at_end.append(Recorder(self.store, runner.decoder, Path(path)).close))
 
     def close(self) -> None:
         """End the threads and what is recorded, and write down what a warm start needs.
@@ -304,21 +305,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Ending:
-    """What is to be done before a model is closed. It must not know the LLM, which would never be dropped then."""
-
-    def __init__(self, runner: ModelRunner, say: Callable[[str], None]) -> None:
-        self._runner, self._say = runner, say
-        self.recorders: list[Recorder] = []
-        self.warm_file: Path | None = None
-
-    def __call__(self) -> None:
-        while self.recorders:
-            self.recorders.pop().close()
-        if self.warm_file is not None:
-            self._runner.remember(self.warm_file, self._say)
 
 
 class AsyncLLM:

@@ -6,10 +6,10 @@ belongs to another sequence, makes another token.
 
 from __future__ import annotations
 
-import itertools
 import random
 import zlib
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +128,7 @@ PROMPTS = st.builds(
     st.integers(0, 40),
     st.lists(st.integers(0, 9), min_size=1, max_size=30),
 )
+PRIORITIES = ["interactive", "batch"]
 EVENTS = st.lists(
     st.one_of(
         st.tuples(
@@ -140,7 +141,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(EVENTS, st.integers(1, 4), st.sampled_from([1, 2]), st.sampled_from([torch.float16, torch.int8]))
 def test_each_request_gets_the_tokens_of_a_sequential_reference(events, batch_size, contexts, dtype):
     runner = FakeRunner(96, batch_size, contexts, dtype)
@@ -148,7 +149,7 @@ def test_each_request_gets_the_tokens_of_a_sequential_reference(events, batch_si
 
     def check():
         regions = runner.caches._all
-        assert all(a.end <= b.start for a, b in itertools.pairwise(regions))
+        assert all(a.end <= b.start for a, b in pairwise(regions))
         assert all(r.start % 16 == r.size % 16 == 0 and r.end <= runner.caches.positions for r in regions)
         assert sum(r.running for r in regions) == len(engine._running) <= 2 * batch_size
         for sequence in engine._running:

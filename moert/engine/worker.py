@@ -81,11 +81,12 @@ _Message = Submission | _Task  # type: ignore[type-arg]
 class Worker:
     """Owns the thread, its engine and the model.
 
-    on_end: called on that thread when it ends, before the model is closed. All methods may be called from any thread.
+    at_end: called on that thread when it ends, before the model is closed; more may be added by tasks. All methods may
+    be called from any thread.
     """
 
-    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, on_end: Callable[[], None] = lambda: None) -> None:
-        self._runner, self._engine, self._on_end = runner, Engine(runner, tokenizer), on_end
+    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, at_end: Sequence[Callable[[], object]] = ()) -> None:
+        self._runner, self._engine, self.at_end = runner, Engine(runner, tokenizer), [*at_end]
         self._inbox: SimpleQueue[_Message | None] = SimpleQueue()  # None: look what has changed
         self._backlog: deque[_Message] = deque()
         self._owners: dict[int, tuple[Submission, int]] = {}
@@ -259,9 +260,8 @@ class Worker:
                     self._add(message)
             self._deliver(self._engine.fail(error))
         finally:
-            try:
-                self._on_end()
-            except BaseException as failure:  # of whoever closes
-                self._failure = failure
-            finally:
-                self._runner.close()
+            for end in [*self.at_end, self._runner.close]:
+                try:
+                    end()
+                except BaseException as failure:  # of whoever closes
+                    self._failure = self._failure or failure
