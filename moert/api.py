@@ -28,7 +28,7 @@ from moert.engine.statistics import GenerationStats as GenerationStats
 from moert.engine.worker import Submission, Worker
 from moert.errors import ClosedError, UsageError
 from moert.hub.resolve import resolve, warm_file
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.planning.automatic import Automatic, choose
 from moert.text.chat import Message, render
 from moert.text.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ class LLM:
                 on_status(line)
 
         path = resolve(as_model(model), offline=offline, on_status=status)
-        self.store = Store.open(path)
+        self.store = StoredModel.open(path)
         self.tokenizer = Tokenizer(path)
         self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config).resolve()
         for warning in (*self.tokenizer.warnings, *usable_fields(self.tokenizer.generation_config)[1]):

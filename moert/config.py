@@ -24,7 +24,8 @@ DEFAULT_CTX_SIZE = 4096
 AUTO_BATCH = 16
 AUTO = "auto"  # as a memory budget: moert plans for this machine, and chooses precision and context too
 PREFILL_CHUNK = 512  # tokens per forward pass of a prompt: bounds the workspace
-_MAX_COUNT = 2**31 - 1  # of tokens, threads and sequences
+_MAX_COUNT = 2**31 - 1  # tokens
+_MAX_FEW = 1024  # threads, and prompts that run together: more than any machine has use for
 _MAX_SIZE = 2**63 - 1
 
 Size = int | float | str  # bytes, or text such as "2GiB"
@@ -112,15 +113,19 @@ def _budget(what: str, value: Any) -> int | None:
     return parse_budget(value, what)
 
 
-def _count(what: str, value: Any) -> int:
+def _count(what: str, value: Any, most: int = _MAX_COUNT) -> int:
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value):
         value = int(value)
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise UsageError(f"{what} {value!r} is not a whole number.")
     count = int(value)
-    if not 1 <= count <= _MAX_COUNT:
-        raise UsageError(f"{what} {count} must be at least 1{'' if count < 1 else f' and at most {_MAX_COUNT}'}.")
+    if not 1 <= count <= most:
+        raise UsageError(f"{what} {count} must be at {f'most {most}' if count > most else 'least 1'}.")
     return count
+
+
+def _few(what: str, value: Any) -> int:
+    return _count(what, value, _MAX_FEW)
 
 
 def _text(what: str, value: Any) -> str:
@@ -194,11 +199,11 @@ class EngineConfig:
         None, _one_of(8, 16), "bits of cached keys and values (default 16)", group=MEMORY, metavar="8|16"
     )
     threads: int | None = _setting(
-        None, _count, "threads to compute with (default: physical cores)", group=MEMORY, metavar="N", short="-t"
+        None, _few, "threads to compute with (default: physical cores)", group=MEMORY, metavar="N", short="-t"
     )
     batch_size: int | None = _setting(
         1,
-        _count,
+        _few,
         "prompts that run together, each with a context of its own (default: as many as share one context, at most "
         f"{AUTO_BATCH})",
         group=PROMPTS,

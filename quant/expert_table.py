@@ -30,7 +30,7 @@ class ExpertTable:
         self._native: Any = None if module is None else module.ExpertTable(_places(layout), memory.data_ptr())
 
     def put(self, layer: int, expert: int, offsets: Sequence[int]) -> None:
-        """Enter the first slices of an expert, which must stay at these offsets in memory until `keep` forgets them."""
+        """Enter the first slices of an expert, which must stay at these offsets until `drop_from` forgets them."""
         if self._native is not None:
             self._native.put(layer, expert, offsets)
             return
@@ -39,7 +39,7 @@ class ExpertTable:
         for n in range(1, len(slices) + 1):
             self._packed[layer, expert, n] = PackedExpert.from_slices(slices[:n], self._layout)
 
-    def keep(self, layer: int, expert: int, count: int) -> None:
+    def drop_from(self, layer: int, expert: int, count: int) -> None:
         """Forget the slices of an expert from index `count` on."""
         if self._native is not None:
             self._native.keep(layer, expert, count)

@@ -96,7 +96,9 @@ class Disk:
         self.advance(now)
         if read.started:
             return False
-        (self._ahead if read in self._ahead else self._demanded).remove(read)
+        for queue in (self._ahead, self._demanded):
+            if read in queue:
+                queue.remove(read)
         return True
 
     def advance(self, until: float) -> None:

@@ -1,9 +1,9 @@
 """Precision as a scheduling act: which of the slices that are missing are worth waiting for.
 
-A missing expert of low weight does little harm at few bits (HOBBIT, arXiv 2411.01433, section 4.2; SliceMoE, arXiv
-2512.12990), so what is resident is used as it is, and slices are read where they save most error per byte. The harm
-that may be done is bounded: a token that gives an expert the router weight w loses w ** 2 * damage, and the sum of
-all that was lost never exceeds what the same tokens would have lost at the precision that the user named.
+A missing expert of low weight costs little accuracy at few bits (HOBBIT, arXiv 2411.01433, section 4.2; SliceMoE, arXiv
+2512.12990), so what is resident is used as it is, and slices are read where they save most error per byte. The error
+that may be made is bounded: a token that gives an expert the router weight w adds w ** 2 * sensitivity, and the sum of
+all that was added never exceeds what the same tokens would have added at the precision that the user named.
 """
 
 # E experts, B widths, K routed experts
@@ -27,17 +27,17 @@ _SAVED = 64
 
 
 def generic_sensitivity(widths: Sequence[int]) -> list[float]:
-    """Harm of each width, where nothing was measured. Weights of 16 bits do none."""
+    """Return the sensitivity at each width, where nothing was measured. Weights of 16 bits have none."""
     return [0.0 if b >= 16 else _AT_TWO_BITS * _PER_BIT ** (b - 2) for b in widths]
 
 
 def at_mean(curve: Sequence[float], widths: Sequence[int], mean: float) -> float:
-    """Harm at a mean width between two of `widths`, on a straight line between their harms."""
+    """Interpolate the sensitivity at a mean width between two of `widths`, on a straight line."""
     return float(np.interp(mean, widths[: len(curve)], curve))
 
 
 def absence_sensitivity(curve: Sequence[float], widths: Sequence[int]) -> float:
-    """Harm of leaving an expert out: all of its output is missing.
+    """Return the sensitivity of leaving an expert out: all of its output is missing.
 
     Measured is only what rounding does, as a share of what leaves the layer. At 2 bits the error of the outputs of two
     calibrated models is 0.05 to 0.19 of these (0.13 in the mean of their layers), and 0.106 is what rounding Gaussian
@@ -49,13 +49,13 @@ def absence_sensitivity(curve: Sequence[float], widths: Sequence[int]) -> float:
 
 @dataclass
 class ErrorBudget:
-    """Decides with how many slices routed experts are computed, and keeps account of the harm.
+    """Decides with how many slices routed experts are computed, and keeps account of the error that this makes.
 
-    sensitivity[layer][e]: harm of expert e at each width that it has. allowed[layer][e]: what the bound allows it, no
-    less than the least of these. absent[layer][e]: harm of leaving it out. sizes[i]: bytes of slice i. skip: experts
-    may be left out whose mean router weight is below this, if they have no slice in memory (0: none is). spent,
-    granted: harm done and harm allowed so far. left: what the last `choose` decided against: error saved per byte,
-    expert, slice.
+    sensitivity[layer][e]: error of expert e at each width that it has. limits[layer][e]: what the bound allows it, no
+    less than the least of these. absent[layer][e]: error of leaving it out. sizes[i]: bytes of slice i. skip: experts
+    may be left out whose mean router weight is below this, if they have no slice in memory (0: none is). used, allowed:
+    error made and error allowed so far. left: what the last `choose` decided against: error saved per byte, expert,
+    slice.
     """
 
     sensitivity: Mapping[int, Sequence[Sequence[float]]]
@@ -77,15 +77,15 @@ class ErrorBudget:
 
         squares[k]: sum of the squared router weights of its tokens. have[k]: how many of its slices are in memory.
         `used` never exceeds `allowed`, if each expert is wanted with all the slices that it has. What is read beyond
-        memory goes by error saved per byte, along the lower convex hull of each expert's harm over bytes, so it is at
+        memory goes by error saved per byte, along the lower convex hull of each expert's error over bytes, so it is at
         most one step more than the cheapest choice that the bound allows; what this step does too well is saved up.
         """
-        grant, total, counts, steps = 0.0, 0.0, list[int](), list[tuple[float, int, int]]()
+        allowance, total, counts, steps = 0.0, 0.0, list[int](), list[tuple[float, int, int]]()
         known = self._experts[layer] if layer in self._experts else self._meet(layer)
         experts = [known[r.expert] for r in routed]
         skip = self.skip
         for k, (r, expert, square, held) in enumerate(zip(routed, experts, squares, have, strict=True)):
-            grant += square * expert.limits
+            allowance += square * expert.limits
             if skip and held == 0 and r.weight < skip * r.tokens:
                 n, sensitivity, step = 0, expert.sensitivity[0], expert.step(0, held, r.slices)
             else:
@@ -94,7 +94,7 @@ class ErrorBudget:
             total += square * sensitivity
             if step:
                 steps.append((-square * step[0], k, step[1]))
-        limit = self._saved + grant
+        limit = self._saved + allowance
         if total > limit:
             heapify(steps)
         while steps and total > limit:
@@ -104,7 +104,8 @@ class ErrorBudget:
             counts[k] = n
             if step := expert.step(n, have[k], most):
                 heappush(steps, (-square * step[0], k, step[1]))
-        self.used, self.allowed, self._chosen = self.used + total, self.allowed + grant, self._chosen + tokens
+        # In this order, so that the bound holds wherever this is interrupted.
+        self.allowed, self._chosen, self.used = self.allowed + allowance, self._chosen + tokens, self.used + total
         self._saved = min(limit - total, _SAVED * self.allowed / self._chosen)
         self.left = [(-rate, routed[k].expert, counts[k]) for rate, k, _ in steps if counts[k]]
         return counts
@@ -120,7 +121,7 @@ class ErrorBudget:
 
 
 class _Expert:
-    """harm: by number of slices, from none on. What is asked of it again and again is kept."""
+    """One expert: its sensitivity by number of slices, from none on. Answers asked for again and again are kept."""
 
     def __init__(self, sensitivity: Sequence[float], limits: float, sizes: Sequence[int]) -> None:
         self.sensitivity, self.limits, self._sizes = sensitivity, limits, sizes
@@ -129,9 +130,9 @@ class _Expert:
         self._steps: dict[tuple[int, int, int], tuple[float, int] | None] = {}
 
     def begin(self, held: int, most: int) -> tuple[int, float, tuple[float, int] | None]:
-        """Return with how many slices to begin, their harm, and the step up from there.
+        """With how many slices to begin, their sensitivity, and the step up from there.
 
-        Of those held it is the number up to `most` that does least harm, the lowest of equals; the base where none is.
+        Of those held it is the number up to `most` of least sensitivity, the lowest of equals; the base where none is.
         """
         found = self._begins.get((held, most))
         if found is None:
@@ -142,7 +143,7 @@ class _Expert:
     def step(self, n: int, held: int, most: int) -> tuple[float, int] | None:
         """The step up from n slices that saves most error per byte beyond those held: how much, and to how many.
 
-        None where more slices than these, up to `most`, do no less harm.
+        None where more slices than these, up to `most`, are no less sensitive.
         """
         key = n, held, most
         if key not in self._steps:

@@ -22,7 +22,7 @@ from moert.scheduler.profile import Profile
 from moert.scheduler.simulation import Result, Settings
 from moert.scheduler.simulator import Simulator, Totals
 from moert.scheduler.trace import DECODE, PREFILL, Trace, TraceStep
-from moert.scheduler.trial import MARGIN
+from moert.scheduler.trial import MARGIN, pays
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def estimate(
     best = plain
     if settings.recalls and plain[1].stall_share > MARGIN:
         ahead = _run(some, profile, own, parts)
-        best = ahead if ahead[0] < plain[0] * (1 - MARGIN) else plain
+        best = ahead if pays(ahead[0], plain[0]) else plain
     seconds, result, held, prompts = best
     # What is not simulated: layers without experts, whose time is known, and the others like those that were.
     dense = sum(trace.dense_bytes) - scale * sum(trace.dense_bytes[layer] for layer in layers)

@@ -31,16 +31,16 @@ class CachePolicy(Protocol):
         """Note what somebody expects the coming step to use in `layer`, in place of what was expected before."""
 
     def loaded(self, key: ExpertKey, index: int) -> None:
-        """Slice `index` of an expert got room."""
+        """Slice `index` of an expert got room. It does no harm to say so twice."""
 
     def removed(self, key: ExpertKey, index: int) -> None:
-        """Slice `index` of an expert lost its room."""
+        """Slice `index` of an expert lost its room. It does no harm to say so twice."""
 
     def eviction_order(self, index: int) -> Iterable[ExpertKey]:
         """Experts of which slice `index` is resident, the one to evict first at the front."""
 
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        """The first of these that is evictable, None where there is none."""
+        """The first of these that is evictable, None where there is none. Asking changes nothing."""
 
     def reuse_score(self, key: ExpertKey, index: int) -> float:
         """Return how often a token is expected to use a slice of an expert: the least for a prefetch that evicts it."""
@@ -85,7 +85,7 @@ class LeastRecentlyUsed(_Baseline):
 
     def removed(self, key: ExpertKey, index: int) -> None:
         if index == 0:
-            del self._order[key]
+            self._order.pop(key, None)
 
     def eviction_order(self, index: int) -> Iterator[ExpertKey]:
         return iter(self._order)
@@ -110,7 +110,7 @@ class LeastFrequentlyUsed(_Baseline):
 
     def removed(self, key: ExpertKey, index: int) -> None:
         if index == 0:
-            del self._held[key]
+            self._held.pop(key, None)
 
     def eviction_order(self, index: int) -> Iterator[ExpertKey]:
         return iter(sorted(self._held, key=self._uses.__getitem__))
@@ -235,34 +235,52 @@ class RecentScore:
         return [ExpertKey(self._layers[row], e) for _, row, e in sorted(scores)]
 
     def victim(self, index: int, evictable: Callable[[ExpertKey], bool]) -> ExpertKey | None:
-        heaps, on_prediction, layers = self._heaps[index], self._foreseen, self._layers
-        factors = [d / scale for d, scale in zip(self._discount[self._now], self._scale, strict=True)]
+        heaps, foreseen, layers = self._heaps[index], self._foreseen, self._layers
+        discount = self._discount[self._now]
+        factors = [d / scale for d, scale in zip(discount, self._scale, strict=True)]
         least = [self._least(index, row) * factor for row, factor in enumerate(factors)]
-        passed: list[tuple[int, tuple[float, int]]] = []
+        # Nothing is taken off the heaps, so that an interrupt here loses nothing: rows of which the first is passed
+        # over are walked through in order.
+        walks: dict[int, Iterator[tuple[float, int]]] = {}
+        passed_to: dict[int, int] = {}  # the expert that a row has come to
         raised: list[tuple[float, int, int]] = []  # score, row and expert of those that somebody foresees
         while True:
             score = min(least)
             row = least.index(score)
-            if raised and raised[0] < (score, row, heaps[row][0][1] if heaps[row] else -1):
+            expert = -1 if score == inf else passed_to[row] if row in passed_to else heaps[row][0][1]
+            if raised and raised[0] < (score, row, expert):
                 _, row, expert = heappop(raised)
-            elif score == inf:
-                found = None
-                break
-            else:
-                entry = heappop(heaps[row])
-                passed.append((row, entry))
-                least[row] = self._least(index, row) * factors[row]
-                expert = entry[1]
-                expected = on_prediction[row].get(expert, 0.0) * self._discount[self._now][row]
-                if expected > score:
-                    heappush(raised, (expected, row, expert))
-                    continue
-            found = ExpertKey(layers[row], expert)
-            if evictable(found):
-                break
-        for row, entry in passed:
-            heappush(heaps[row], entry)
-        return found
+                found = ExpertKey(layers[row], expert)
+                if evictable(found):
+                    return found
+                continue
+            if score == inf:
+                return None
+            expected = foreseen[row].get(expert, 0.0) * discount[row]
+            if expected > score:
+                heappush(raised, (expected, row, expert))
+            elif evictable(found := ExpertKey(layers[row], expert)):
+                return found
+            if row not in walks:
+                walks[row] = self._ascending(index, row)
+                next(walks[row])
+            use, passed_to[row] = next(walks[row], (inf, -1))
+            least[row] = use * factors[row]
+
+    def _ascending(self, index: int, row: int) -> Iterator[tuple[float, int]]:
+        """Uses and experts of what is held in a row, the least first, without changing its heap."""
+        heap, use, held = self._heaps[index][row], self._use[index][row], self._held[index][row]
+        frontier = [(*entry, 0) for entry in heap[:1]]
+        while frontier:
+            value, expert, at = heappop(frontier)
+            if at >= 0:
+                for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
+                    heappush(frontier, (*heap[child], child))
+            if held[expert]:
+                if use[expert] == value:
+                    yield value, expert
+                else:  # it has grown
+                    heappush(frontier, (use[expert], expert, -1))
 
     def _least(self, index: int, row: int) -> float:
         """The least use of what is held in a row, then at the top of its heap; infinite where nothing is held."""
@@ -279,8 +297,9 @@ class RecentScore:
 
     def _rebuild(self, index: int, row: int) -> None:
         use, held = self._use[index][row], self._held[index][row]
-        self._heaps[index][row] = [(use[e], e) for e in range(self._num_experts) if held[e]]
-        heapify(self._heaps[index][row])
+        heap = [(use[e], e) for e in range(self._num_experts) if held[e]]
+        heapify(heap)
+        self._heaps[index][row] = heap
 
     def _score(self, index: int, row: int, expert: int) -> float:
         return max(self._use[index][row][expert] / self._scale[row], self._foreseen[row].get(expert, 0.0))

@@ -114,10 +114,10 @@ class FixedPrecision(_Reproducible):
 class BitRouter:
     """Chooses for a token that gives expert e of a layer the router weight w the width b that minimises
 
-        w ** exponents[layer] * damage[layer][e][b] + price * b.
+        w ** exponents[layer] * sensitivity[layer][e][b] + price * b.
 
-    widths: those of the store, ascending. damage: of each expert, at as many of these widths as it has, the harm that
-    it does to a token with weight 1. usage: of each expert, the number of tokens of the calibration text that were
+    widths: those of the store, ascending. sensitivity: of each expert, at as many of these widths as it has, the harm
+    that it does to a token with weight 1. usage: of each expert, the number of tokens of the calibration text that were
     routed to it, and quantiles of the weights that they gave it, at even distances from least to largest.
     """
 
@@ -132,7 +132,7 @@ class BitRouter:
         """[N, B - 1]: an expert gets more than i + 1 slices where price * rates[i] is below the power of the weight.
 
         Infinite for slices that it does not have or that do it no good. What is minimised lies on the lower convex
-        hull of damage over width, so that widths above the hull are skipped: both steps have the same rate.
+        hull of sensitivity over width, so that widths above the hull are skipped: both steps have the same rate.
         """
         rows = np.full((sum(map(len, self.sensitivity.values())), len(self.widths) - 1), np.inf)
         for row, curve in zip(rows, (curve for curves in self.sensitivity.values() for curve in curves), strict=True):

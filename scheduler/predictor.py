@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moert.scheduler.types import RouterPrediction
+
 Floats = NDArray[np.float32]
-RankedExperts = tuple[int, Sequence[int], Sequence[float]]  # layer, experts, their softmax over all experts
 
 
 class Predictor(Protocol):
@@ -29,8 +30,8 @@ class Predictor(Protocol):
     def begin(self, tokens: Sequence[int]) -> None:
         """A pass over these tokens begins: the next in the sequence."""
 
-    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
-        """Take what the routers of the layers behind `layer` make of the hidden state there; -1: of the embedding."""
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
+        """What the routers of the layers behind `layer` make of the hidden state there; -1: of the embedding."""
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Note what `layer` asked for in this pass: [T, K]."""
@@ -41,11 +42,11 @@ class Predictor(Protocol):
         """
 
 
-def likely(probabilities: Floats, least: float) -> list[tuple[int, float]]:
-    """Experts with at least this probability, the likeliest first."""
+def likely(probabilities: Floats, least: float) -> list[int]:
+    """Return the experts with at least this probability, the likeliest first."""
     found = np.flatnonzero(probabilities >= least)
-    found = found[np.argsort(-probabilities[found], kind="stable")]
-    return list(zip(found.tolist(), probabilities[found].tolist(), strict=True))
+    experts: list[int] = found[np.argsort(-probabilities[found], kind="stable")].tolist()
+    return experts
 
 
 def _sigmoid(odds: Floats) -> Floats:
@@ -64,7 +65,7 @@ class Popularity:
     def begin(self, tokens: Sequence[int]) -> None:
         pass
 
-    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
         pass
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -89,7 +90,7 @@ class LastToken:
     def begin(self, tokens: Sequence[int]) -> None:
         pass
 
-    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
         pass
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -132,9 +133,9 @@ class GateAhead:
         self._heard = {}
         self._turn += 1
 
-    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
-        for ahead, (later, experts, weights) in enumerate(guesses[: len(self._tries)]):
-            self._heard.setdefault(later, []).append((ahead, experts, weights))
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
+        for ahead, guess in enumerate(guesses[: len(self._tries)]):
+            self._heard.setdefault(guess.layer, []).append((ahead, guess.experts, guess.weights))
 
     def _bins(self, weights: Sequence[float]) -> NDArray[np.int64]:
         scores = np.log(np.maximum(weights, 1e-30))
@@ -241,7 +242,7 @@ class RoutingPath:
         scores += np.einsum("rle,lr->le", self._shares, w.recent)
         return _sigmoid(scores)
 
-    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
         pass
 
     def used(self, layer: int, experts: NDArray[np.int64]) -> None:
@@ -270,7 +271,7 @@ class Mixed:
         for source in self._sources:
             source.begin(tokens)
 
-    def on_router_prediction(self, layer: int, guesses: Sequence[RankedExperts]) -> None:
+    def on_router_prediction(self, layer: int, guesses: Sequence[RouterPrediction]) -> None:
         for source in self._sources:
             source.on_router_prediction(layer, guesses)
 
@@ -301,27 +302,21 @@ class Mixed:
 class PredictorStats:
     """Statistics of how right guesses were, since the start.
 
-    asked, foreseen: experts that tokens were routed to, and those of them that had been named before. named: experts
-    that were named.
+    asked, foreseen: experts that tokens were routed to, and those of them that had been named before.
     """
 
     asked: int = 0
     foreseen: int = 0
-    named: int = 0
 
     def count(self, named: Collection[int], asked: Collection[int]) -> None:
         """Count the hits of one layer of a pass."""
         self.asked += len(asked)
-        self.named += len(named)
         self.foreseen += len(set(named) & set(asked))
 
     @property
     def recall(self) -> float | None:
+        """Return the share of the experts used that had been named; None where there were none."""
         return self.foreseen / self.asked if self.asked else None
-
-    @property
-    def precision(self) -> float | None:
-        return self.foreseen / self.named if self.named else None
 
 
 def make_predictor(

@@ -83,7 +83,7 @@ def gather(layer: int, routings: Sequence[Routing], chooser: Chooser) -> tuple[l
 
 @dataclass(frozen=True, slots=True)
 class ForetoldRouting:
-    """Experts that `layer` will want, and the router weights that they are expected to have."""
+    """A `RouterPrediction` that was told: experts that `layer` will want, with the weights that it gives them."""
 
     layer: int
     experts: tuple[int, ...]

@@ -18,18 +18,17 @@ from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities, slice_sizes
 from moert.scheduler.cost import Costs, Disk, Read
 from moert.scheduler.eviction import POLICIES, Belady, CachePolicy, LeastRecentlyUsed
+from moert.scheduler.lookahead import LookAhead
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import Chooser, Precision
 from moert.scheduler.profile import Profile
-from moert.scheduler.rank_precision import RankPrecision
 from moert.scheduler.replay import Foreteller, chunks, gather, read_precision
 from moert.scheduler.simulation import Result, Settings, Simulation
 from moert.scheduler.trace import DECODE, Trace, TraceStep
-from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert, SliceKey, Wave
+from moert.scheduler.types import Load, Prediction, RoutedExpert, SliceKey, Wave
 
 Asked = tuple[list[RoutedExpert], list[float]]
 Progress = Callable[[str], None]
-LEAST_ODDS = 0.3  # what is less likely is not prefetched, as in the runtime
 
 
 @dataclass(slots=True)
@@ -178,15 +177,16 @@ class Replay:
             if self.disk.cancel(self.now, self._ahead[load]):
                 del self._ahead[load]
                 self.scheduler.cancel(load)
-        self._prefetch(layer, step, [ExpertKey(layer, expert) for expert in wanted])
+        self._prefetch(layer, step, wanted)
 
-    def _prefetch(self, layer: int, step: TraceStep, busy: Sequence[ExpertKey]) -> None:
+    def _prefetch(self, layer: int, step: TraceStep, in_use: Sequence[int]) -> None:
         if self._predict is not None:
             self._compute(self.costs.look_s)
             predictions = self._predict(step, layer)
             if self._following is not None and layer == max(step.layers):
                 predictions += self._predict(self._following, -1)
-            prefetch = self.scheduler.prefetch(predictions, busy)
+            self.scheduler.pin(layer, in_use)
+            prefetch = self.scheduler.prefetch(predictions)
             self._release(prefetch.evictions)
             for load in prefetch.loads:
                 self._ahead[load] = self._submit(load, ahead=True)
@@ -328,30 +328,25 @@ class Simulator:
         chooser: Chooser = precision.chooser(settings.widths, kept)
         mean = [sum(column) // len(self._moe) for column in zip(*sizes, strict=True)]
         s.error_budget = precision.error_budget(settings.widths, kept, mean)
-        teller, odds = Foreteller(self.trace, settings.recalls, settings.seed), RankPrecision()
+        teller = Foreteller(self.trace, settings.recalls, settings.seed)
+        ahead = LookAhead((len(settings.recalls),), share=1.0)  # as many are named as are used
 
         def asks(layer: int, steps: Sequence[TraceStep]) -> Asked:
             return gather(layer, [step.layers[layer] for step in steps], chooser)
 
+        def wanted(layer: int, experts: Sequence[int], weights: Sequence[float]) -> Sequence[int]:
+            if s.error_budget is not None:  # the rest is worth reading only where the error budget says so
+                return [1] * len(experts)
+            return chooser.one(layer, experts, weights)
+
+        def missing(layer: int, experts: Sequence[int], counts: Sequence[int]) -> list[int]:
+            return [i for i, (e, n) in enumerate(zip(experts, counts, strict=True)) if cache.resident(layer, e) < n]
+
         def predict(step: TraceStep, layer: int) -> list[Prediction]:
             if layer >= 0:
-                odds.learn(layer, step.layers[layer].experts)
-            found: list[Prediction] = []
-            for ahead, guess in enumerate(teller.guesses(step, layer)):
-                counts = chooser.one(guess.layer, guess.experts, guess.weights)
-                if s.error_budget is not None:  # the rest is worth reading only where the ladder says so
-                    counts = [1] * len(counts)
-                ranked = list(enumerate(zip(guess.experts, counts, strict=True)))
-                missing = [(rank, e, n) for rank, (e, n) in ranked if cache.resident(guess.layer, e) < n]
-                odds.watch(ahead, guess.layer, [(rank, e) for rank, e, _ in missing])
-                lacking = {rank for rank, _, _ in missing}
-                found += [Prediction(guess.layer, e, 1.0, 0) for rank, (e, _) in ranked if rank not in lacking]
-                found += [
-                    Prediction(guess.layer, e, likely, n)
-                    for rank, e, n in missing
-                    if (likely := odds.of(ahead, rank)) >= LEAST_ODDS
-                ]
-            return found
+                ahead.learn(layer, step.layers[layer].experts)
+            ahead.on_router_prediction(layer, teller.guesses(step, layer))
+            return ahead.predictions(wanted, missing)
 
         return s, asks, predict if settings.recalls else None
 

@@ -202,14 +202,15 @@ class TieredReplay(Replay):
         nbytes = sum(sum(self.costs.sizes[layer][:n]) for n in plan.slices.values())
         return begun + nbytes / self.costs.bytes_per_s / len(plan.stages)
 
-    def _prefetch(self, layer: int, step: TraceStep, busy: Sequence[ExpertKey]) -> None:
+    def _prefetch(self, layer: int, step: TraceStep, in_use: Sequence[int]) -> None:
         predictions: list[Prediction] = []
         if self._predict is not None:
             self._compute(self.costs.look_s)
             predictions = self._predict(step, layer)
             if self._following is not None and layer == max(step.layers):
                 predictions += self._predict(self._following, -1)
-        prefetch = self._tiers.prefetch(predictions, busy)
+        self._tiers.pin(layer, in_use)
+        prefetch = self._tiers.prefetch(predictions)
         self._release(prefetch.host.evictions)
         for load in prefetch.host.loads:
             self._ahead[load] = self._submit(load, ahead=True)

@@ -7,13 +7,13 @@ but by what `CostModel` says of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from moert.scheduler.assign import CostModel, Resource, Split, Task, all_on_device, gains, split
 from moert.scheduler.planner import Scheduler, check
-from moert.scheduler.types import ExpertKey, LayerPlan, Load, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
+from moert.scheduler.types import ExpertKey, Load, Prediction, Prefetch, RoutedExpert, SliceKey, Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,18 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class TieredPlan:
-    """The plan of what happens in one layer of one step. Every expert is computed once, in one place, in one stage.
+class Division:
+    """The division of the experts of one layer of one step between host and device: each computes once, in one place.
 
-    host, device: experts computed there, with their numbers of slices (0, in `host`: left out). predicted: seconds
-    that host and device were expected to compute, moves and reads to take. seconds: when all was expected to end.
+    host, device: experts computed there, with their numbers of slices (0, in `host`: left out). hits: how many of them
+    need no disk. predicted: seconds that host and device were expected to compute, moves and reads to take. seconds:
+    when all was expected to end.
     """
 
     layer: int
     host: dict[int, int]
     device: dict[int, int]
-    stages: tuple[Stage, ...]
+    hits: int
     predicted: dict[Resource, float]
     seconds: float
 
@@ -52,6 +53,13 @@ class TieredPlan:
     def slices(self) -> dict[int, int]:
         """Return the slices of all routed experts."""
         return self.host | self.device
+
+
+@dataclass(frozen=True, slots=True)
+class TieredPlan(Division):
+    """The plan of one layer of one step: where experts are computed, and in which stages."""
+
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +90,44 @@ class Tiers:
 
     def have(self, layer: int, expert: int) -> int:
         """Return how many slices of an expert are in the tier that has more of them, and not on their way any more."""
-        found = self.host.there(layer, expert)
-        return found if self.device is None else max(found, self.device.there(layer, expert))
+        found = self.host.cache.there(layer, expert)
+        return found if self.device is None else max(found, self.device.cache.there(layer, expert))
+
+    def pin(self, layer: int, experts: Sequence[int]) -> None:
+        """Let nothing evict these experts anywhere; those pinned before are not in use any more."""
+        self.host.pin(layer, experts)
+        if self.device is not None:
+            self.device.pin(layer, experts)
 
     def plan(
         self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()
     ) -> TieredPlan:
-        """Plan a layer of a step of `tokens` tokens, and advance both caches to the state behind it.
+        """Plan a layer of a step of `tokens` tokens in one go.
 
-        squares: as of `Scheduler.plan`. Raises ValueError as that.
+        For those whose reads and moves end before the next call. squares: as of `Scheduler.plan`. Raises ValueError as
+        that.
+        """
+        division, stages = self.begin(layer, routed, tokens, squares)
+        carried_out = []
+        for host, device in stages:
+            self.host.done(host)
+            waves = []
+            for wave in device:
+                if self.device is not None:
+                    self.device.done(wave)
+                waves.append(wave)
+            carried_out.append(Stage(host, tuple(waves)))
+        self.pin(layer, ())
+        d = division
+        return TieredPlan(d.layer, d.host, d.device, d.hits, d.predicted, d.seconds, tuple(carried_out))
+
+    def begin(
+        self, layer: int, routed: Sequence[RoutedExpert], tokens: int = 1, squares: Sequence[float] = ()
+    ) -> tuple[Division, Iterator[tuple[Wave, Iterator[Wave]]]]:
+        """Divide a layer of a step of `tokens` tokens, and plan it stage by stage: host wave and device waves of each.
+
+        A stage is planned, and so is each of its device waves, when it is asked for: that is when what was planned
+        before it has been carried out.
         """
         check(layer, routed)
         left_out: dict[int, int] = {}
@@ -110,19 +147,29 @@ class Tiers:
             chosen = self._fitting(layer, routed, tasks, chosen)
         on_device = set(chosen.device)
         if self.device is None:
-            self.host.used(layer, asked, tokens)
-            stages = _in_one_memory(self.host.plan_chosen(layer, routed, [r.slices for r in routed]), on_device)
+            there = frozenset[int]()
         else:
-            stages = self._in_two(layer, asked, routed, on_device, tokens)
+            resident = self.device.cache.resident
+            by_device = [r for r in routed if r.expert in on_device]
+            there = frozenset(r.expert for r in by_device if resident(layer, r.expert) >= r.slices)
+        self._used(layer, asked, there, tokens)
+        by_host = [r for r in routed if r.expert not in there]
+        hits = len(there) + sum(self.host.cache.there(layer, r.expert) >= r.slices for r in by_host)
+        waves = self.host.waves(layer, by_host, [r.slices for r in by_host])
+        if self.device is None:
+            stages = _in_one_memory(waves, on_device)
+        else:
+            stages = self._in_two(layer, routed, waves, on_device, there)
         self._planned, self._at_host = layer, [r for r in routed if r.expert not in on_device]
-        return TieredPlan(
+        division = Division(
             layer,
             {r.expert: r.slices for r in self._at_host} | left_out,
             {r.expert: r.slices for r in routed if r.expert in on_device},
-            stages,
+            hits + len(left_out),
             _predicted(tasks, on_device, self.cost_model.launch_s),
             chosen.seconds,
         )
+        return division, stages
 
     def at_once(self, layer: int, routed: Sequence[RoutedExpert]) -> float | None:
         """Return, for one token, the seconds that the device takes, where it has all of this and is done before the
@@ -137,59 +184,57 @@ class Tiers:
         seconds, least = self.cost_model.one_token([r.slices for r in routed])
         if self.hybrid and seconds > least:
             return None
-        self.host.used(layer, ())
-        device.used(layer, routed)
+        self._used(layer, routed, {r.expert for r in routed}, 1)
+        self.pin(layer, [r.expert for r in routed])
         self._planned, self._at_host = layer, []
         return seconds
 
-    def prefetch(self, predictions: Sequence[Prediction], busy: Collection[ExpertKey] = ()) -> TieredPrefetch:
+    def _used(self, layer: int, asked: Sequence[RoutedExpert], there: Container[int], tokens: int) -> None:
+        """Tell both tiers what was asked of a layer. there: experts that the device computes out of what it has: the
+        host is not told of them, so that it does not keep them too.
+        """
+        self.host.used(layer, [r for r in asked if r.expert not in there], tokens)
+        if self.device is not None:
+            self.device.used(layer, asked, tokens)
+
+    def prefetch(self, predictions: Sequence[Prediction]) -> TieredPrefetch:
         """Choose what to read into host memory and what to move to the device, ahead of the layers to come.
 
         predictions: layer by layer, of all experts expected with the slices wanted, also of those that host memory has:
         these can be moved. What the device has is not read. Moves go by gain: see `gains`. Behind them what the host
-        just computed fills room on the device that is free. Nothing that is `busy` is evicted anywhere.
+        just computed fills room on the device that is free. Nothing that is pinned is evicted anywhere.
         """
         if self.device is None:
-            return TieredPrefetch(self.host.prefetch(predictions, busy), _NONE)
+            return TieredPrefetch(self.host.prefetch(predictions), _NONE)
         resident = self.device.cache.resident
         lacking = [p for p in predictions if resident(p.layer, p.expert) < max(p.slices, 1)]
-        reads = self.host.prefetch(lacking, busy)
+        reads = self.host.prefetch(lacking)
         self.device.protect(predictions)
-        keep = {ExpertKey(p.layer, p.expert) for p in predictions}.union(busy)
+        keep = {ExpertKey(p.layer, p.expert) for p in predictions}
         evictions: list[SliceKey] = []
         loads: list[Load] = []
 
         def move(layer: int, expert: int, slices: int, reuse_score: float, gain: float) -> bool:
             assert self.device is not None
             load = Load(layer, expert, resident(layer, expert), slices)
-            evicted = self.device.begin(
-                load, reuse_score, _Lasting(keep, self.host, self.device, gain, self.cost_model)
-            )
-            if evicted is not None:
-                self._lost(evicted)
-                evictions.extend(evicted)
+            found = self.device.begin(load, reuse_score, _Lasting(keep, self.host, self.device, gain, self.cost_model))
+            if found is not None:
+                self._lost(found.evictions)
+                evictions.extend(found.evictions)
                 loads.append(load)
                 keep.add(ExpertKey(layer, expert))
-            return evicted is not None
+            return found is not None
 
         for layer, group in groupby(lacking, key=lambda p: p.layer):
             every = [p for p in predictions if p.layer == layer and p.slices]
             self._move_ahead(layer, every, [p for p in group if p.slices], move)
-        sizes, free = self.device.cache.sizes(self._planned), self.device.cache.free
+        sizes, device = self.device.cache.sizes(self._planned), self.device.cache
         for r in self._at_host:
             first = resident(self._planned, r.expert)
-            fits = all(free[index] >= sizes[index] for index in range(first, r.slices))
-            if fits and first < r.slices <= self.host.there(self._planned, r.expert):
+            fits = all(device.free[index] >= sizes[index] for index in range(first, r.slices))
+            if fits and first < r.slices <= self.host.cache.there(self._planned, r.expert):
                 move(self._planned, r.expert, r.slices, 0.0, 0.0)
         return TieredPrefetch(reads, Prefetch(tuple(evictions), tuple(loads)))
-
-    def arrived(self, load: Load) -> None:
-        """A prefetch from disk has been read."""
-        self.host.arrived(load)
-
-    def cancel(self, load: Load) -> None:
-        """A prefetch from disk will not be read: its room is free again."""
-        self.host.cancel(load)
 
     def moved(self, load: Load) -> None:
         """A prefetch to the device has been copied."""
@@ -232,34 +277,25 @@ class Tiers:
     def _in_two(
         self,
         layer: int,
-        asked: Sequence[RoutedExpert],
         routed: Sequence[RoutedExpert],
+        waves: Iterable[Wave],
         on_device: Container[int],
-        tokens: int,
-    ) -> tuple[Stage, ...]:
-        assert self.device is not None
-        there = {
-            r.expert
-            for r in routed
-            if r.expert in on_device and self.device.cache.resident(layer, r.expert) >= r.slices
-        }
-        # The host is not told of what the device has, so that it does not keep that too.
-        self.host.used(layer, [r for r in asked if r.expert not in there], tokens)
-        self.device.used(layer, asked, tokens)
-        by_host = [r for r in routed if r.expert not in there]
-        waves = self.host.plan_chosen(layer, by_host, [r.slices for r in by_host]).waves
-        stages = []
+        there: Collection[int],
+    ) -> Iterator[tuple[Wave, Iterator[Wave]]]:
         for number, wave in enumerate(waves):
             brought = {*wave.resident, *wave.awaited, *(load.expert for load in wave.loads)}
             if number == 0:
-                brought |= there
+                brought |= set(there)
             group = [r for r in routed if r.expert in on_device and r.expert in brought]
-            device = self.device.plan_chosen(layer, group, [r.slices for r in group]).waves if group else ()
-            for device_wave in device:
-                self._lost(device_wave.evictions)
             at_once = tuple([e for e in wave.resident if e not in on_device])
-            stages.append(Stage(Wave(wave.evictions, wave.loads, at_once, wave.awaited), device))
-        return tuple(stages)
+            yield Wave(wave.evictions, wave.loads, at_once, wave.awaited), self._on_device(layer, group)
+
+    def _on_device(self, layer: int, group: Sequence[RoutedExpert]) -> Iterator[Wave]:
+        assert self.device is not None
+        if group:
+            for wave in self.device.waves(layer, group, [r.slices for r in group]):
+                self._lost(wave.evictions)
+                yield wave
 
     def _lost(self, evicted: Sequence[SliceKey]) -> None:
         """Tell the host what the device lost: it is worth there what it was to the device, whose uses were not told."""
@@ -281,7 +317,7 @@ class Tiers:
     ) -> None:
         """Move what of a layer is in host memory, what gains most first, as long as that gains anything."""
         assert self.device is not None
-        likely = {p.expert: p.probability for p in lacking if self.host.there(layer, p.expert) >= p.slices}
+        likely = {p.expert: p.probability for p in lacking if self.host.cache.there(layer, p.expert) >= p.slices}
         tasks = [self._task(layer, RoutedExpert(p.expert, 1, 0.0, p.slices)) for p in predicted]
         slices = {p.expert: p.slices for p in predicted}
         while likely and self.device.spare > 0:
@@ -326,15 +362,13 @@ class _Lasting:
         return self._device.policy.reuse_score(key, 0) * _TOKENS * task.host_read_s >= self._gain
 
 
-def _in_one_memory(plan: LayerPlan, on_device: Container[int]) -> tuple[Stage, ...]:
-    stages = []
-    for wave in plan.waves:
+def _in_one_memory(waves: Iterable[Wave], on_device: Container[int]) -> Iterator[tuple[Wave, Iterator[Wave]]]:
+    for wave in waves:
         coming = dict.fromkeys([*wave.awaited, *(load.expert for load in wave.loads)])
         resident = tuple([e for e in wave.resident if e in on_device])
         awaited = tuple([e for e in coming if e in on_device])
         host = Wave(wave.evictions, wave.loads, tuple([e for e in wave.resident if e not in on_device]), wave.awaited)
-        stages.append(Stage(host, (Wave((), (), resident, awaited),) if resident or awaited else ()))
-    return tuple(stages)
+        yield host, iter((Wave((), (), resident, awaited),) if resident or awaited else ())
 
 
 def _predicted(tasks: Sequence[Task], on_device: Container[int], launch_s: float) -> dict[Resource, float]:

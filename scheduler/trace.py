@@ -87,7 +87,7 @@ def read_trace(path: Path) -> Trace:
             yield line
 
     try:
-        with _open(path, "rt") as file:
+        with _open(path) as file:
             return _parse(counted(file))
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a routing trace: it is not text") from None
@@ -97,10 +97,10 @@ def read_trace(path: Path) -> Trace:
         raise ValueError(f"{path} is not a routing trace: line {at}: {error}") from None
 
 
-def _open(path: Path, mode: str) -> IO[str]:
+def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
-        return gzip.open(path, mode, encoding="utf-8", newline="")  # type: ignore[return-value]
-    return path.open(mode, encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
 
 
 def _parse(lines: Iterator[str]) -> Trace:
@@ -171,14 +171,6 @@ def _steps(shape: Trace, names: list[str], lines: Iterator[str]) -> list[TraceSt
         TraceStep(phase, {at: Routing(tuple(e), tuple(w)) for at, (e, w) in sorted(layers.items())}, token, turn)
         for (turn, _), (phase, token, layers) in sorted(found.items())
     ]
-
-
-def write_trace(path: Path, trace: Trace) -> None:
-    """Write a file that `read_trace` reads back; gzipped where its name ends in .gz."""
-    with _open(path, "wt") as file:
-        write = writer(file, trace)
-        for step in trace.steps:
-            write(step)
 
 
 def writer(file: IO[str], shape: Trace) -> Callable[[TraceStep], None]:

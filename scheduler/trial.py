@@ -14,6 +14,11 @@ MARGIN = 0.02  # what a choice must gain
 _DROP = 2  # tokens after a change that still feel the one before
 
 
+def pays(seconds: float, without: float, margin: float = MARGIN) -> bool:
+    """Tell whether something that takes so long per token is faster by more than `margin` than doing without it."""
+    return seconds < without * (1 - margin)
+
+
 @dataclass
 class Trial:
     """Chooses among `choices` (say, how many layers to look ahead) the one with the least time per token.
@@ -68,5 +73,5 @@ class Trial:
         self.seconds = {c: median(samples) for c, samples in times.items()}
         first = self.choices[0]
         best = min([first, *rivals], key=self.seconds.__getitem__)
-        faster = self.seconds[best] < self.seconds[first] * (1 - self.margin)
+        faster = pays(self.seconds[best], self.seconds[first], self.margin)
         self.choice, self._left, self._rounds = best if faster else first, HOLD, []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class ExpertKey(NamedTuple):
@@ -34,6 +35,17 @@ class RoutedExpert(NamedTuple):
     weight: float
     slices: int
     waiting: tuple[int, ...] = ()
+
+
+class RouterPrediction(Protocol):
+    """Experts that the router of a layer to come will probably choose, the likeliest first, and its softmax."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def experts(self) -> Sequence[int]: ...
+    @property
+    def weights(self) -> Sequence[float]: ...
 
 
 class Prediction(NamedTuple):

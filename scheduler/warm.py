@@ -54,6 +54,11 @@ def restore(cache: SliceCache, memory: Memory, most: int) -> list[Load]:
             chosen[key] = fits
     for key, row in memory.reuse_scores.items():
         cache.policy.restore(key, row)
+    loads = [Load(key.layer, key.expert, 0, count) for key, count in sorted(chosen.items())]
+    change = cache.draft()
     for key, count in reversed(chosen.items()):  # for a policy that goes by the order of loading
-        cache.insert(key, count, ())
-    return [Load(key.layer, key.expert, 0, count) for key, count in sorted(chosen.items())]
+        change.insert(key, count)
+    for load in loads:
+        change.load(load)
+    cache.commit(change)
+    return loads

@@ -120,6 +120,13 @@ class FakeLLM:
         self.closed = True
 
 
+class Terminal(io.TextIOWrapper):
+    """An input that a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Result(NamedTuple):
     code: int
     out: str
@@ -134,10 +141,11 @@ class Program:
         monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
-    def __call__(self, *argv: str, stdin: str | bytes = "", llm: object = None) -> Result:
-        """`llm` stands in for the model; an exception is raised where one would be loaded."""
+    def __call__(self, *argv: str, stdin: str | bytes = "", person: bool = False, llm: object = None) -> Result:
+        """`llm` stands in for the model; an exception is raised where one would be loaded. `person`: is at stdin."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        kind = Terminal if person else io.TextIOWrapper
+        self._monkeypatch.setattr(sys, "stdin", kind(io.BytesIO(data), encoding="utf-8"))
 
         def open_llm(args: object, status: object) -> object:
             if isinstance(llm, BaseException):

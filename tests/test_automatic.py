@@ -93,12 +93,10 @@ def test_a_plan_that_is_off_says_so_once():
     plan.add(Answered)
     assert plan.achieved == pytest.approx(70)
     assert plan.compare() == [
-        "speed: 100.0 tokens/s predicted, 70.0 achieved (-30%, 80 tokens)",
+        "speed: 100.0 tokens/s predicted, 70.0 measured (-30%, 80 tokens)",
         "memory: 2.0 MiB predicted, 3.0 MiB at the peak",
     ]
-    assert plan.warning() == (
-        "The plan is -30% off: 100.0 tokens/s were predicted, 70.0 achieved; it went by figures of a test"
-    )
+    assert plan.warning() == "70.0 tokens/s were measured, but 100.0 planned (-30%), from figures of a test"
     assert plan.warning() is None
     close = warm()
     close.add(type("", (Answered,), {"decode_tokens_per_s": 80.0}))

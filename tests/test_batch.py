@@ -13,7 +13,7 @@ from moert.engine.sequence_cache import StepInput
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.kernels.elementwise import combine
 from moert.quant import matmul
-from moert.runtime import executor as experts
+from moert.runtime import host as experts
 from moert.scheduler.trace import read_trace
 
 from .child import ENVIRONMENT, PYTHON
@@ -91,7 +91,7 @@ def test_elastic_answers_of_a_batch_do_no_more_harm_than_was_granted(calibrated)
     params = [params_for(i) for i in range(len(PROMPTS))]
     with LLM(calibrated, batch_size=3, expert_budget=3 * one, ctx_size=128, precision="elastic:3,skip=0.1") as llm:
         done = llm.generate(PROMPTS, params)
-        error_budget = llm.runner._experts._scheduler.error_budget
+        error_budget = llm.runner._experts.scheduler.error_budget
         assert [len(d.token_ids) for d in done] == [own.max_tokens for own in params]
         assert 0 < error_budget.used <= error_budget.allowed
     with LLM(calibrated, batch_size=3, ctx_size=128, precision="elastic:4") as llm:

@@ -263,7 +263,7 @@ def test_a_context_that_does_not_suffice_is_enlarged_and_said(moert, store):
     result = moert("bench", "-m", str(store()), "-p", "4", "-n", "2", "-r", "1", "-d", "510", "-o", "json")
     assert {row["ctx_size"] for row in json.loads(result.out)} == {514}
     assert "context 514: pp4 @ d510 needs a context of 514 tokens" in result.err
-    assert "warning: the context of 514 is longer than the 512" in result.err
+    assert "warning: the context of 514 exceeds the 512" in result.err
     result = moert("bench", "-m", str(store()), "-p", "2", "-n", "0", "-r", "1", "-o", "json")
     assert [row["ctx_size"] for row in json.loads(result.out)] == [512]
 

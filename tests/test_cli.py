@@ -141,8 +141,7 @@ def test_generate_streams_text_to_stdout_and_status_to_stderr(moert: Program) ->
     assert (llm.params[0].temperature, llm.params[0].stop, llm.params[0].max_tokens) == (0.5, ("a", "b"), 9)
     line, speeds = result.err.splitlines()
     assert line == (
-        "moert 0.1.0 · the small model that comes along (-m names another) · fixed:4 · context 100 · budget 2.00 GiB"
-        " · 38% of experts in memory"
+        "moert 0.1.0 · the small built-in model · fixed:4 · context 100 · budget 2.00 GiB · 38% of experts in memory"
     )
     assert speeds.startswith("2 tokens · 8.5 tokens/s · TTFT 0.25 s · prompt 3 at 12 tokens/s · cache hits 75%")
     assert speeds.endswith(" · seed 77")

@@ -76,6 +76,16 @@ def test_chat_without_a_terminal_fails_as_a_program_does(moert: Program) -> None
 # chat with a terminal
 
 
+def test_a_person_is_told_how_to_begin_and_how_to_end(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "make_prompt", lambda: None)
+    monkeypatch.setattr(chat, "interactive", lambda session, prompt: None)
+    assert moert("chat", person=True, llm=FakeLLM()).err == (
+        "moert 0.1.0 · the small built-in model · fixed:4 · context 100 · budget 2.00 GiB"
+        " · 38% of experts in memory · /help for commands, Ctrl-D to quit\n"
+    )
+    assert moert("chat", "-q", person=True, llm=FakeLLM()).err == ""
+
+
 class Terminal:
     """A chat with a person who types what `type` is given."""
 

@@ -69,7 +69,7 @@ def test_the_same_on_a_gpu_that_shares_the_hosts_memory(moert, fake):
     fake.found.is_integrated = True
     result = moert(*GPU, "--expert-budget", "1MiB", "-v")
     assert result.code == 0, result.err
-    assert "device and host have one memory" in result.err
+    assert "device and host share one memory" in result.err
     assert result.out == moert(*ASK, "--device", "cpu").out != ""
 
 

@@ -214,7 +214,7 @@ def test_what_is_computed_is_what_was_settled(one_layer, make_elastic, monkeypat
         seen |= set(found[-1].values())
         want = expected_of(one_layer, found[-1], x, indices, weights)
         assert ((got - want).norm(dim=1) <= 0.03 * want.norm(dim=1) + 1e-6).all()
-    error_budget = runner._scheduler.error_budget
+    error_budget = runner.scheduler.error_budget
     assert 0 < error_budget.used <= error_budget.allowed * (1 + 1e-9)
     assert max(seen) <= 3
     assert len(seen) > 1
@@ -225,20 +225,20 @@ def test_preloading_reads_everything_at_its_full_width(make_elastic):
     runner = make_elastic((EXPERTS,) * 3)
     runner.preload()
     assert runner.counters.bytes_read == EXPERTS * sum(LAYOUT.slice_sizes)
-    assert runner._scheduler.error_budget.allowed == 0, "nothing was computed"
+    assert runner.scheduler.error_budget.allowed == 0, "nothing was computed"
 
 
 @pytest.mark.parametrize("at", range(6))
 def test_ctrl_c_leaves_the_bound_and_the_runner_right(one_layer, make_elastic, monkeypatch, at):  # noqa: F811
     runner = make_elastic((3, 2, 1), 2.5, 0.2)
-    found, start, calls = settled(runner, monkeypatch), runner._loader.start, itertools.count()
+    found, start, calls = settled(runner, monkeypatch), runner.residency._begin, itertools.count()
 
     def interrupted(*args, **kwargs):
         if next(calls) == at:
             raise KeyboardInterrupt
         return start(*args, **kwargs)
 
-    monkeypatch.setattr(runner._loader, "start", interrupted)
+    monkeypatch.setattr(runner.residency, "_begin", interrupted)
     broken = 0
     for step in range(8):
         x, indices, weights = routing(1 + 9 * (step % 2), 3, step)
@@ -249,7 +249,7 @@ def test_ctrl_c_leaves_the_bound_and_the_runner_right(one_layer, make_elastic, m
             continue
         assert_close(got, expected_of(one_layer, found[-1], x, indices, weights))
     assert broken == 1
-    error_budget = runner._scheduler.error_budget
+    error_budget = runner.scheduler.error_budget
     assert error_budget.used <= error_budget.allowed * (1 + 1e-9)
 
 
@@ -262,12 +262,12 @@ def test_the_bonus_is_for_what_is_in_memory(make_elastic):
     for step in range(4):
         x, indices, weights = routing(2, 2, step)
         runner(0, x, indices, weights)
-        held = runner._loader.table.held(0, list(range(EXPERTS)))
+        held = runner.residency.table.held(0, list(range(EXPERTS)))
         assert runner.routing_bias(0, EXPERTS).tolist() == [0.25 * (n > 0) for n in held]
     assert runner.routing_bias(0, EXPERTS + 1) is None, "nearly all are needed anyway"
-    runner._recover()
+    runner.residency.update()
     assert runner.routing_bias(0, 1).tolist() == [
-        0.25 * (n > 0) for n in runner._loader.table.held(0, list(range(EXPERTS)))
+        0.25 * (n > 0) for n in runner.residency.table.held(0, list(range(EXPERTS)))
     ]
     assert make_elastic((3, 3, 3)).routing_bias(0, 1) is None
 

@@ -16,7 +16,7 @@ from moert.cli.figures import table
 from moert.engine.model_runner import ModelRunner
 from moert.errors import UsageError
 from moert.measure import bench_kernels
-from moert.runtime import loader as loading
+from moert.runtime import residency as loading
 from moert.runtime import timeline
 from moert.runtime.executor import ExpertRunner
 from moert.runtime.telemetry import Counters, total

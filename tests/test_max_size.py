@@ -310,7 +310,7 @@ def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
                 out = torch.zeros(1, 64)
                 runner.forward_token(layer, x[:1], [e], [1.0], out)
                 assert float((out - true[:1]).norm() / true[:1].norm()) < 0.03
-                assert bool(runner._unplanned) == (compiled() is not None)  # computed at once
+                assert bool(runner._computed) == (compiled() is not None)  # computed at once
                 runner.forward_token(layer, x[:1], [e], [-1.0], out)
                 assert not out.any()
 
@@ -325,10 +325,10 @@ def test_the_result_does_not_depend_on_the_budget(cut):
             logits.append(llm.logits(TOKENS[:40]))
             for token in TOKENS[40:48]:
                 logits[-1] = torch.cat([logits[-1], llm.runner.forward([token])[None]])
-            assert llm.runner._experts._loader.arena.total_bytes <= budget
+            assert llm.runner._experts.residency.arena.total_bytes <= budget
             assert llm.runner.budget.arena <= budget
             read = llm.runner.counters.bytes_read
-        assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
+        assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
         assert ("expert arena holds all 16 experts" in said) == (budget == everything)
     assert all(torch.equal(logits[0], other) for other in logits[1:])
     assert read <= everything
@@ -349,7 +349,7 @@ def test_what_is_counted_is_what_was_used(cut, monkeypatch):
         evaluation.run([TOKENS[:50]], lambda line: None)
     finally:
         evaluation.close()
-    assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
+    assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
     wide, narrow = evaluation.rows()
     used = used[: len(used) // 2]
     assert len(used) == 50 * 2 * 3

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.runtime.lookahead import LookAhead
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES, Belady, LeastFrequentlyUsed, LeastRecentlyUsed, RecentScore
 from moert.scheduler.hebf import hottest_bit_first
-from moert.scheduler.planner import Scheduler, plan_layer
+from moert.scheduler.lookahead import LookAhead
+from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import ElasticPrecision
 from moert.scheduler.rank_precision import RankPrecision
 from moert.scheduler.trial import HOLD, PROBE, WARM, Trial
@@ -110,8 +110,10 @@ def test_prefetches_between_plans_keep_the_rules(sequence, slots, policy, elasti
         elif what == "prefetch":
             named = [p._replace(layer=where) for p in details]
             before = set(memory.held)
-            found = scheduler.prefetch(named, busy)
-            assert found == again.prefetch(named, busy)
+            for s in (scheduler, again):
+                s.cache.in_use = set(busy)
+            found = scheduler.prefetch(named)
+            assert found == again.prefetch(named)
             memory.evict(found.evictions)
             for load in found.loads:
                 memory.load(load, ahead=True)
@@ -154,9 +156,9 @@ def test_what_is_foreseen_is_protected():
 
 def run(policy, visits, slots):
     """Hits of one-slice experts."""
-    cache, hits = SliceCache([slots], policy), 0
+    scheduler, hits = Scheduler(SliceCache([slots], policy)), 0
     for layer, experts in visits:
-        plan = plan_layer(layer, [RoutedExpert(e, 1, 1.0, 1) for e in experts], cache)
+        plan = scheduler.plan(layer, [RoutedExpert(e, 1, 1.0, 1) for e in experts])
         hits += len(plan.waves[0].resident)
     return hits
 

@@ -128,7 +128,7 @@ def test_eval_counts_the_widths_in_use(calibrated, store, capsys, monkeypatch, t
 def test_a_chunk_uses_the_widths_that_its_router_weights_ask_for(calibrated):
     with LLM(calibrated, precision="routed:2.7") as llm:
         runner, seen = llm.runner._experts, {1: 0, 2: 0, 3: 0}
-        chooser = runner._chooser
+        chooser = runner.chooser
 
         def many(layer, indices, weights):
             for e, w in zip(indices, weights, strict=True):
@@ -136,7 +136,7 @@ def test_a_chunk_uses_the_widths_that_its_router_weights_ask_for(calibrated):
                     seen[n] += 1
             return chooser.many(layer, indices, weights)
 
-        runner._chooser = SimpleNamespace(many=many)
+        runner.chooser = SimpleNamespace(many=many)
         llm.runner.forward(list(range(3, 60)))
         assert llm.runner.counters.token_uses == {n: count for n, count in seen.items() if count}
 
@@ -186,14 +186,14 @@ def test_a_trained_router_is_used_and_said(trained):
         assert "precision routed:2.9 (trained bit router)" in llm.description[0]
         widths = {0: set(), 1: set()}
         runner = llm.runner._experts
-        chooser = runner._chooser
+        chooser = runner.chooser
 
         def many(layer, indices, weights):
             counts = chooser.many(layer, indices, weights)
             widths[layer].update(counts.ravel().tolist())
             return counts
 
-        runner._chooser = SimpleNamespace(many=many)
+        runner.chooser = SimpleNamespace(many=many)
         llm.runner.forward(list(range(3, 60)))
     assert widths[1] == {1}
     assert 3 in widths[0]

@@ -15,7 +15,7 @@ from moert.errors import StoreError
 from moert.quant import nested
 from moert.quant.format import ExpertLayout
 from moert.quant.matmul import PackedExpert
-from moert.runtime import loader as loading
+from moert.runtime import residency as loading
 from moert.runtime import transfer
 from moert.runtime.arena import Arena
 from moert.runtime.executor import ExpertRunner
@@ -123,7 +123,7 @@ def test_a_token_decoded_is_a_chunk_of_one(store, make_runner):
         mine, its = runner.counters, other.counters
         assert (mine.expert_uses, mine.expert_hits, mine.bytes_read) == (18, its.expert_hits, its.bytes_read)
         assert mine.token_uses == its.token_uses == {3: 18}
-        assert runner._scheduler.cache.resident_experts() == other._scheduler.cache.resident_experts()
+        assert runner.scheduler.cache.resident_experts() == other.scheduler.cache.resident_experts()
 
 
 def test_preloading_reads_everything_once_or_nothing(make_runner):
@@ -237,7 +237,7 @@ def test_ctrl_c_anywhere_in_a_step_never_leaves_wrong_experts(store, make_runner
             nonlocal left
             if "moert" not in frame.f_code.co_filename and "scheduler" not in frame.f_code.co_filename:
                 return None
-            if event == "line" and frame.f_code.co_name not in ("_recover", "drain", "rebuild"):
+            if event == "line":
                 left -= 1
                 if left == 0:
                     sys.settrace(None)
@@ -262,7 +262,7 @@ def test_a_slow_read_delays_only_its_own_expert(store, python_reader, make_runne
     runner(0, x, indices, weights)
     gate, order = threading.Event(), []
     inject(monkeypatch, lambda call, real: (gate.wait(10), real())[1])
-    compute = runner._compute
+    compute = runner.experts._compute
 
     def watched(step, ready):
         order.extend(e for e, slices in ready.items() if slices)
@@ -270,7 +270,7 @@ def test_a_slow_read_delays_only_its_own_expert(store, python_reader, make_runne
         if len(order) == 2:
             gate.set()
 
-    monkeypatch.setattr(runner, "_compute", watched)
+    monkeypatch.setattr(runner.experts, "_compute", watched)
     other = next(e for e in range(EXPERTS) if e not in indices)
     runner(0, x, torch.tensor([[other, *indices[0, :2].tolist()]]), weights)
     assert order[-1] == other

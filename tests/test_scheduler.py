@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.eviction import POLICIES
 from moert.scheduler.hebf import ORDERS, hottest_first
-from moert.scheduler.planner import plan_layer
+from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import parse_precision
 from moert.scheduler.types import ExpertKey, RoutedExpert, SliceKey
 
@@ -71,10 +71,11 @@ def test_plans_keep_the_rules(sequence, slots, policy, order):
         return SliceCache(slots, POLICIES[policy](range(LAYERS), EXPERTS, NUM_SLICES))
 
     cache, again, memory = cache_of(), cache_of(), set()
+    scheduler, other = Scheduler(cache, ORDERS[order]), Scheduler(again, ORDERS[order])
     for layer, routed in sequence:
         tokens = max(r.tokens for r in routed)
-        plan = plan_layer(layer, routed, cache, ORDERS[order], tokens)
-        assert plan == plan_layer(layer, routed, again, ORDERS[order], tokens), "plans are deterministic"
+        plan = scheduler.plan(layer, routed, tokens)
+        assert plan == other.plan(layer, routed, tokens), "plans are deterministic"
         execute(plan, routed, slots, memory)
         expected = {SliceKey(*key, i) for key, count in cache.resident_experts().items() for i in range(count)}
         assert memory == expected, "the cache knows what is in memory"
@@ -86,18 +87,18 @@ def test_plans_keep_the_rules(sequence, slots, policy, order):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=200), st.integers(1, 6))
 def test_lru_hits_agree_with_stack_distance(uses, capacity):
     """An access hits an LRU cache of n exactly when fewer than n others were used since its last use."""
-    cache = SliceCache([capacity])
+    scheduler = Scheduler(SliceCache([capacity]))
     for at, expert in enumerate(uses):
         before = [i for i in range(at) if uses[i] == expert]
         expected = bool(before) and len(set(uses[before[-1] + 1 : at])) < capacity
-        plan = plan_layer(0, [RoutedExpert(expert, 1, 1.0, 1)], cache)
+        plan = scheduler.plan(0, [RoutedExpert(expert, 1, 1.0, 1)])
         assert (not plan.waves[0].loads) == expected
 
 
 def test_resident_experts_compute_before_loads_and_survive_them():
-    cache = SliceCache([2])
-    plan_layer(0, [RoutedExpert(5, 1, 0.1, 1)], cache)
-    plan = plan_layer(0, [RoutedExpert(1, 9, 0.9, 1), RoutedExpert(5, 1, 0.1, 1), RoutedExpert(2, 3, 0.5, 1)], cache)
+    scheduler = Scheduler(SliceCache([2]))
+    scheduler.plan(0, [RoutedExpert(5, 1, 0.1, 1)])
+    plan = scheduler.plan(0, [RoutedExpert(1, 9, 0.9, 1), RoutedExpert(5, 1, 0.1, 1), RoutedExpert(2, 3, 0.5, 1)])
     assert plan.waves[0].resident == (5,)
     assert [load.expert for load in plan.waves[0].loads] == [1]
     assert [load.expert for load in plan.waves[1].loads] == [2]
@@ -110,13 +111,13 @@ def test_order_is_tokens_then_weight():
 
 def test_no_slot_at_all_is_an_error():
     with pytest.raises(ValueError, match="holds no expert"):
-        plan_layer(3, [RoutedExpert(0, 1, 1.0, 2)], SliceCache([1, 0]))
+        Scheduler(SliceCache([1, 0])).plan(3, [RoutedExpert(0, 1, 1.0, 2)])
 
 
 @pytest.mark.parametrize(("tokens", "slices"), [(0, 1), (1, 0)])
 def test_an_expert_without_tokens_or_slices_is_refused(tokens, slices):
     with pytest.raises(ValueError, match="no tokens or no slices"):
-        plan_layer(3, [RoutedExpert(0, tokens, 1.0, slices)], SliceCache([1]))
+        Scheduler(SliceCache([1])).plan(3, [RoutedExpert(0, tokens, 1.0, slices)])
 
 
 def test_partial_eviction_keeps_the_base():

@@ -11,7 +11,7 @@ from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities, slice_sizes, slots_for
 from moert.scheduler.cost import Costs, Disk
 from moert.scheduler.eviction import POLICIES, Belady, RecentScore
-from moert.scheduler.planner import Scheduler, plan_layer
+from moert.scheduler.planner import Scheduler
 from moert.scheduler.profile import Profile
 from moert.scheduler.replay import Foreteller, chunks, read_precision
 from moert.scheduler.simulation import Settings
@@ -207,8 +207,8 @@ def loads_with_least_bytes(visits, capacity):
 )
 def test_belady_reads_as_little_as_the_best_of_all_sequences(visits, capacity):
     def loads(policy):
-        cache = SliceCache([capacity], policy)
-        plans = (plan_layer(layer, [RoutedExpert(e, 1, 1.0, 1) for e in sorted(es)], cache) for layer, es in visits)
+        scheduler = Scheduler(SliceCache([capacity], policy))
+        plans = (scheduler.plan(layer, [RoutedExpert(e, 1, 1.0, 1) for e in sorted(es)]) for layer, es in visits)
         return sum(len(wave.loads) for plan in plans for wave in plan.waves)
 
     best = loads(Belady([(layer, dict.fromkeys(experts, 1)) for layer, experts in visits]))
@@ -219,9 +219,9 @@ def test_belady_reads_as_little_as_the_best_of_all_sequences(visits, capacity):
 
 def test_belady_knows_when_a_refinement_is_used_next():
     visits = [(0, {0: 2}), (0, {1: 2}), (0, {0: 1, 1: 1}), (0, {2: 2}), (0, {1: 2})]
-    cache = SliceCache([3, 2], Belady(visits))
+    scheduler = Scheduler(SliceCache([3, 2], Belady(visits)))
     for layer, slices in visits[:4]:
-        plan = plan_layer(layer, [RoutedExpert(e, 1, 1.0, n) for e, n in slices.items()], cache)
+        plan = scheduler.plan(layer, [RoutedExpert(e, 1, 1.0, n) for e, n in slices.items()])
     assert plan.waves[0].evictions == ((0, 0, 1),)  # used as often as expert 1, but its refinement never again
 
 

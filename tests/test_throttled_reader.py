@@ -11,7 +11,9 @@ from moert.models.router_prediction import RouterPrediction
 from moert.quant.expert_table import ExpertTable
 from moert.quant.format import ExpertLayout
 from moert.runtime import executor as experts_module
-from moert.runtime import loader as loading
+from moert.runtime import host as host_module
+from moert.runtime import residency as loading
+from moert.runtime import waves as waves_module
 from moert.runtime.executor import ExpertRunner, Policies
 from moert.scheduler.cost import Disk
 from moert.scheduler.precision import FixedPrecision, parse_precision
@@ -75,7 +77,7 @@ def seconds(monkeypatch):
         computing = DENSE_S + K * EXPERT_S
         reader = ThrottledReader(clock, K * BYTES / (reading * computing))
         monkeypatch.setattr(loading, "make_reader", lambda memory: reader)
-        for module in (loading, experts_module):
+        for module in (waves_module, experts_module, host_module):
             monkeypatch.setattr(module, "time", clock)
 
         def add(table, layer, experts, slices, *_):

@@ -37,8 +37,8 @@ DEVICE = dataclasses.replace(
 class Demanded(Tiers):
     """Moves nothing ahead, unless something is predicted: it would fill the room that is free."""
 
-    def prefetch(self, predictions, busy=()):
-        return super().prefetch(predictions, busy) if predictions else TieredPrefetch(NOTHING, NOTHING)
+    def prefetch(self, predictions):
+        return super().prefetch(predictions) if predictions else TieredPrefetch(NOTHING, NOTHING)
 
 
 def decode(wanted, *, at_host, on_device, hybrid=True, unified=False, dense=(10, 10), predicted=None, device=DEVICE):

@@ -106,7 +106,7 @@ class Executor:
             for load in [*stage.host.loads, *(load for load in self.host.coming if load.layer == layer)]:
                 if load in self.host.coming and (load in stage.host.loads or load.expert in stage.host.awaited):
                     self.host.land(load)
-                    self.tiers.arrived(load)
+                    self.tiers.host.arrived(load)
             for wave in stage.device:
                 self._device_wave(layer, wave, plan, computed)
             coming = dict.fromkeys([*stage.host.awaited, *(load.expert for load in stage.host.loads)])
@@ -137,7 +137,8 @@ class Executor:
             computed.append(e)
 
     def prefetch(self, predictions, busy=()):
-        found = self.tiers.prefetch(predictions, busy)
+        self.tiers.pin(busy[0].layer if busy else -1, [key.expert for key in busy])
+        found = self.tiers.prefetch(predictions)
         for key in [*found.host.evictions, *found.device.evictions]:
             assert ExpertKey(*key[:2]) not in busy
         self.host.evict(found.host.evictions)
@@ -224,10 +225,10 @@ def test_whatever_is_routed_all_of_it_is_computed_once_from_what_is_there(data):
             for each in (executor, twin):
                 if fate == "arrives":
                     each.host.land(load)
-                    each.tiers.arrived(load)
+                    each.tiers.host.arrived(load)
                 elif fate == "dropped":
                     del each.host.coming[load]
-                    each.tiers.cancel(load)
+                    each.tiers.host.cancel(load)
         for load in list(executor.device.coming) if not unified else ():
             if draw(st.booleans()):
                 for each in (executor, twin):

@@ -6,7 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep, draw_trace, read_trace, write_trace
+from moert.scheduler.trace import DECODE, PREFILL, Routing, Trace, TraceStep, draw_trace, read_trace
+
+from .traces import write_trace
 
 HEAD = """# route_trace v1
 # model=/data/a model.gguf arch=x n_layer=2 n_expert=8 n_expert_used=2

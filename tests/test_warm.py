@@ -90,7 +90,7 @@ def run(path, count=12, warm=True, **options):
     with LLM(path) as llm:
         one = llm.store.layout.bytes_at(4)
     with LLM(path, expert_budget=count * one, ctx_size=64, warm=warm, on_status=said.append, **options) as llm:
-        held = llm.runner._experts._loader.arena.held()
+        held = llm.runner._experts.residency.arena.held()
         done = llm.generate("Hello, who are", GREEDY)[0]
         counters = llm.runner.counters
         assert len(held) <= 3 * count
@@ -161,9 +161,9 @@ def test_what_cannot_be_used_is_said_and_replaced(path):
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     with LLM(path, ctx_size=64, warm=True, on_status=said.append) as llm:
-        assert not llm.runner._experts._loader.arena.held()
+        assert not llm.runner._experts.residency.arena.held()
         llm.runner.forward([5])
-    assert said[-1] == f"warm start: not possible, the arena begins empty. {file} is damaged."
+    assert said[-1] == f"warning: no warm start: {file} is damaged."
     assert json.loads(file.read_bytes())["version"] == 1, "the end of the run wrote it anew"
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     path = shutil.copytree(store(), tmp_path / "store")
     with LLM(path, ctx_size=64, warm=True) as llm:
         llm.runner.forward([5, 6, 7])
-        key = min(llm.runner._experts._loader.arena.held())
+        key = min(llm.runner._experts.residency.arena.held())
         location = llm.store.location(key.layer, key.expert)
     with open(location.file, "r+b") as file:
         file.seek(location.offset + 7)
@@ -192,7 +192,7 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     with LLM(path, ctx_size=64, warm=True, on_status=said.append):
         pass
     assert f"expert {key.expert} of layer {key.layer} is damaged" in said[-1]
-    assert said[-1].startswith("warm start: not possible")
+    assert said[-1].startswith("warning: no warm start: ")
 
 
 def test_ctrl_c_writes_it_too(path, capsys, monkeypatch, tmp_path):

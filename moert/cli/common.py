@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 # option, name of the field of ResolvedParams, type, help
 SAMPLING = (
-    ("--temp", "temperature", float, "0 always takes the likeliest token"),
-    ("--top-k", "top_k", int, "draw from the N likeliest tokens (0: all)"),
-    ("--top-p", "top_p", float, "draw from the likeliest tokens that make up X (1: all)"),
+    ("--temp", "temperature", float, "temperature; 0 always takes the likeliest token"),
+    ("--top-k", "top_k", int, "choose among the N likeliest tokens (0: all)"),
+    ("--top-p", "top_p", float, "choose among the likeliest tokens that together have probability X (1: all)"),
     ("--min-p", "min_p", float, "drop tokens less likely than X times the likeliest (0: none)"),
     ("--repeat-penalty", "repeat_penalty", float, "make tokens seen before less likely (1: off)"),
-    ("--seed", "seed", int, "same seed, same text"),
+    ("--seed", "seed", int, "the same seed gives the same text"),
 )
 
 
@@ -50,12 +50,12 @@ def parse_sweep(text: str, name: str) -> list[int]:
     """
     found, _, values = text.partition("=")
     if found != name or not values:
-        raise UsageError(f"sweep {text!r} is not known; write --sweep {name}=1GiB:8GiB.")
+        raise UsageError(f"--sweep {text} is not of the form {name}=1GiB:8GiB.")
     if ":" not in values:
         return [parse_bytes(part, name) for part in values.split(",")]
     low, high = (parse_bytes(part, name) for part in values.split(":", 1))
     if low > high:
-        raise UsageError(f"sweep {text!r} ends below its beginning.")
+        raise UsageError(f"--sweep {text}: the last size is below the first.")
     sizes = [low]
     while sizes[-1] * 2 <= high:
         sizes.append(sizes[-1] * 2)
@@ -90,9 +90,7 @@ def add_status_options(parser: argparse.ArgumentParser, details: bool = False) -
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", help="store, checkpoint folder or hub id (default: the small model that comes along)"
-    )
+    parser.add_argument("-m", "--model", help="store, checkpoint folder or hub id (default: the small built-in model)")
     parser.add_argument("--offline", action="store_true", help="never use the network")
 
 
@@ -105,14 +103,18 @@ def add_run_options(parser: argparse.ArgumentParser, memory_budget: str | None =
     parser.add_argument(
         "--warm",
         action="store_true",
-        help="begin with the experts in memory that were there at the end of the last run",
+        help="start with the experts in memory that were in memory at the end of the last run",
     )
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
-    group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
+    group.add_argument(
+        "-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="length of the answer in tokens at most"
+    )
     for option, name, kind, text in SAMPLING:
         group.add_argument(option, dest=name, type=kind, metavar="X" if kind is float else "N", help=text)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text (may be given again)"
+    )
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="do not stop at the end-of-text token")
     add_conversion_options(parser)
 
 
@@ -156,7 +158,7 @@ def add_memory_options(parser: argparse.ArgumentParser, memory_budget: str | Non
         "--record-trace",
         type=Path,
         metavar="FILE",
-        help="write which experts every token is routed to (FILE.gz: compressed)",
+        help="write which experts each token is routed to (compressed if FILE ends in .gz)",
     )
 
 
@@ -179,7 +181,7 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
     trace: Path | None = args.record_trace
     if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
         wrong = "is a folder" if trace.is_dir() else f"is in the folder {trace.parent}, which does not exist"
-        raise UsageError(f"--record-trace {trace} {wrong}: name a file that can be written.")
+        raise UsageError(f"--record-trace: {trace} {wrong}.")
     path = resolve_model(args, status)
     with status.spinner("Loading the model"):
         from moert.api import LLM  # loads torch
@@ -208,7 +210,7 @@ def check_kernel() -> None:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    return Path(args.model).name if args.model else "the small model that comes along (-m names another)"
+    return Path(args.model).name if args.model else "the small built-in model"
 
 
 def headline(args: argparse.Namespace, llm: LLM) -> str:
@@ -281,7 +283,8 @@ def conclude(llm: LLM, stats: GenerationStats, status: Status, more: str = "") -
     if llm.plan is not None:
         llm.plan.add(stats)
         if warning := llm.plan.warning():
-            status.say(warning)
+            slow = (llm.plan.achieved or 0) < llm.plan.prediction.decode_tokens_per_s
+            (status.warn if slow else status.detail)(warning)
 
 
 def speeds(stats: GenerationStats) -> str:

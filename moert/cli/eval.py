@@ -85,10 +85,10 @@ def main(args: argparse.Namespace) -> int:
     against = None if args.against is None else _lossless(args, status)
     with status.spinner("Loading the model"):
         from moert.measure import evaluate  # loads torch
-        from moert.models.stored_model import StoredModel as Store
+        from moert.models.stored_model import StoredModel
 
-        store = Store.open(model)
-        reference = None if against is None else Store.open(against)
+        store = StoredModel.open(model)
+        reference = None if against is None else StoredModel.open(against)
         windows = evaluate.cut(evaluate.encode(text, store, reference), args.window, args.tokens)
         evaluation = evaluate.Evaluation(
             store, reference, args.precision, config, args.window, status.report, args.one_by_one

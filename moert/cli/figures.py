@@ -20,11 +20,11 @@ COLUMNS = ("layer", "hits", "waited", "computed", "on demand", "prefetched", "us
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what it took")
+    group = parser.add_argument_group("statistics")
     group.add_argument(
-        "--stats", action="store_true", help="at the end a table of what each layer took (warm-up included)"
+        "--stats", action="store_true", help="print a table of times and bytes per layer at the end (warm-up included)"
     )
-    group.add_argument("--timeline", type=Path, metavar="FILE", help="draw what happened when, for ui.perfetto.dev")
+    group.add_argument("--timeline", type=Path, metavar="FILE", help="write a timeline for ui.perfetto.dev")
 
 
 class Figures:

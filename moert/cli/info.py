@@ -14,7 +14,7 @@ from moert.errors import UsageError
 from moert.hub import resolve as source
 
 if TYPE_CHECKING:
-    from moert.models.stored_model import StoredModel as Store
+    from moert.models.stored_model import StoredModel
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,10 @@ def main(args: argparse.Namespace) -> int:
     if store_path is None:
         source.checkpoint(args.model, offline=True)  # says what is wrong with the name, if anything is
         raise UsageError(f"{args.model} is not converted yet ({settings}): moert convert or moert chat does it.")
-    from moert.models.stored_model import StoredModel as Store
+    from moert.models.stored_model import StoredModel
 
     with status.spinner("Reading"):
-        store = Store.open(store_path)
+        store = StoredModel.open(store_path)
     facts = describe(store)
     if args.verify:
         with line_progress(status) as progress:
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _routed(store: Store) -> str:
+def _routed(store: StoredModel) -> str:
     """Describe what `--precision routed` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
         return "not possible: converted without --calibrate"
@@ -65,14 +65,14 @@ def _routed(store: Store) -> str:
     return "thresholds on the router's weights" if trained is None else f"trained bit router: {trained.about}"
 
 
-def _elastic(store: Store) -> str:
+def _elastic(store: StoredModel) -> str:
     """Describe what the bound of `--precision elastic` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
         return "by the error of each width on Gaussian weights: converted without --calibrate"
     return "by the error that was measured for each expert"
 
 
-def _foreseen(store: Store) -> str:
+def _foreseen(store: StoredModel) -> str:
     """Describe what predicts the next experts."""
     from moert.store.predictor import read_predictor
 
@@ -80,7 +80,7 @@ def _foreseen(store: Store) -> str:
     return "the routers of the next layers" + ("" if found is None else f", and a trained predictor: {found.about}")
 
 
-def describe(store: Store) -> dict[str, Any]:
+def describe(store: StoredModel) -> dict[str, Any]:
     """Facts of a store under stable names; sizes in bytes."""
     arch, layout = store.architecture, store.layout
     expert = sum(rows * cols for rows, cols in layout.shapes)

@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help="all the memory to use, such as 6GiB (default: what each precision can use, within 80%% of what there is)",
+        help="memory for everything, such as 6GiB (default: what each precision can use, up to 80%% of the memory)",
     )
     parser.add_argument(
         "--sweep",
@@ -68,10 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=256,
-        help="of the prompt whose time to first token is predicted (default 256)",
+        help="length of the prompt for the time to first token (default 256)",
     )
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="routes recorded with this model (default: drawn from statistics)"
+        "--trace", type=Path, metavar="FILE", help="routing trace of this model (default: routes drawn from statistics)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed and quality against memory, as a PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -152,7 +152,7 @@ def _assumed(
     )
     yield (
         f"on disk {format_bytes(shape.store_bytes)} with widths {' '.join(map(str, shape.widths))}; resident"
-        f" {format_bytes(shape.resident_bytes)} at {shape.dense_bits} bits; the experts of a token {per_token}"
+        f" {format_bytes(shape.resident_bytes)} at {shape.dense_bits} bits; {per_token} of experts per token"
     )
     if not shape.runnable:
         yield f"note: moert cannot run this model: {shape.why_not.rstrip('.')}; planned as if it could."
@@ -161,12 +161,12 @@ def _assumed(
         f" {profile.memory_bytes_per_s / 1e9:.3g} GB/s; disk {profile.disk_bytes_per_s / 1e9:.3g} GB/s"
     )
     if profile.gpu_memory_bytes is not None:
-        yield "note: its GPU is left aside: moert computes on the CPU as yet."
+        yield "note: plans are for the CPU alone: the GPU of this device is not used."
     yield f"routing: {routes.about}"
     yield f"quality: {_quality_note(shape)}"
     if not shape.calibrated and shape.widths[-1] < 16:
         yield "note: converted with rounding; --calibrate makes narrow widths better and routed:B possible."
-    yield f"prompt: {args.prompt_tokens} tokens, no expert in memory before; prefill: 512 tokens later on"
+    yield f"prompt: {args.prompt_tokens} tokens, starting with no expert in memory; prefill: 512 tokens once it is warm"
 
 
 def _title(shape: ModelShape) -> str:

@@ -39,8 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-budget",
         metavar="SIZE",
-        help="the GPU computes too, and has so much of its memory for experts; where that is the host's too (Jetson),"
-        " this is in place of --expert-budget",
+        help="memory of the GPU for experts: it computes too; where GPU and CPU share one memory (Jetson), this"
+        " replaces --expert-budget",
     )
     parser.add_argument("--no-hybrid", action="store_true", help="with --device-budget: the GPU computes all experts")
     parser.add_argument(
@@ -54,7 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"profile of the device to simulate: {', '.join(devices())}, or a file (default: this machine)",
     )
     parser.add_argument("--device", action=Renamed, new="--profile")
-    parser.add_argument("--disk", metavar="SIZE", help="bytes that its disk reads per second, such as 1200MB")
+    parser.add_argument(
+        "--disk", metavar="SIZE", help="bytes that the disk reads per second, such as 1200MB (default: the profile's)"
+    )
     parser.add_argument(
         "--precision",
         metavar="POLICY",
@@ -69,10 +71,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--recall",
         metavar="SHARE[,SHARE...]",
         default="0.8",
-        help="of the next layer's experts, the share that a predictor names; more: of the layers behind (default 0.8)",
+        help="share of the next layer's experts that a predictor names; more: of those after it (default 0.8)",
     )
-    parser.add_argument("--prefetch", choices=("on", "off"), default="on", help="whether anything is predicted")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what the predictor gets wrong")
+    parser.add_argument(
+        "--prefetch", choices=("on", "off"), default="on", help="read predicted experts ahead (default on)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the predictor's mistakes")
     parser.add_argument("--json", action="store_true", help="print one JSON object, or a list of them with --sweep")
     common.add_status_options(parser)
 
@@ -94,10 +98,10 @@ def main(args: argparse.Namespace) -> int:
         f"{profile.name}: disk {profile.disk_bytes_per_s / 1e9:g} GB/s, memory"
         f" {profile.memory_bytes_per_s / 1e9:g} GB/s and {format_bytes(profile.memory_bytes)}; {about}"
     )
-    recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "nothing"
+    recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "none"
     status.say(
         f"chosen: precision {every[0].precision}, widths {' '.join(map(str, args.widths))}, "
-        f"cache policy {args.cache_policy}, predicted of the layers ahead {recalls}, seed {args.seed}"
+        f"cache policy {args.cache_policy}, recall {recalls}, seed {args.seed}"
     )
     rows = []
     for number, settings in enumerate(every):
@@ -127,7 +131,7 @@ def _simulate(trace: Trace, profile: Profile, settings: Settings, status: Status
         if settings.device_budget is not None:
             run = TieredSimulator(trace, profile).compare
     except ValueError as error:
-        raise TraceError(f"{error}: record one of a run that answers.") from None
+        raise TraceError(f"{error}: record one while answers are generated.") from None
     try:
         with line_progress(status) as progress:
             return run(settings, lambda text: progress(f"{format_bytes(settings.budget)}, {text}"))
@@ -140,7 +144,7 @@ def _budgets(args: argparse.Namespace, profile: Profile) -> list[int]:
         raise UsageError("--no-hybrid is for a GPU that computes: give --device-budget too.")
     if args.device_budget is not None:
         if profile.gpu_expert_s_per_byte is None:
-            raise UsageError(f"the profile of {profile.name} has no figures of a GPU: leave --device-budget out.")
+            raise UsageError(f"The profile {profile.name} has no figures of a GPU: leave --device-budget out.")
         if profile.gpu_integrated:
             if args.expert_budget or args.sweep:
                 raise UsageError(f"CPU and GPU of {profile.name} share one memory: give --device-budget alone.")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moert.cli import common
+from moert.cli.options import add_settings
 from moert.convert import calibration_text as calibration
 from moert.errors import UsageError
 from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.convert.calibration import CalibrationText
-    from moert.models.stored_model import StoredModel as Store
+    from moert.models.stored_model import StoredModel
 
 _SAMPLE = 1 << 16  # characters that the tokenizers of both stores must understand alike
 
@@ -26,21 +27,19 @@ def add_options(parser: argparse.ArgumentParser, what: str, steps: int, of: str,
     )
     parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"{of} (default {steps})")
     parser.add_argument(
-        "--minutes", type=float, default=minutes, metavar="M", help=f"take fewer steps then (default {minutes:g})"
+        "--minutes", type=float, default=minutes, metavar="M", help=f"minutes of training at most (default {minutes:g})"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help=f"same seed and steps, same {what} (default 0)"
     )
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
+    add_settings(parser, ["threads"])
     common.add_status_options(parser)
 
 
 def check(args: argparse.Namespace) -> str:
     """The text to train on, if the options make sense; else UsageError."""
     if args.steps < 1 or not args.minutes > 0:
-        raise UsageError("Training needs at least one step (--steps) and more than no time (--minutes).")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"{args.threads} threads cannot compute anything: give --threads at least 1.")
+        raise UsageError("--steps must be at least 1, and --minutes above 0.")
     if args.model is None or args.against is None:
         raise UsageError("Name the store to train with -m, and the lossless store of its checkpoint with --against.")
     for name in (args.model, args.against):
@@ -51,15 +50,15 @@ def check(args: argparse.Namespace) -> str:
 
 def load(
     args: argparse.Namespace, content: str, most_tokens: int
-) -> tuple[Store, Store, CalibrationText, list[list[int]]]:
+) -> tuple[StoredModel, StoredModel, CalibrationText, list[list[int]]]:
     """The two stores, the text, and its windows, of `most_tokens` in all. Raises UsageError, StoreError."""
     from moert.engine.model_runner import default_threads
     from moert.measure import evaluate  # loads torch
-    from moert.models.stored_model import StoredModel as Store
+    from moert.models.stored_model import StoredModel
     from moert.quant.dispatch import set_num_threads
     from moert.train.distil import WINDOW
 
-    store, lossless = (Store.open(Path(name).expanduser()) for name in (args.model, args.against))
+    store, lossless = (StoredModel.open(Path(name).expanduser()) for name in (args.model, args.against))
     evaluate.encode(content[:_SAMPLE], store, lossless)  # says what is wrong with the two, if anything is
     text = calibration.tokens(args.text, content, store.path, most_tokens)
     common.check_kernel()

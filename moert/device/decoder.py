@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moert.device.device_backend import DeviceBackend
 from moert.device.layer import DeviceLayer, DeviceLinear, DeviceNorm, OneToken, SequenceRun
-from moert.device.link import DeviceBackend
 from moert.device.matrix import DeviceMatrix
 from moert.device.split_cache import SplitCache
 from moert.kernels.layer_step import Place

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moert.device.bitsandbytes import bitsandbytes
-from moert.device.link import DeviceBackend
+from moert.device.device_backend import DeviceBackend
 from moert.device.matrix import DenseQuant, DeviceMatrix, dtype_of
 from moert.device.placement import DenseArena, Placement, make_dense
 from moert.models.layers import DenseTensors

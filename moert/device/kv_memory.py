@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moert.device.link import DeviceBackend
+from moert.device.device_backend import DeviceBackend
 from moert.device.split_cache import CacheSegment, SplitCache
 from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moert.device.link import DeviceBackend
+from moert.device.device_backend import DeviceBackend
 from moert.device.matrix import DeviceMatrix, product
 from moert.device.split_cache import SplitCache
 from moert.models.architecture import Architecture

@@ -17,7 +17,7 @@ from moert.device.matrix import DenseQuant
 from moert.device.placement import NOTHING, Placement, place
 from moert.errors import BudgetError, DeviceError
 from moert.hardware.devices import this_machine
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.runtime.budget import AUTO_SHARE, Sizes, split_line
 from moert.scheduler.assign import CostModel
 from moert.scheduler.capacity import slots_for
@@ -78,7 +78,7 @@ class OffloadRequest:
     of the host's memory, what is left for a device that has no other, given whether it compiles its kernels.
     """
 
-    store: Store
+    store: StoredModel
     config: EngineConfig
     precision: Precision
     positions: int
@@ -105,7 +105,7 @@ def plan_offload(run: OffloadRequest, on_status: Callable[[str], None]) -> Offlo
     device = open_device(config.device, on_status)
     if device is None:
         if config.device_budget is not None:
-            on_status("warning: --device-budget does nothing: no device is used")
+            on_status("warning: --device-budget has no effect, since no device is used")
         return None
     try:
         return _planned(device, run, on_status)
@@ -167,10 +167,10 @@ def _planned(device: Device, run: OffloadRequest, on_status: Callable[[str], Non
         config.device_budget is None,
     )
     device.limit(budget.total)
-    on_status(f"device: {device.name}; what computes where goes by {origin}")
+    on_status(f"device: {device.name}; work is divided by {origin}")
     slots = None
     if device.integrated:
-        on_status("device and host have one memory: what the device holds is in the memory budget")
+        on_status("device and host share one memory: the memory budget covers both")
     else:
         users = [run.store.experts_with(i) if i < most else 0 for i in range(layout.num_slices)]
         slots = slots_for(arena, layout.slice_sizes, users, run.precision.shares(layout.widths))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moert.device.link import DeviceBackend
+from moert.device.device_backend import DeviceBackend
 from moert.device.matrix import products
 from moert.models.kv_cache import to_int8
 

@@ -8,7 +8,7 @@ Where device and host have one memory there is nothing to move: the device compu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +20,7 @@ from moert.errors import DeviceError
 from moert.quant.format import ExpertLayout
 from moert.runtime.arena import Arena
 from moert.runtime.telemetry import Telemetry
+from moert.scheduler.cache import Orders, SliceCache
 from moert.scheduler.types import Load, SliceKey, Wave
 
 Measurable = Literal["device", "move"]
@@ -32,7 +33,7 @@ Entries: TypeAlias = dict[int, list[tuple[int, Tensor, Tensor]]]
 
 @dataclass(slots=True)
 class DeviceWork:
-    """What the device computes of a layer: x float32 [T, D] and out of its `sum_dtype`, on the device."""
+    """The work of the device in a layer: x float32 [T, D] and out of its `sum_dtype`, on the device."""
 
     layer: int
     x: Tensor
@@ -42,14 +43,17 @@ class DeviceWork:
     copies: list[tuple[SliceKey, Copy]] = field(default_factory=list)
 
     def slices(self, expert: int) -> int:
-        """With how many it is used at most."""
+        """Return with how many an expert is used at most."""
         return max((n for n, _, _ in self.entries.get(expert, ())), default=0)
 
 
 class DeviceTier:
-    """Slices in the slots of a device. slots: of each slice index; None where host and device have one memory.
+    """Owns where slices are in the memory of a device, as `Residency` does for the host's.
 
-    Raises DeviceError where the memory is not to be had, or the device has no kernels for such experts.
+    slots: of each slice index, and cache: the state that they follow; None where host and device have one memory. A
+    slice gets room in this order: state, slot, copy, and, once that has ended, state: not in flight any more; it loses
+    it in this order: state, wait for its copy and for what computes, slot. `update` does what a step that broke off
+    left over. Raises DeviceError where the memory is not to be had, or the device has no kernels for such experts.
     """
 
     def __init__(
@@ -60,9 +64,12 @@ class DeviceTier:
         activation: str,
         host: Arena,
         telemetry: Telemetry,
+        cache: SliceCache | None,
     ) -> None:
         self.device, self._layout, self._host, self._slots = device, layout, host, slots
-        self._telemetry = telemetry
+        self._telemetry, self._cache, self._orders = telemetry, cache, Orders()
+        if cache is not None:
+            cache.orders = self._orders
         shared = device.page_lock(host.memory)
         if slots is None:
             if shared is None:
@@ -73,16 +80,35 @@ class DeviceTier:
             memory = self.arena.memory
         self._experts = device.experts(layout, activation, memory)
         self._copies: dict[SliceKey, Copy] = {}  # that may still be on their way
+        self._ahead: dict[Load, list[tuple[SliceKey, Copy]]] = {}  # moves that nobody waits for
         self._watched: deque[tuple[DeviceWork, float, float]] = deque()  # with the seconds predicted
         self._launched = False  # something that may not have ended
 
     @property
     def unified(self) -> bool:
-        """Whether host and device have one memory."""
+        """Tell whether host and device have one memory."""
         return self._slots is None
 
-    def move(self, load: Load) -> list[tuple[SliceKey, Copy]]:
-        """Begin to copy slices, which must lie in the host's arena, the base first."""
+    def update(self) -> None:
+        """Do what a step that broke off left over, and take note of moves ahead that have ended."""
+        if self._cache is None:
+            return
+        self._cache.finish()
+        if self._orders.coming:
+            self.device.synchronise()  # a copy may be on its way that nobody can wait for
+            for load in tuple(self._orders.coming):
+                self._cache.cancel(load)
+        self.let_go()
+        for load in [load for load, copies in self._ahead.items() if all(copy.done for _, copy in copies)]:
+            self._cache.arrived(load)
+            del self._ahead[load]
+
+    def move(self, load: Load, ahead: bool = False) -> list[tuple[SliceKey, Copy]]:
+        """Begin to copy slices that were given room, which must lie in the host's arena, the base first.
+
+        What computes with them waits for them by itself: see `launch`. ahead: nobody wants to, yet.
+        """
+        assert self._cache is not None
         copies, sizes = [], self._layout.slice_sizes
         for index in range(load.first, load.last):
             key = SliceKey(load.layer, load.expert, index)
@@ -93,15 +119,22 @@ class DeviceTier:
             self._copies[key] = copy
             copies.append((key, copy))
             self._telemetry.moved(key, sizes[index])
+        if ahead:
+            self._ahead[load] = copies
+            del self._orders.coming[load]
+        else:
+            self._cache.arrived(load)
         return copies
 
-    def release(self, keys: Sequence[SliceKey]) -> None:
-        """Free the slots of slices that were evicted from the device."""
+    def let_go(self) -> None:
+        """Free the slots of slices that lost their room on the device."""
+        keys = tuple(self._orders.leaving)
         if keys:
             self.device.fence()  # they may be computed with as yet
         for key in keys:
             self.settle([key])
             self.arena.release(key)
+            del self._orders.leaving[key]
 
     def settle(self, keys: Iterable[SliceKey]) -> None:
         """Wait until the host's slots of these slices may be overwritten."""
@@ -144,11 +177,11 @@ class DeviceTier:
         self.device.synchronise()
 
     def watch(self, part: DeviceWork, device_s: float, move_s: float) -> None:
-        """All of `part` is on its way: learn later what it takes, of which so much was predicted."""
+        """Note that all of `part` is on its way: learn later what it takes, of which so much was predicted."""
         self._watched.append((part, device_s, move_s))
 
     def measured(self) -> list[tuple[Measurable, float, float]]:
-        """What was watched and has ended since the last time: what it was, predicted and measured seconds."""
+        """Return what was watched and has ended since the last time: what it was, predicted and measured seconds."""
         self._copies = {key: copy for key, copy in self._copies.items() if not copy.done}
         found: list[tuple[Measurable, float, float]] = []
         while self._watched:
@@ -163,45 +196,38 @@ class DeviceTier:
                 found.append(("device", device_s, _total(computed)))
             if copied:
                 found.append(("move", move_s, _total(copied)))
-            self._telemetry.on_device(part.layer, computed, part.copies)
+            spans = [(key, copy.span) for key, copy in part.copies]
+            self._telemetry.on_device(part.layer, computed, [(key, span) for key, span in spans if span is not None])
         return found
-
-    def restart(self) -> None:
-        """Begin afresh, empty, after a step that broke off somewhere."""
-        self.device.synchronise()
-        self._copies.clear()
-        self._watched.clear()
-        if not self.unified:
-            self.arena.rebuild()
-            for key in self.arena.held():
-                self.arena.release(key)
 
     def close(self) -> None:
         self.device.close()
 
 
 class Moves:
-    """Goes through the device waves of a stage, as their slices come to be in host memory."""
+    """Goes through the device waves of a stage, as their slices come to be in host memory.
 
-    def __init__(self, tier: DeviceTier, part: DeviceWork, waves: Sequence[Wave]) -> None:
-        self._tier, self._part, self._waves = tier, part, deque(waves)
-        self._begun = False  # the first of these waves
-        self._loads: list[Load] = []  # of it, those that are not copied yet
+    held: how many slices of an expert are in host memory.
+    """
+
+    def __init__(self, tier: DeviceTier, part: DeviceWork, waves: Iterator[Wave], held: Callable[[int], int]) -> None:
+        self._tier, self._part, self._waves, self._held = tier, part, waves, held
+        self._loads: list[Load] = []  # of the wave that has begun, those that are not copied yet
         self._waiting: list[int] = []  # and experts that compute without a move
+        self.done = False
 
-    @property
-    def done(self) -> bool:
-        return not self._waves
-
-    def advance(self, held: Callable[[int], int]) -> None:
-        """Do what can be done now. held: how many slices of an expert are in host memory."""
-        while self._waves:
-            wave, part, tier = self._waves[0], self._part, self._tier
-            if not self._begun:
-                tier.release(wave.evictions)
+    def advance(self) -> None:
+        """Do what can be done now."""
+        tier, part, held = self._tier, self._part, self._held
+        while not self.done:
+            if not self._loads and not self._waiting:
+                wave = next(self._waves, None)
+                if wave is None:
+                    self.done = True
+                    return
+                tier.let_go()
                 self._loads, moved = list(wave.loads), {load.expert for load in wave.loads}
                 self._waiting = [e for e in (*wave.resident, *wave.awaited) if e not in moved]
-                self._begun = True
             ready = [e for e in self._waiting if not tier.unified or held(e) >= part.slices(e)]
             self._waiting = [e for e in self._waiting if e not in ready]
             tier.launch(part, ready)
@@ -213,8 +239,6 @@ class Moves:
             tier.launch(part, dict.fromkeys(load.expert for load in now if load.expert not in behind))
             if self._loads or self._waiting:
                 return
-            self._waves.popleft()
-            self._begun = False
 
 
 def _total(spans: Iterable[tuple[float, float]]) -> float:

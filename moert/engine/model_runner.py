@@ -32,7 +32,7 @@ from moert.hardware.allocator import keep_freed_memory
 from moert.hardware.memory import available_bytes, library_bytes
 from moert.models.decoder import Decoder
 from moert.models.kv_cache import KVCache, KVMemory
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.quant.dispatch import choose_kernel, kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
@@ -55,7 +55,7 @@ def default_threads() -> int:
     return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
 
 
-def read_precision(text: str | None, store: Store) -> Precision:
+def read_precision(text: str | None, store: StoredModel) -> Precision:
     """The precision that `text` names, None the widest stored. UsageError where the store does not have it."""
     try:
         # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
@@ -66,10 +66,10 @@ def read_precision(text: str | None, store: Store) -> Precision:
         raise UsageError(f"{error}.") from None
 
 
-def say_what_is_kept(store: Store, slices: int, on_status: Callable[[str], None]) -> None:
+def say_what_is_kept(store: StoredModel, slices: int, on_status: Callable[[str], None]) -> None:
     """Say it where experts have fewer than the `slices` that are asked for."""
     if min(map(min, store.kept.values())) < slices:
-        on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
+        on_status(f"the store was made with --max-size: its experts have {store.kept_widths()}")
 
 
 class TaskCancelled(BaseException):
@@ -84,7 +84,7 @@ class ModelRunner:
     store is damaged.
     """
 
-    def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
+    def __init__(self, store: StoredModel, config: EngineConfig, on_status: Callable[[str], None]) -> None:
         arch = store.architecture
         try:
             choose_kernel()
@@ -118,7 +118,7 @@ class ModelRunner:
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
             compiles = self.offload is not None and self.offload.device.compiles
             if compiles:
-                on_status("preparing the device: some seconds, and more the first time, when its kernels are compiled")
+                on_status("compiling the kernels of the device: takes some seconds, and more the first time")
             self._experts = self._make_experts(store, slots, policies, predictor)
             undo.pop_all()
             undo.callback(self._experts.close)
@@ -135,8 +135,8 @@ class ModelRunner:
             undo.pop_all()
 
     def _make_experts(
-        self, store: Store, slots: Sequence[int], policies: Policies, predictor: Predictor | None
-    ) -> ExpertRunner:
+        self, store: StoredModel, slots: Sequence[int], policies: Policies, predictor: Predictor | None
+    ) -> ExpertRunner | HybridRunner:
         activation, offload = store.architecture.hidden_act, self.offload
         if offload is None:
             return ExpertRunner(store, slots, self.precision, activation, policies, predictor)
@@ -145,7 +145,9 @@ class ModelRunner:
             device=offload.device, device_slots=offload.slots, cost_model=offload.cost_model, hybrid=self.hybrid,
         )  # fmt: skip
 
-    def _load(self, store: Store, config: EngineConfig, positions: int, dtype: torch.dtype) -> tuple[Decoder, KVMemory]:
+    def _load(
+        self, store: StoredModel, config: EngineConfig, positions: int, dtype: torch.dtype
+    ) -> tuple[Decoder, KVMemory]:
         """The dense part and the KV cache, where they are to lie."""
         arch, offload = store.architecture, self.offload
         if offload is None or not offload.placement.any:
@@ -157,7 +159,7 @@ class ModelRunner:
             decoder.prepare()
             return decoder, SplitKVMemory(arch, positions, dtype, placed.layers, placed.kv_positions, device)
 
-    def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int, compiles: bool) -> int:
+    def _shared_room(self, store: StoredModel, config: EngineConfig, slices: int, alive: int, compiles: bool) -> int:
         """Of the host's memory, what is left for a device that has no other, if all dense weights go there."""
         libraries, available = library_bytes(compiles), available_bytes()
         needs = needs_of(store, config.kv_bits, self.ctx_size, slices, libraries, config.batch_size, alive)
@@ -165,17 +167,17 @@ class ModelRunner:
         return limit - libraries - needs.workspace - store.architecture.top_k * needs.one_expert
 
     @staticmethod
-    def _predictor(store: Store, on_status: Callable[[str], None]) -> Predictor | None:
+    def _predictor(store: StoredModel, on_status: Callable[[str], None]) -> Predictor | None:
         """The store's trained predictor of routes with what the routers themselves say, if it has one."""
         found = read_predictor(store)
         if found is None:
             return None
-        on_status("prefetching by the routing-path predictor that was trained for this store")
+        on_status("prefetch: by the predictor that moert train-predictor trained")
         arch = store.architecture
         weights = PathWeights(**found.tensors)
         return make_predictor(Mixed.name, store.moe_layers, store.num_experts, arch.top_k, weights)
 
-    def _split(self, store: Store, config: EngineConfig, slices: int) -> Budget:
+    def _split(self, store: StoredModel, config: EngineConfig, slices: int) -> Budget:
         compiles = self.offload is not None and self.offload.device.compiles
         libraries, available = library_bytes(compiles), available_bytes()
 
@@ -203,7 +205,7 @@ class ModelRunner:
             raise BudgetError(f"{error}{hint}", error.least_bytes) from None
 
     def _describe(
-        self, store: Store, config: EngineConfig, slots: int, num_experts: int, on_status: Callable[[str], None]
+        self, store: StoredModel, config: EngineConfig, slots: int, num_experts: int, on_status: Callable[[str], None]
     ) -> None:
         chosen = []
         if config.precision is None:
@@ -222,7 +224,7 @@ class ModelRunner:
             on_status(f"chosen: {', '.join(chosen)}, kernel {kernel_name()}")
         if self.ctx_size > store.architecture.max_position_embeddings:
             trained = store.architecture.max_position_embeddings
-            on_status(f"warning: the context of {self.ctx_size} is longer than the {trained} the model was made for")
+            on_status(f"warning: the context of {self.ctx_size} exceeds the {trained} that the model was trained for")
         say_what_is_kept(store, self.precision.slices(store.layout.widths), on_status)
         on_status(self.budget.line())
         share = f"{slots} of {num_experts} experts ({slots / num_experts:.0%})"
@@ -247,7 +249,7 @@ class ModelRunner:
 
     def foresight(self) -> str:
         """What looking ahead came to, in a line; empty where nobody looked."""
-        return self._experts.foresight.line()
+        return self._experts.lookahead.line()
 
     def draw(self, timeline: Spans | None) -> None:
         """Draw from now on what happens; whoever gives the timeline closes it."""
@@ -279,14 +281,14 @@ class ModelRunner:
         """Begin with the experts that `path` names, where a run before wrote it: see `remember`."""
         try:
             memory = read_memory(path, self._store)
-            on_status(f"warm start: reading the experts of the last run, as {path} names them")
+            on_status(f"warm start: reading the experts of the last run, listed in {path}")
             began = time.perf_counter()
             nbytes = self._experts.warm(memory)
             on_status(f"warm start: {readable(nbytes)} in {time.perf_counter() - began:.1f} s")
         except FileNotFoundError:
-            on_status(f"warm start: none yet; what is in memory at the end is written to {path}")
+            on_status(f"warm start: from the next run on; the experts in memory will be listed in {path}")
         except StoreError as error:
-            on_status(f"warm start: not possible, the arena begins empty. {error}")
+            on_status(f"warning: no warm start: {error}")
 
     def remember(self, path: Path, on_status: Callable[[str], None]) -> None:
         """Write down which experts are in memory, for `warm`. Where that is not possible it says so."""
@@ -295,7 +297,7 @@ class ModelRunner:
             if memory.resident:
                 write_memory(path, self._store, memory)
         except OSError as error:
-            on_status(f"warm start: not written for the next time, {path}: {error.strerror}")
+            on_status(f"warning: no warm start next time, since {path} cannot be written: {error.strerror}")
 
     @property
     def tokens(self) -> list[int]:

@@ -8,13 +8,13 @@ from moert.device.dense_quant import host_dense_bytes
 from moert.device.kv_memory import SplitKVMemory
 from moert.device.offload import Offload
 from moert.models.kv_cache import KVCache
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.quant.format import KEY_BLOCK, align
 from moert.runtime.budget import Needs, workspace_bytes
 
 
 def needs_of(
-    store: Store,
+    store: StoredModel,
     kv_bits: int | None,
     ctx_size: int,
     slices: int,
@@ -45,7 +45,7 @@ def needs_of(
     )
 
 
-def kv_dtype(store: Store, kv_bits: int | None) -> torch.dtype:
+def kv_dtype(store: StoredModel, kv_bits: int | None) -> torch.dtype:
     """The type of cached keys and values with so many bits, None: the default of such a store."""
     if kv_bits is not None:
         return torch.int8 if kv_bits == 8 else torch.float16

@@ -19,7 +19,7 @@ from moert.engine.model_runner import ModelRunner
 from moert.errors import UsageError
 from moert.measure.bench_kernels import expert_bytes, load_average, matrix_bytes, timestamp
 from moert.models.architecture import Architecture
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.quant.dispatch import Kernel, kernel_name, kernel_seconds
 from moert.quant.format import TILE_ROWS, align
 from moert.runtime.telemetry import Counters, peak_rss_bytes
@@ -138,7 +138,7 @@ def positions_read(arch: Architecture, steps: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def bytes_touched(store: Store, runner: ModelRunner, case: Case, counts: Counters) -> float:
+def bytes_touched(store: StoredModel, runner: ModelRunner, case: Case, counts: Counters) -> float:
     """Bytes of weights and KV cache that the passes of a case must read from memory, divided by its tokens.
 
     Besides those of `bytes_without_experts` the experts that were in fact routed to, as `counts` has them over all
@@ -153,7 +153,7 @@ def bytes_touched(store: Store, runner: ModelRunner, case: Case, counts: Counter
     return bytes_without_experts(store, runner, case) + experts / case.n_tokens
 
 
-def bytes_without_experts(store: Store, runner: ModelRunner, case: Case) -> float:
+def bytes_without_experts(store: StoredModel, runner: ModelRunner, case: Case) -> float:
     """Bytes of dense weights and KV cache that the passes of a case must read from memory, divided by its tokens.
 
     Counted for each pass (decode: a token; prefill: a chunk): all dense weights with head, norms and routers but of the
@@ -167,7 +167,7 @@ def bytes_without_experts(store: Store, runner: ModelRunner, case: Case) -> floa
     return (total + positions_read(arch, steps) * per_position) / case.n_tokens
 
 
-def model_bytes(store: Store, runner: ModelRunner) -> int:
+def model_bytes(store: StoredModel, runner: ModelRunner) -> int:
     """Bytes of the whole model at the width in use."""
     return store.dense_bytes + store.experts_bytes(runner.precision.slices(store.layout.widths))
 
@@ -216,7 +216,7 @@ class Row:
 class Measurement:
     """Times one case on a model. `row()` is right after any repetition, so what is interrupted is not lost."""
 
-    def __init__(self, store: Store, runner: ModelRunner, case: Case, tokens: Tokens, bandwidth: float) -> None:
+    def __init__(self, store: StoredModel, runner: ModelRunner, case: Case, tokens: Tokens, bandwidth: float) -> None:
         self._store, self._runner, self._case, self._tokens = store, runner, case, tokens
         self._bandwidth = bandwidth
         self._load, self._time = load_average(), timestamp()

@@ -28,7 +28,7 @@ from moert.hardware.memory import available_bytes, library_bytes
 from moert.measure.bench import Case, bytes_without_experts
 from moert.measure.bench_kernels import expert_bytes
 from moert.models.decoder import DecoderLayer
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout
 from moert.runtime.budget import Budget, split_budget
 from moert.runtime.telemetry import Counters
@@ -105,7 +105,7 @@ def cut(ids: Sequence[int], window: int, tokens: int) -> list[list[int]]:
     return [part for part in parts if len(part) > 1]
 
 
-def encode(text: str, store: Store, against: Store | None) -> list[int]:
+def encode(text: str, store: StoredModel, against: StoredModel | None) -> list[int]:
     """The tokens of a text. UsageError where the two stores would not understand the same by them."""
     tokenizer = Tokenizer(store.path)
     ids = tokenizer.encode(text)
@@ -177,8 +177,8 @@ class Evaluation:
 
     def __init__(
         self,
-        store: Store,
-        against: Store | None,
+        store: StoredModel,
+        against: StoredModel | None,
         precisions: Sequence[str],
         config: EngineConfig,
         window: int,
@@ -187,7 +187,7 @@ class Evaluation:
     ) -> None:
         limit = store.architecture.max_position_embeddings
         if window > limit:
-            raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was made for.")
+            raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was trained for.")
         self._store, self._against, self._window, self._one_by_one = store, against, window, one_by_one
         self._on_status = on_status
         widths = store.layout.widths
@@ -229,7 +229,7 @@ class Evaluation:
         arena = min(own.all_experts, budget.arena - both.one_expert + own.one_expert)
         return budget, arena if config.expert_budget is None else min(arena, config.expert_budget)
 
-    def _open(self, store: Store, config: EngineConfig, precision: str | None, arena: int) -> ModelRunner:
+    def _open(self, store: StoredModel, config: EngineConfig, precision: str | None, arena: int) -> ModelRunner:
         changed = replace(config, memory_budget=None, expert_budget=arena, precision=precision, ctx_size=self._window)
         runner = ModelRunner(store, changed, lambda line: None)
         if runner.offload is not None:
@@ -339,7 +339,9 @@ class Evaluation:
                 result.append(self._row(self._store, self._runner, precision, sums, reference))
         return result
 
-    def _row(self, store: Store, runner: ModelRunner, precision: Precision, sums: Sums, reference: Sums | None) -> Row:
+    def _row(
+        self, store: StoredModel, runner: ModelRunner, precision: Precision, sums: Sums, reference: Sums | None
+    ) -> Row:
         layout, n = store.layout, sums.scored
         # A token uses top-k experts in every layer, each with so many slices: their share among all uses.
         uses = sums.token_uses.total()

@@ -26,7 +26,7 @@ from moert.engine.model_runner import ModelRunner
 from moert.errors import ProfileError
 from moert.hardware.memory import available_bytes
 from moert.measure.figure import Measured, Progress, measured
-from moert.models.stored_model import StoredModel as Store
+from moert.models.stored_model import StoredModel
 from moert.quant.dispatch import kernel_seconds
 from moert.runtime.timeline import Spans
 
@@ -98,7 +98,7 @@ class _Sweeper(Spans):
         pass
 
 
-def measure_overheads(store: Store, shipped: Store, threads: int, progress: Progress) -> Overheads:
+def measure_overheads(store: StoredModel, shipped: StoredModel, threads: int, progress: Progress) -> Overheads:
     """Decode with `store` where its experts are large and those of three tokens fit into memory, else with `shipped`.
 
     Raises ProfileError where that does not tell what costs how much.
@@ -109,7 +109,7 @@ def measure_overheads(store: Store, shipped: Store, threads: int, progress: Prog
     return found
 
 
-def _of_large(store: Store, threads: int, progress: Progress) -> Overheads | None:
+def _of_large(store: StoredModel, threads: int, progress: Progress) -> Overheads | None:
     touched = len(store.moe_layers) * store.architecture.top_k * sum(store.layout.slice_sizes)
     arena = min(3 * touched, store.experts_bytes(store.layout.num_slices))
     if sum(store.layout.slice_sizes) < LARGE_EXPERT or store.dense_bytes + arena > available_bytes() // 2:
@@ -124,7 +124,7 @@ def _of_large(store: Store, threads: int, progress: Progress) -> Overheads | Non
     return _overheads(resident, [missing], store)
 
 
-def measure_cached(shipped: Store, threads: int, progress: Progress) -> tuple[int, Measured, Overheads] | None:
+def measure_cached(shipped: StoredModel, threads: int, progress: Progress) -> tuple[int, Measured, Overheads] | None:
     """Return the bytes that stay in the processor's caches, seconds per byte of weights there, and overheads beside
     them.
 
@@ -147,7 +147,7 @@ def _cache_bytes(text: str) -> int:
     return parse_bytes(text.strip(), "cache")
 
 
-def _of_small(store: Store, threads: int, progress: Progress, sweep: int = SWEEP_BYTES) -> Overheads | None:
+def _of_small(store: StoredModel, threads: int, progress: Progress, sweep: int = SWEEP_BYTES) -> Overheads | None:
     every, one = store.experts_bytes(store.layout.num_slices), sum(store.layout.slice_sizes)
     ids = random.Random(0).choices(range(store.architecture.vocab_size), k=TOKENS)
     with _decoding(store, threads, every, sweep) as run:
@@ -191,7 +191,7 @@ class _Decoded:
     layers: Array
 
 
-def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: Store) -> Overheads | None:
+def _overheads(resident: _Decoded, missing: Sequence[_Decoded], store: StoredModel) -> Overheads | None:
     """Work out the overheads; None where there is too little to go by."""
     hits = resident.layers[resident.layers[:, 1] == 0]
     misses = np.concatenate([run.layers[run.layers[:, 1] > 0] for run in missing])
@@ -263,7 +263,7 @@ class _Run:
 
 
 @contextmanager
-def _decoding(store: Store, threads: int, arena: int, sweep: int) -> Iterator[_Run]:
+def _decoding(store: StoredModel, threads: int, arena: int, sweep: int) -> Iterator[_Run]:
     """Runs with so many bytes of experts in memory; the first tokens are decoded already."""
     context = 64 + (_PARTS + 2) * max(TOKENS, LARGE_TOKENS)
     config = EngineConfig(expert_budget=arena, ctx_size=context, threads=threads, prefetch="off", device="cpu")

@@ -18,10 +18,9 @@ from typing import Any
 
 from moert.checkpoints.safetensors import TensorInfo
 from moert.errors import CheckpointError, UnsupportedModelError
-from moert.models.architecture import TensorSpec
 from moert.models.config_fields import ConfigFields
 from moert.quant.format import SLICE_ALIGN, ExpertLayout, align
-from moert.store.layout import EMBEDDING, HEAD, SAFETENSORS_DTYPES
+from moert.store.layout import EMBEDDING, HEAD, SAFETENSORS_DTYPES, TensorSpec
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"(?:^|\.)experts\.")

@@ -14,7 +14,8 @@ class Arena:
     """Slots of each slice size in one block, which in host memory is aligned for O_DIRECT and costs pages once written.
 
     slots[i]: number of slots for slices of index i, each sizes[i] bytes (a multiple of 4096). memory: uint8
-    [total_bytes], made by `allocate`.
+    [total_bytes], made by `allocate`. A slot belongs to whom `_owner` says; everything else follows from it, so that
+    `take` and `release` may break off anywhere and be done again.
     """
 
     def __init__(
@@ -29,34 +30,40 @@ class Arena:
         for n, size in zip(slots, sizes, strict=True):
             self._starts.append(at)
             at += n * size
-        self._free = [list(range(n - 1, -1, -1)) for n in slots]
-        self._slot_of: dict[SliceKey, int] = {}
+        self._owner: list[list[SliceKey | None]] = [[None] * n for n in slots]
+        self._free = [list(range(n - 1, -1, -1)) for n in slots]  # all free slots, and perhaps some that are taken
+        self._slot_of: dict[SliceKey, int] = {}  # all slices with a slot, and perhaps some without
 
     def take(self, key: SliceKey) -> int:
-        """Give a free slot to `key`; returns its offset. Raises IndexError where none is free."""
-        self._slot_of[key] = self._free[key[2]].pop()
-        return self.offset(key)
+        """Give a free slot to `key`, unless it has one; returns its offset. Raises IndexError where none is free."""
+        index = key[2]
+        owner, free = self._owner[index], self._free[index]
+        slot = self._slot_of.get(key, -1)
+        if slot < 0 or owner[slot] != key:
+            while owner[free[-1]] is not None:
+                free.pop()
+            self._slot_of[key] = slot = free[-1]
+            owner[slot] = key
+            free.pop()
+        return self._starts[index] + slot * self.sizes[index]
 
     def release(self, key: SliceKey) -> None:
-        self._free[key[2]].append(self._slot_of.pop(key))
-
-    def rebuild(self) -> None:
-        """Work out anew which slots are free, after a `take` or `release` may have been interrupted."""
-        used = [{slot for key, slot in self._slot_of.items() if key.slice == index} for index in range(len(self.slots))]
-        self._free = [
-            [n for n in range(count - 1, -1, -1) if n not in taken]
-            for count, taken in zip(self.slots, used, strict=True)
-        ]
+        """Take the slot of `key` back, if it has one."""
+        owner, slot = self._owner[key[2]], self._slot_of.get(key, -1)
+        if slot >= 0 and owner[slot] == key:
+            self._free[key[2]].append(slot)  # first: so it cannot be lost
+            owner[slot] = None
+        self._slot_of.pop(key, None)
 
     def held(self) -> set[SliceKey]:
-        """All slices that have a slot."""
-        return set(self._slot_of)
+        """Return all slices that have a slot."""
+        return {key for owner in self._owner for key in owner if key is not None}
 
     def offset(self, key: SliceKey) -> int:
-        """Where the slot of `key` begins in `memory`, valid until it is released."""
+        """Return where the slot of `key` begins in `memory`, valid until it is released."""
         return self._starts[key[2]] + self._slot_of[key] * self.sizes[key[2]]
 
     def offsets(self, layer: int, expert: int, count: int) -> list[int]:
-        """The same of the first `count` slices of an expert."""
+        """Return where the slots of the first `count` slices of an expert begin."""
         slot_of, places = self._slot_of, zip(range(count), self._starts, self.sizes, strict=False)
         return [start + slot_of[layer, expert, index] * size for index, start, size in places]  # type: ignore[index]

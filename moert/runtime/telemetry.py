@@ -13,7 +13,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from moert.device.backend import Copy
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import Read
 from moert.scheduler.types import Load, SliceKey
@@ -136,7 +135,7 @@ class Telemetry:
         return {layer: part.copy() for layer, part in self._phases[decoding].items()}
 
     def step(self, count: int, first: int | None) -> AbstractContextManager[object]:
-        """Around a forward pass of `count` tokens, from position `first` on or of several sequences."""
+        """Enter a forward pass of `count` tokens, from position `first` on or of several sequences."""
         return _NOTHING if self.timeline is None else self.timeline.step(count, first)
 
     def reached(self, layer: int) -> None:
@@ -190,15 +189,17 @@ class Telemetry:
         self._layers[key.layer].bytes_moved += nbytes
 
     def on_device(
-        self, layer: int, computed: Iterable[tuple[float, float]], copied: Iterable[tuple[SliceKey, Copy]]
+        self,
+        layer: int,
+        computed: Iterable[tuple[float, float]],
+        copied: Iterable[tuple[SliceKey, tuple[float, float]]],
     ) -> None:
-        """Note what a device did for a layer, which is known afterwards."""
+        """A device did something for a layer, from when to when: known afterwards."""
         if self.timeline is not None:
             for begin, end in computed:
                 self.timeline.device(f"experts, layer {layer}", begin, end)
-            for key, copy in copied:
-                if copy.span is not None:
-                    self.timeline.move(f"expert {key.layer}.{key.expert}, slice {key.slice}", *copy.span)
+            for key, span in copied:
+                self.timeline.move(f"expert {key.layer}.{key.expert}, slice {key.slice}", *span)
 
     def waited(self, layer: int, since: float) -> None:
         now = time.perf_counter()
