@@ -89,7 +89,7 @@ def of_transformers(
 
 
 def of_moert(llm: LLM, draw: random.Random, tokens: int, rounds: int, wait: Callable[[], object]) -> list[float]:
-    engine, V = llm.engine, llm.store.architecture.vocab_size
+    engine, V = llm.runner, llm.store.architecture.vocab_size
     engine.preload()
 
     def ids(T: int) -> list[int]:

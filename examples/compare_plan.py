@@ -1,4 +1,4 @@
-"""What `moert plan` predicts beside what the engine does, for a store at several budgets and precisions.
+"""Compare what `moert plan` predicts with what the engine does, for a store at several budgets and precisions.
 
     python examples/compare_plan.py q12.moert --budgets 1280MiB 2GiB --precision fixed:4 fixed:3 elastic:3
 
@@ -51,10 +51,10 @@ def measure(args: argparse.Namespace, budget: int | None, precision: str, seed: 
         store, memory_budget=budget, precision=precision, ctx_size=args.ctx_size, threads=args.threads, batch_size=1
     )
     if args.probe:
-        return {"library_bytes": llm.engine.budget.libraries}
+        return {"library_bytes": llm.runner.budget.libraries}
     long = 512  # the prompt whose speed counts, at the end
     ids = _tokens(llm, args, args.prompt_tokens + args.warm_up + args.tokens + long, seed)
-    engine, at = llm.engine, args.prompt_tokens
+    engine, at = llm.runner, args.prompt_tokens
     if args.record:
         engine.preload()
         llm.record_trace(args.record)

@@ -1,4 +1,4 @@
-"""What a width costs, beside other quantisers: the same checkpoint, text, windows and scoring for all.
+"""Compare widths with other quantisers: the same checkpoint, text, windows and scoring for all.
 
     moert eval -m STORE --against STORE16 --json > ours.json
     python examples/compare_quantisers.py CHECKPOINT STORE [STORE ...] --ours ours.json [--others FILE] [--plot PNG]

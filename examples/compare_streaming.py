@@ -39,12 +39,12 @@ def run(llm: LLM, tokens: int, seed: int) -> tuple[float, float, Counters]:
     """Seconds, seconds in kernels, and counters of `tokens` random tokens behind one that is not timed."""
     draw = random.Random(seed)
     ids = [draw.randrange(llm.store.architecture.vocab_size) for _ in range(tokens + 1)]
-    llm.engine.forward(ids[:1])
-    counters, kernels, start = llm.engine.counters.copy(), kernel_seconds(), time.perf_counter()
+    llm.runner.forward(ids[:1])
+    counters, kernels, start = llm.runner.counters.copy(), kernel_seconds(), time.perf_counter()
     for token in ids[1:]:
-        llm.engine.forward([token])
+        llm.runner.forward([token])
     seconds = time.perf_counter() - start
-    return seconds, kernel_seconds() - kernels, llm.engine.counters.since(counters)
+    return seconds, kernel_seconds() - kernels, llm.runner.counters.since(counters)
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     settings |= {text: {"expert_budget": budget, **read_setting(text)} for text in args.settings}
     settings["plain streaming"] = {"expert_budget": budget, **PLAIN}
     open_ones = {name: LLM(args.store, ctx_size=4096, **options) for name, options in settings.items()}
-    open_ones["all in memory"].engine.preload()
+    open_ones["all in memory"].runner.preload()
     for llm in open_ones.values():
         run(llm, args.warm_up, 0)
     results: dict[str, list[list[float]]] = {name: [] for name in settings}

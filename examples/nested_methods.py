@@ -1,4 +1,4 @@
-"""What each part of the calibrated quantiser is worth: output error of one layer's experts, at true bits per weight.
+"""Measure each part of the calibrated quantiser: output error of one layer's experts, at true bits per weight.
 
     python examples/nested_methods.py CHECKPOINT [--layer 2] [--experts 8]
 

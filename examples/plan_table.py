@@ -1,4 +1,4 @@
-"""What `moert plan` recommends for public models on the devices that come along, as a table.
+"""Print what `moert plan` recommends for public models on the devices that come along, as a table.
 
     python examples/plan_table.py Qwen/Qwen3-30B-A3B allenai/OLMoE-1B-7B-0924
 

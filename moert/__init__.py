@@ -16,6 +16,7 @@ if not (_pathlib.Path(__file__).parent / "quant").exists():
 
 if TYPE_CHECKING:
     from moert.api import LLM as LLM
+    from moert.api import AsyncLLM as AsyncLLM
     from moert.api import Chunk as Chunk
     from moert.api import Completion as Completion
     from moert.engine.sampling import SamplingParams as SamplingParams
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "LLM": "moert.api",
+    "AsyncLLM": "moert.api",
+    "Chunk": "moert.api",
     "Completion": "moert.api",
-    "Piece": "moert.api",
     "MoertError": "moert.errors",
     "SamplingParams": "moert.engine.sampling",
 }
-__all__ = ["LLM", "Completion", "MoertError", "Piece", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "Chunk", "Completion", "MoertError", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,23 +4,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import asyncio
+import time
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, Unpack
 
 from torch import Tensor
 
-from moert.config import AUTO, EngineConfig, parse_budget, parse_bytes
-from moert.engine import batch
-from moert.engine.model_runner import Engine
-from moert.engine.sampling import SamplingParams, usable_fields
-from moert.engine.sequence import Answer, join
+from moert.config import AUTO, EngineConfig, Settings, document_settings
+from moert.engine.arguments import Params, Prompt, as_model, as_one_params, as_params, as_prompt, as_prompts
+from moert.engine.model_runner import ModelRunner
+from moert.engine.sampling import ResolvedParams, SamplingParams, usable_fields
 from moert.engine.sequence import Chunk as Chunk
 from moert.engine.sequence import Completion as Completion
+from moert.engine.sequence import Priority, Request, join
 from moert.engine.statistics import GenerationStats as GenerationStats
-from moert.engine.statistics import RequestTimer
-from moert.errors import UsageError
+from moert.engine.worker import Submission, Worker
+from moert.errors import ClosedError, UsageError
 from moert.hub.resolve import resolve, warm_file
 from moert.models.stored_model import StoredModel as Store
 from moert.planning.automatic import Automatic, choose
@@ -29,69 +34,37 @@ from moert.text.tokenizer import Tokenizer
 from moert.train.recording import Recorder
 
 Messages = str | Message | Sequence[Message]
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
+T = TypeVar("T")
 
 
+@document_settings
 class LLM:
-    """A model ready to answer.
+    """A model ready to answer, to any number of threads at a time.
+
+    Requests that are made at the same time run together. A stream that is closed or dropped ends its request. An LLM
+    that is closed, or was loaded before the process was forked, raises ClosedError.
 
     model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
-    ships with the package. memory_budget: for everything, `"2GiB"` or bytes; `"auto"` plans for this machine what else
-    is left open, precision and context, and keeps it as `plan` (`moert.planning`). expert_budget: for the expert arena
-    alone. precision: `"fixed:4"`, `"routed:3"` for a mean, `"elastic:3"` for a bound; None is the widest stored. Behind
-    a bound `",skip=0.1"` leaves out, within it, missing experts of router weights below 0.1; `",route=0.1"` favours
-    experts in memory, beyond it.
-    kv_bits: 8 or 16, of the KV cache. batch_size: prompts that run together, each with a context of its own; None lets
-    up to 16 share the KV cache of one context. device: `"auto"` takes a GPU that can be used, `"cpu"` none;
-    device_budget: how much of its memory. token_scheduler, cache_policy, load_order, prefetch, overlap, hybrid and
-    dense_quant: see `EngineConfig`. warm: begin with the experts in memory that were there when such a model was closed
-    last. on_status gets lines that say what was chosen.
+    ships with the package. warm: begin with the experts in memory that were there when such a model was closed last.
+    offline: never use the network. on_status: is called with lines that say what was chosen; those that begin with
+    "warning:" deserve attention. The settings are keywords too, and are listed below; with `memory_budget="auto"` what
+    was planned for this machine is kept as `plan` (`moert.planning`).
     Raises MoertError; see `moert.errors` for its kinds.
     """
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | PathLike[str] | None = None,
         *,
-        memory_budget: int | str | None = None,
-        expert_budget: int | str | None = None,
-        precision: str | None = None,
-        ctx_size: int | None = None,
-        threads: int | None = None,
-        kv_bits: int | None = None,
-        cache_policy: str = "score",
-        load_order: str = "hottest",
-        prefetch: str = "auto",
-        overlap: bool = True,
-        batch_size: int | None = None,
-        token_scheduler: str = "first-come",
-        device: str = "auto",
-        device_budget: int | str | None = None,
-        hybrid: bool = True,
-        dense_quant: str = "16",
         warm: bool = False,
         offline: bool = False,
         on_status: Callable[[str], None] | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        config = EngineConfig(
-            memory_budget=parse_budget(memory_budget),
-            expert_budget=None if expert_budget is None else parse_bytes(expert_budget, "expert-budget"),
-            precision=precision,
-            ctx_size=ctx_size,
-            threads=threads,
-            kv_bits=kv_bits,
-            cache_policy=cache_policy,
-            load_order=load_order,
-            prefetch=prefetch,
-            overlap=overlap,
-            batch_size=batch_size,
-            token_scheduler=token_scheduler,
-            device=device,
-            device_budget=None if device_budget is None else parse_bytes(device_budget, "device-budget"),
-            hybrid=hybrid,
-            dense_quant=dense_quant,
-        )
+        # Several prompts at once are usual here, so the choice is left to moert.
+        config = EngineConfig.of({"batch_size": None, **settings})
+        if on_status is not None and not callable(on_status):
+            raise UsageError(f"on_status is {on_status!r}, but must be a function that takes a line of text.")
         self.description: list[str] = []
         self._say = on_status or (lambda line: None)
 
@@ -100,70 +73,117 @@ class LLM:
             if on_status is not None:
                 on_status(line)
 
-        path = resolve(None if model is None else str(model), offline=offline, on_status=status)
+        path = resolve(as_model(model), offline=offline, on_status=status)
         self.store = Store.open(path)
         self.tokenizer = Tokenizer(path)
-        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config)
+        self.default_params = SamplingParams.from_generation_config(self.tokenizer.generation_config).resolve()
         for warning in (*self.tokenizer.warnings, *usable_fields(self.tokenizer.generation_config)[1]):
-            status(warning)
+            status(f"warning: {warning}")
         self.plan: Automatic | None = None
-        if memory_budget == AUTO and config.expert_budget is None:
+        if settings.get("memory_budget") == AUTO and config.expert_budget is None:
             config, self.plan = choose(self.store, config)
-        self._engine = Engine(self.store, config, status)
+        self._runner = ModelRunner(self.store, config, status)
         if self.plan is not None:
-            status(self.plan.line(self._engine.budget.total))
-        self._warm_file: Path | None = None
+            status(self.plan.line(self._runner.budget.total))
+        self._ending = _Ending(self._runner, self._say)
         if warm:
             try:
-                self._engine.warm(file := warm_file(path, str(self._engine.precision)), status)
+                self._runner.warm(file := warm_file(path, str(self._runner.precision)), status)
             except BaseException:
-                self._engine.close()
+                self._runner.close()
                 raise
-            self._warm_file = file  # only now: what is interrupted before is nothing to remember
-        self._latest: object = None  # the request that the KV cache belongs to
-        self._recorders: list[Recorder] = []
+            self._ending.warm_file = file  # only now: what is interrupted before is nothing to remember
+        self._worker = Worker(self._runner, self.tokenizer, self._ending)
+        self._finalizer = weakref.finalize(self, self._worker.close)  # also when the program ends
 
     @property
     def budget(self) -> int:
         """Bytes that peak resident memory stays below."""
-        return self._engine.budget.total
+        return self._runner.budget.total
 
     @property
     def ctx_size(self) -> int:
         """Tokens that the context holds."""
-        return self._engine.ctx_size
+        return self._runner.ctx_size
 
     @property
-    def engine(self) -> Engine:
-        """Tokens in, logits out, with its counters: for measuring. Using it moves the KV cache under `stream`."""
-        return self._engine
+    def precision(self) -> str:
+        """Bits per weight at which experts compute: a policy such as `fixed:4`."""
+        return str(self._runner.precision)
 
-    def generate(self, prompts: str | Sequence[Prompt], params: Params = None) -> list[Completion]:
+    @property
+    def resident_share(self) -> float:
+        """Share of the experts that memory has room for."""
+        return self._runner.resident_share
+
+    @property
+    def device(self) -> str | None:
+        """Name of the device that computes beside the CPU; None without one."""
+        return None if self._runner.offload is None else self._runner.offload.device.name
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Tokens in, logits out, with its counters: for measuring. To compute with it, see `call`."""
+        return self._runner
+
+    def call(self, function: Callable[[ModelRunner], T]) -> T:
+        """Return what `function` makes of the runner, which it has for itself until it returns.
+
+        It runs on the thread that computes, when the requests before it have ended. Ctrl-C ends it with the tokens that
+        are being computed.
+        """
+        return self._worker.call(function)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> list[Completion]:
         """Continue each prompt; the results are in the order of the prompts.
 
-        params: for all prompts, or one for each. Several prompts run together, see `stream_many`.
+        prompts: text or token ids, or a list of these; a flat list of whole numbers is one prompt. params: for all
+        prompts, or one for each; what they leave open is the model's default. Several prompts run together, see
+        `stream_many`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        pieces: list[list[Chunk]] = [[] for _ in prompts]
-        for index, piece in self.stream_many(prompts, params):
-            pieces[index].append(piece)
-        return [join(iter(made)) for made in pieces]
+        requests = self._requests(as_prompts(prompts), params, priority, timeout, stream=False)
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        for index, chunk in self._run(requests):
+            chunks[index].append(chunk)
+        return [join(made) for made in chunks]
 
-    def stream_many(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Chunk]]:
+    def stream_many(
+        self,
+        prompts: Sequence[Prompt],
+        params: Params = None,
+        *,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Iterator[tuple[int, Chunk]]:
         """Continue several prompts together, piece by piece, each with the index of its prompt.
 
-        Each gets the text that it would get alone (unless the precision is elastic). One that fails ends with the
-        finish reason `error`, and the others go on. Raises UsageError, before anything starts, for a prompt that
-        `stream` would refuse.
+        Each gets the text that it would get alone (unless the precision is elastic). One of several that fails ends
+        with the finish reason `error`, and the others go on. priority: `"batch"` leaves the turns to interactive
+        requests. timeout: seconds, after which what is not complete fails. They begin with the first piece that is
+        asked for. Raises UsageError, before anything starts, for a prompt that `stream` would refuse.
         """
-        each = [self.default_params] * len(prompts) if params is None else params
-        each = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
-        if len(each) != len(prompts):
-            raise UsageError(
-                f"There are {len(prompts)} prompts, but {len(each)} sampling parameters: give one for each."
-            )
-        encoded = []
-        for number, prompt in enumerate(prompts, 1):
+        return self._run(self._requests(as_prompts(prompts), params, priority, timeout))
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: Params | Sequence[ResolvedParams],
+        priority: Priority,
+        timeout: float | None,
+        stream: bool = True,
+    ) -> list[Request]:
+        self._worker.check()
+        each = as_params(params, len(prompts), self.default_params)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        requests = []
+        for number, (prompt, own) in enumerate(zip(prompts, each, strict=True), 1):
             ids = self._encode(prompt)
             try:
                 self._check(ids)
@@ -171,23 +191,20 @@ class LLM:
                 if len(prompts) == 1:
                     raise
                 raise UsageError(f"Prompt {number} of {len(prompts)}: {error}") from None
-            encoded.append(ids)
-        return self._run_many(list(zip(encoded, each, strict=True)))
+            requests.append(Request(ids, own, priority, deadline, stream))
+        return requests
 
-    def _run_many(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[tuple[int, Chunk]]:
-        if self._engine.batch_size == 1 or len(requests) == 1:
-            for index, (ids, params) in enumerate(requests):
-                for piece in self._run(ids, params):
-                    yield index, piece
-            return
-        self._latest = request = object()
-        for found in batch.run(self._engine, self.tokenizer, requests, self._say):
-            yield found
-            self._still(request)
-
-    def _still(self, request: object) -> None:
-        if self._latest is not request:
-            raise UsageError("Another request began on this model before this answer ended; take them in turn.")
+    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Chunk]]:
+        """Pieces of the answers; of a single one an error is raised."""
+        if len(requests) > 1:
+            together = self._runner.at_a_time([len(r.prompt_ids) + r.params.max_tokens - 1 for r in requests])
+            positions = self._runner.caches.positions
+            self._say(f"{len(requests)} prompts, {together} at a time (KV cache of {positions} positions)")
+        with closing(self._worker.stream(requests)) as chunks:
+            for index, chunk in chunks:
+                if chunk.error is not None and len(requests) == 1:
+                    raise chunk.error
+                yield index, chunk
 
     def chat(
         self,
@@ -222,15 +239,22 @@ class LLM:
         )
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Iterator[Chunk]:
         """Continue a prompt (text or token ids), piece by piece; the last piece has the finish reason.
 
-        Raises UsageError for an empty prompt and for one that does not fit the context.
+        priority, timeout: see `stream_many`. Raises UsageError for an empty prompt and for one that does not fit the
+        context.
         """
-        params = params or self.default_params
-        ids = self._encode(prompt)
-        self._check(ids)
-        return self._run(ids, params)
+        each = [as_one_params(params, self.default_params)]
+        requests = self._requests([as_prompt(prompt)], each, priority, timeout)
+        return (chunk for _, chunk in self._run(requests))
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -247,47 +271,31 @@ class LLM:
                 "shorten it or raise --ctx-size."
             )
 
-    def _run(self, ids: list[int], params: SamplingParams) -> Iterator[Chunk]:
-        engine, answer = self._engine, Answer(params, self.tokenizer)
-        self._latest = request = object()
-        meter = RequestTimer(engine, answer.seed, len(ids))
-        cached = _common_prefix(engine.tokens, ids[:-1])
-        engine.rewind(cached)
-        logits = engine.forward(ids[cached:])
-        meter.prefilled(cached)
-        while True:
-            text, finish = answer.take(logits, engine.tokens, engine.ctx_size)
-            if text or finish:
-                yield Chunk(text, answer.unsaid(), finish, meter.stats(answer.count))
-            if finish:
-                return
-            self._still(request)
-            logits = engine.forward([answer.latest])
-
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position: float32 [T, V]. Starts from an empty context. The result is not in the budget."""
-        ids = list(token_ids)
+        ids = self._encode(as_prompt(token_ids))
         self._check(ids, answer=0)
-        self._latest = None
-        self._engine.rewind(0)
-        return self._engine.forward(ids, all_logits=True)
+
+        def compute(runner: ModelRunner) -> Tensor:
+            runner.rewind(0)
+            return runner.forward(ids, all_logits=True)
+
+        return self.call(compute)
 
     def record_trace(self, path: Path | str) -> None:
         """Write from now on, until the model is closed, which experts each token is routed to, for `moert simulate` and
         `moert train-predictor`. OSError where the file cannot be written."""
-        self._recorders.append(Recorder(self.store, self._engine.decoder, Path(path)))
+        recorders = self._ending.recorders
+        self.call(lambda runner: recorders.append(Recorder(self.store, runner.decoder, Path(path))))
 
     def close(self) -> None:
-        """End the reading threads and what is recorded, and write down what a warm start needs; the object is of no use
-        afterwards."""
-        try:
-            while self._recorders:
-                self._recorders.pop().close()
-            if self._warm_file is not None:
-                file, self._warm_file = self._warm_file, None
-                self._engine.remember(file, self._say)
-        finally:
-            self._engine.close()
+        """End the threads and what is recorded, and write down what a warm start needs.
+
+        The step that runs is the last. Whoever waits for an answer gets a ClosedError, and so does whoever asks for
+        one afterwards.
+        """
+        self._finalizer.detach()
+        self._worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,5 +306,105 @@ class LLM:
         self.close()
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+class _Ending:
+    """What is to be done before a model is closed. It must not know the LLM, which would never be dropped then."""
+
+    def __init__(self, runner: ModelRunner, say: Callable[[str], None]) -> None:
+        self._runner, self._say = runner, say
+        self.recorders: list[Recorder] = []
+        self.warm_file: Path | None = None
+
+    def __call__(self) -> None:
+        while self.recorders:
+            self.recorders.pop().close()
+        if self.warm_file is not None:
+            self._runner.remember(self.warm_file, self._say)
+
+
+class AsyncLLM:
+    """An `LLM` for asyncio: any number of tasks at a time, and the event loop never waits.
+
+    The arguments are those of `LLM`. To cancel a task that waits, or to leave its `async for`, ends its request.
+    Loading takes its time: `await AsyncLLM.load(...)` does it beside the event loop.
+    """
+
+    def __init__(self, model: str | PathLike[str] | None = None, **settings: Any) -> None:
+        self.llm = LLM(model, **settings)
+
+    @classmethod
+    async def load(cls, model: str | PathLike[str] | None = None, **settings: Any) -> Self:
+        """Load a model in a thread."""
+        return await asyncio.to_thread(cls, model, **settings)
+
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt, as `LLM.generate` does."""
+        requests = self.llm._requests(as_prompts(prompts), params, priority, timeout, stream=False)
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        async with aclosing(self._run(requests)) as found:
+            async for index, chunk in found:
+                chunks[index].append(chunk)
+        return [join(made) for made in chunks]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """Continue a prompt piece by piece, as `LLM.stream` does; it begins with the first piece that is asked for."""
+        return self._stream(self.llm._requests([as_prompt(prompt)], params, priority, timeout))
+
+    async def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> Completion:
+        """Answer a conversation, as `LLM.chat` does."""
+        return (await self.generate([self.llm.encode_chat(messages, **options)], params))[0]
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[Chunk]:
+        """Answer a conversation piece by piece, as `LLM.stream_chat` does."""
+        return self.stream(self.llm.encode_chat(messages, **options), params)
+
+    async def _stream(self, requests: Sequence[Request]) -> AsyncIterator[Chunk]:
+        async with aclosing(self._run(requests)) as chunks:
+            async for _, chunk in chunks:
+                yield chunk
+
+    async def _run(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Chunk], None]:
+        loop, worker = asyncio.get_running_loop(), self.llm._worker
+        pieces: asyncio.Queue[tuple[int, Chunk]] = asyncio.Queue()
+        submission = Submission(
+            requests, lambda index, chunk: loop.call_soon_threadsafe(pieces.put_nowait, (index, chunk))
+        )
+        left = len(requests)
+        try:
+            worker.submit(submission)
+            while left:
+                index, chunk = await pieces.get()
+                if isinstance(chunk.error, ClosedError) or (chunk.error is not None and len(requests) == 1):
+                    raise chunk.error
+                left -= chunk.finish_reason is not None
+                yield index, chunk
+        finally:
+            if left:
+                worker.abort(submission)
+
+    async def close(self) -> None:
+        """Close the model, as `LLM.close` does."""
+        await asyncio.to_thread(self.llm.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

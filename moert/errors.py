@@ -18,15 +18,20 @@ class UsageError(MoertError):
     exit_code = 2
 
 
+class ClosedError(MoertError):
+    """A model was used after it was closed, or in a child of the process that loaded it."""
+
+
 class BudgetError(MoertError):
     """Something does not fit the memory that was allowed.
 
-    `least_bytes` is the least budget that would do.
+    `least_bytes` is the least budget that would do; 0 where that is not known.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, least_bytes: int) -> None:
+    # With a default, so that copying and pickling can call it with the message alone; the attribute follows.
+    def __init__(self, message: str, least_bytes: int = 0) -> None:
         super().__init__(message)
         self.least_bytes = least_bytes
 
@@ -45,6 +50,10 @@ class StoreError(MoertError):
 
 class TemplateError(MoertError):
     """The chat template of a model cannot be used."""
+
+
+class TraceError(MoertError):
+    """A routing trace is malformed, or has nothing to decode."""
 
 
 class ProfileError(MoertError):

@@ -1,74 +1,66 @@
-"""The token scheduler: which of the sequences that are being decoded take the next step together.
+"""Who takes part in the next step: first come, first served within two priorities, and nobody waits for ever.
 
-A step reads every expert that any of its tokens is routed to, once. So tokens with similar routes should step together,
-as in ExpertFlow (arXiv 2410.17954, token scheduling), which divides the tokens of two batches by K-means on the Hamming
-distance of their predicted routes. Here the prediction is a sequence's own recent past, and a greedy choice takes the
-place of K-means: it needs no iterations, and it knows how long each sequence has waited.
+A step takes one token of each of some sequences whose prompts are read, and chunks of prompts beside them: weights are
+read once for all. A prompt has a chunk in a step at most, so a long one delays nobody's next token by more than that.
+
+Interactive requests go before batch requests. A batch request yields its turn, not its cache: it neither begins nor
+takes part while an interactive one can use the step. When it was left out of PATIENCE steps in a row its turn has come:
+until it takes part again it is treated as an interactive one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+PATIENCE = 8  # steps in a row that a batch request is left out of at most, where there is room for it
 
 
 class Candidate(NamedTuple):
-    """A sequence that could take the next step.
+    """A request that could begin, or take part in a step.
 
-    waited: steps that went by without it since its last. routes: the experts that it is expected to be routed to, bit
-    `layer * experts per layer + expert` for each; 0 where nothing is known.
+    arrival: a number that grows from one request to the next. waited: steps without it since it came or took part.
+    prompt_tokens: those of its prompt that it would compute next; 0: its prompt is read.
     """
 
+    interactive: bool
+    arrival: int
     waited: int
-    routes: int
+    prompt_tokens: int
+
+    @property
+    def urgent(self) -> bool:
+        """Whether it goes before those that yield."""
+        return self.interactive or self.waited >= PATIENCE
 
 
-# A choice needs more sequences than take a step: so many times as many are begun, where the KV cache has room.
-_ALIVE = {"first-come": 1, "most-overlap": 2}
+def admissions(waiting: Sequence[Candidate], running: Sequence[Candidate], max_running: int) -> Iterator[int]:
+    """The order in which waiting requests are to begin, as indices, up to the first for which there is no room.
 
-
-def most_alive(batch_size: int, policy: str) -> int:
-    """Return how many sequences are begun at most, of which `batch_size` take a step together."""
-    return batch_size if batch_size == 1 else batch_size * _ALIVE[policy]
-
-
-Policy = Callable[[Sequence[Candidate], int, int], list[int]]
-
-
-def first_come(candidates: Sequence[Candidate], count: int, most_delay: int) -> list[int]:
-    """The baseline: those that have waited longest, of equals the first. Returns `count` indices, ascending."""
-    order = sorted(range(len(candidates)), key=lambda i: (-candidates[i].waited, i))
-    return sorted(order[:count])
-
-
-def most_overlap(candidates: Sequence[Candidate], count: int, most_delay: int) -> list[int]:
-    """Begins with the one that has waited longest, and adds the one that brings the fewest new experts.
-
-    Nobody waits for more than `most_delay` steps where so many sequences can be served within that: as soon as the
-    places left are just enough for those whose time is running out, these get them. With more sequences than that, the
-    longest wait is the least possible. Returns `count` indices, ascending; deterministic.
+    At most `max_running` of each priority run at a time; more batch requests than that would wait all the same, but an
+    interactive one need not wait for those that yield to it.
     """
-    most_delay = max(most_delay, -(-len(candidates) // count) - 1)
-    left = dict(enumerate(most_delay - c.waited for c in candidates))  # steps that each can still be left out
-    chosen: list[int] = []
-    touched = 0
-    while left and len(chosen) < count:
-        places = count - len(chosen)
-        allowed = list(left)
-        if not chosen:
-            allowed = [min(left, key=lambda i: (left[i], i))]
-        else:
-            for slack in range(most_delay + 1):
-                # `slack` further steps have room for count * slack of them.
-                urgent = [i for i in left if left[i] <= slack]
-                if len(urgent) - count * slack >= places:
-                    allowed = urgent
-                    break
-        best = min(allowed, key=lambda i: ((touched | candidates[i].routes).bit_count(), left[i], i))
-        touched |= candidates[best].routes
-        chosen.append(best)
-        del left[best]
-    return sorted(chosen)
+    room = {kind: max_running - sum(c.interactive == kind for c in running) for kind in (True, False)}
+    yielding = any(c.interactive for c in [*running, *waiting])
+    for index in sorted(range(len(waiting)), key=lambda i: (not waiting[i].urgent, waiting[i].arrival)):
+        candidate = waiting[index]
+        if room[candidate.interactive] > 0 and (candidate.urgent or not yielding):
+            room[candidate.interactive] -= 1
+            yield index
 
 
-POLICIES: dict[str, Policy] = {"first-come": first_come, "most-overlap": most_overlap}
+def choose(running: Sequence[Candidate], max_decoding: int, max_prompt_tokens: int) -> list[int]:
+    """Which of those that run take the next step, as indices: chunks of prompts, then those that are decoded.
+
+    Up to `max_decoding` of the latter, those first that have waited longest; and as many chunks, in the order of
+    arrival, as have `max_prompt_tokens` together, but at least one.
+    """
+    able = [i for i, c in enumerate(running) if c.urgent] or range(len(running))
+    decoding = sorted((i for i in able if not running[i].prompt_tokens), key=lambda i: -running[i].waited)
+    prompts: list[int] = []
+    for i in sorted((i for i in able if running[i].prompt_tokens), key=lambda i: running[i].arrival):
+        max_prompt_tokens -= running[i].prompt_tokens
+        if prompts and max_prompt_tokens < 0:
+            break
+        prompts.append(i)
+    return [*prompts, *sorted(decoding[:max_decoding])]

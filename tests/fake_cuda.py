@@ -140,7 +140,7 @@ class FakeCuda(TorchFunctionMode):
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def view(self, holder):
-        """What torch.as_tensor makes of it: a copy, as its address shows, where `shift` is not 0."""
+        """Stand for what torch.as_tensor makes of it: a copy, as its address shows, where `shift` is not 0."""
         interface = holder.__cuda_array_interface__
         assert interface["typestr"] == "|u1"
         at = interface["data"][0] - self.shift

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import pytest
 
 from moert.cli import common, main
-from moert.engine.sampling import SamplingParams
+from moert.engine.sampling import ResolvedParams
 from moert.errors import MoertError
 
 Part = str | BaseException | Callable[[], object]
@@ -54,18 +54,20 @@ class FakeLLM:
 
     ctx_size = 100
     plan = None
+    budget, precision, resident_share = 2 << 30, "fixed:4", 0.375
+    device: str | None = None
 
     def __init__(self, *answers: Sequence[Part], template: str | None = "t", finish: str = "stop") -> None:
         self.answers, self.finish = list(answers), finish
         self.tokenizer = SimpleNamespace(chat_template=template, generation_config={"temperature": 0.6})
-        self.default_params = SamplingParams(temperature=0.6)
+        self.default_params = ResolvedParams(temperature=0.6)
         self.store = SimpleNamespace(path=Path("/models/fake"))
         self.asked: list[Any] = []
         self.template_args: list[Any] = []
-        self.params: list[SamplingParams] = []
+        self.params: list[ResolvedParams] = []
         self.closed = False
 
-    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[Any]:
+    def stream(self, prompt: Any, params: ResolvedParams) -> Iterator[Any]:
         self.asked.append(prompt)
         self.params.append(params)
         return self._play(self.answers.pop(0))
@@ -80,7 +82,7 @@ class FakeLLM:
             finish = self.finish if i == len(parts) - 1 else None
             yield SimpleNamespace(text=part, token_ids=[i], finish_reason=finish, stats=Stats(), error=None)
 
-    def stream_many(self, prompts: Sequence[Any], params: SamplingParams) -> Iterator[Any]:
+    def stream_many(self, prompts: Sequence[Any], params: ResolvedParams) -> Iterator[Any]:
         """The next of each answer in turn, the last prompt's first; an error ends only its own."""
         each = list(enumerate(self.stream(prompt, params) for prompt in prompts))[::-1]
         while each:
@@ -99,16 +101,16 @@ class FakeLLM:
         return [m["content"] for m in messages]
 
     def stream_chat(
-        self, messages: list[dict[str, str]], params: SamplingParams, *, template_args: Any = None
+        self, messages: list[dict[str, str]], params: ResolvedParams, *, template_args: Any = None
     ) -> Iterator[Any]:
         return self.stream(self.encode_chat(messages, template_args=template_args), params)
 
-    def generate(self, prompt: str, params: SamplingParams) -> list[Any]:
+    def generate(self, prompt: str, params: ResolvedParams) -> list[Any]:
         pieces = list(self.stream(prompt, params))
         text = "".join(p.text for p in pieces)
         return [SimpleNamespace(text=text, token_ids=[0, 1], finish_reason=self.finish, stats=pieces[-1].stats)]
 
-    def chat(self, messages: list[dict[str, str]], params: SamplingParams, *, template_args: Any = None) -> Any:
+    def chat(self, messages: list[dict[str, str]], params: ResolvedParams, *, template_args: Any = None) -> Any:
         return self.generate(self.encode_chat(messages, template_args=template_args), params)[0]
 
     def __enter__(self) -> Self:
@@ -116,6 +118,13 @@ class FakeLLM:
 
     def __exit__(self, *args: object) -> None:
         self.closed = True
+
+
+class Terminal(io.TextIOWrapper):
+    """An input that a person types."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 class Result(NamedTuple):
@@ -132,10 +141,11 @@ class Program:
         monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
-    def __call__(self, *argv: str, stdin: str | bytes = "", llm: object = None) -> Result:
-        """`llm` stands in for the model; an exception is raised where one would be loaded."""
+    def __call__(self, *argv: str, stdin: str | bytes = "", person: bool = False, llm: object = None) -> Result:
+        """`llm` stands in for the model; an exception is raised where one would be loaded. `person`: is at stdin."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        kind = Terminal if person else io.TextIOWrapper
+        self._monkeypatch.setattr(sys, "stdin", kind(io.BytesIO(data), encoding="utf-8"))
 
         def open_llm(args: object, status: object) -> object:
             if isinstance(llm, BaseException):

@@ -68,7 +68,7 @@ def test_a_higher_limit_is_never_worse(instance, more):
 
 
 def large(seed, experts):
-    """As of a real model: errors over three orders of magnitude, a factor of about 4 per bit."""
+    """Draw errors as a real model has them: over three orders of magnitude, a factor of about 4 per bit."""
     draw = random.Random(seed)
     errors = []
     for _ in range(experts):

@@ -45,7 +45,7 @@ def optimum(tasks, launch_s=0.0):
 
 
 def optimum_without_disk(tasks, launch_s=0.0):
-    """The same where all is in host memory: moves in the order that Johnson proved optimal for two machines."""
+    """Split where all is in host memory: moves in the order that Johnson proved optimal for two machines."""
     early = sorted((t for t in tasks if t.move_s <= t.device_s), key=lambda t: t.move_s)
     late = sorted((t for t in tasks if t.move_s > t.device_s), key=lambda t: -t.device_s)
     best = np.inf

@@ -42,17 +42,17 @@ def answer(llm):
 def test_precision_and_context_are_chosen_and_said(machine):
     """On a machine that computes 2 bits fast and anything wider slowly, nothing wide is worth its quality."""
     with LLM(memory_budget="auto") as llm:
-        assert (llm.plan.prediction.precision, llm.ctx_size) == (str(llm.engine.precision), 2048)
-        assert str(llm.engine.precision) == "fixed:4"
+        assert (llm.plan.prediction.precision, llm.ctx_size) == (str(llm.runner.precision), 2048)
+        assert str(llm.runner.precision) == "fixed:4"
         assert any(line.startswith("plan: fixed:4, context 2048, ") for line in llm.description)
     machine(expert_s_per_byte={2: 1e-11, 3: 1e-4, 4: 1e-4})
     with LLM(memory_budget="auto") as llm:
-        assert str(llm.engine.precision) == "fixed:2"
+        assert str(llm.runner.precision) == "fixed:2"
 
 
 def test_what_is_asked_for_is_kept(machine):
     with LLM(memory_budget="auto", precision="fixed:3", ctx_size=512) as llm:
-        assert (str(llm.engine.precision), llm.ctx_size, llm.plan.prediction.ctx_size) == ("fixed:3", 512, 512)
+        assert (str(llm.runner.precision), llm.ctx_size, llm.plan.prediction.ctx_size) == ("fixed:3", 512, 512)
     with LLM(memory_budget="1GiB") as llm:
         assert llm.plan is None
     machine(available=1 << 20)
@@ -67,7 +67,7 @@ def test_a_store_on_a_slow_disk_is_planned_with_that_disk(machine, monkeypatch):
             return llm.plan
 
     with LLM(ctx_size=2048) as llm:
-        fixed = llm.engine.budget
+        fixed = llm.runner.budget
     machine(available=int((fixed.total - fixed.libraries - fixed.arena // 2) / 0.8))
     fast, slow = opened(2e9), opened(4e6)
     assert "disk" not in fast.device
@@ -93,12 +93,10 @@ def test_a_plan_that_is_off_says_so_once():
     plan.add(Answered)
     assert plan.achieved == pytest.approx(70)
     assert plan.compare() == [
-        "speed: 100.0 tokens/s predicted, 70.0 achieved (-30%, 80 tokens)",
+        "speed: 100.0 tokens/s predicted, 70.0 measured (-30%, 80 tokens)",
         "memory: 2.0 MiB predicted, 3.0 MiB at the peak",
     ]
-    assert plan.warning() == (
-        "The plan is -30% off: 100.0 tokens/s were predicted, 70.0 achieved; it went by figures of a test"
-    )
+    assert plan.warning() == "70.0 tokens/s were measured, but 100.0 planned (-30%), from figures of a test"
     assert plan.warning() is None
     close = warm()
     close.add(type("", (Answered,), {"decode_tokens_per_s": 80.0}))
@@ -118,7 +116,7 @@ def test_achieved_is_what_the_answers_took(machine):
 
 
 def test_chat_without_flags_goes_by_the_plan(machine, moert):
-    result = moert("chat", "-n", "80", "--ignore-eos", "--seed", "1", stdin="import os\nimport re\n/stats\n")
+    result = moert("chat", "-v", "-n", "80", "--ignore-eos", "--seed", "1", stdin="import os\nimport re\n/stats\n")
     assert result.code == 0
     assert "plan: fixed:4, context 2048, " in result.err
     assert "figures of a test" in result.err

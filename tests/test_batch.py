@@ -6,17 +6,15 @@ import subprocess
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
-from moert.engine.sequence_cache import Slots
+from moert.engine.model_runner import ModelRunner
+from moert.engine.sequence_cache import StepInput
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.kernels.elementwise import combine
-from moert.models.kv_cache import KVMemory
 from moert.quant import matmul
 from moert.runtime import host as experts
-from moert.scheduler.batching import POLICIES
+from moert.scheduler.trace import read_trace
 
 from .child import ENVIRONMENT, PYTHON
 
@@ -48,10 +46,9 @@ def check_that_each_is_as_alone(llm, prompts, params):
 PROMPTS = [random_ids(n) for n in (1, 30, 9, 2, 17, 70, 5)]
 
 
-@pytest.mark.parametrize("scheduler", POLICIES)
 @pytest.mark.parametrize("batch_size", [2, None])
-def test_a_batch_gives_each_prompt_the_text_it_gets_alone(store, batch_size, scheduler):
-    with LLM(store(), batch_size=batch_size, token_scheduler=scheduler, ctx_size=128) as llm:
+def test_a_batch_gives_each_prompt_the_text_it_gets_alone(store, batch_size):
+    with LLM(store(), batch_size=batch_size, ctx_size=128) as llm:
         done = check_that_each_is_as_alone(llm, PROMPTS, [params_for(i) for i in range(len(PROMPTS))])
         assert all(d.stats.hit_ratio is not None and d.stats.mean_width == 4 for d in done)
 
@@ -94,7 +91,7 @@ def test_elastic_answers_of_a_batch_do_no_more_harm_than_was_granted(calibrated)
     params = [params_for(i) for i in range(len(PROMPTS))]
     with LLM(calibrated, batch_size=3, expert_budget=3 * one, ctx_size=128, precision="elastic:3,skip=0.1") as llm:
         done = llm.generate(PROMPTS, params)
-        error_budget = llm.engine._runner.scheduler.error_budget
+        error_budget = llm.runner._experts.scheduler.error_budget
         assert [len(d.token_ids) for d in done] == [own.max_tokens for own in params]
         assert 0 < error_budget.used <= error_budget.allowed
     with LLM(calibrated, batch_size=3, ctx_size=128, precision="elastic:4") as llm:
@@ -121,17 +118,19 @@ def test_logits_of_a_batch_are_those_of_transformers(store, tiny_checkpoint, ref
     """Sequences that begin at different times, prompts beside tokens that are decoded."""
     texts = [random_ids(n, seed) for seed, n in enumerate((40, 33, 21))]
     with LLM(store(family, (16,), 16), batch_size=3, ctx_size=64) as llm:
-        slots = llm.engine.slots()
-        a, b, c = (slots.open(64) for _ in range(3))
-        got = {a: [], b: [], c: []}
-        steps = [{a: 30}, {a: 1, b: 20}, {a: 1, b: 1, c: 1}, {b: 5, c: 7}, {a: 3, b: 1, c: 1}]
-        texts = dict(zip((a, b, c), texts, strict=True))
-        for step in steps:
-            parts = [(s, texts[s][len(s.tokens) : len(s.tokens) + count]) for s, count in step.items()]
-            for (s, _), row in zip(parts, slots.step(parts), strict=True):
-                got[s].append((len(s.tokens) - 1, row))
-    for s, rows in got.items():
-        want = reference_logits(tiny_checkpoint(family), texts[s])
+        runner = llm.runner
+        caches = [runner.caches.open([], 64) for _ in texts]
+        got = [[] for _ in texts]
+        for counts in ((30, 0, 0), (1, 20, 0), (1, 1, 1), (0, 5, 7), (3, 1, 1)):
+            inputs = [
+                StepInput(cache, text[len(cache.tokens) :][:count])
+                for cache, text, count in zip(caches, texts, counts, strict=True)
+                if count
+            ]
+            for sequence, row in zip(inputs, runner.step(inputs, False), strict=True):
+                got[caches.index(sequence.cache)].append((len(sequence.cache.tokens) - 1, row))
+    for text, rows in zip(texts, got, strict=True):
+        want = reference_logits(tiny_checkpoint(family), text)
         for position, row in rows:
             assert (row - want[position]).abs().max() <= 1e-3 * want.abs().max()
 
@@ -151,7 +150,7 @@ def test_one_that_ends_makes_room_at_once_and_results_keep_their_order(store):
 def test_prompts_share_the_kv_cache_of_one_context(store):
     said = []
     with LLM(store(), ctx_size=128, on_status=said.append) as llm:
-        one = llm.engine.budget.kv_cache
+        one = llm.runner.budget.kv_cache
         params = params_for(0, max_tokens=8)
         short, long = random_ids(8), random_ids(120)
         check_that_each_is_as_alone(llm, [short] * 12, [params] * 12)
@@ -159,7 +158,7 @@ def test_prompts_share_the_kv_cache_of_one_context(store):
         check_that_each_is_as_alone(llm, [long, short, long], [params] * 3)
         assert "3 prompts, 1 at a time (KV cache of 128 positions)" in said
     with LLM(store(), ctx_size=128, batch_size=3) as llm:
-        assert llm.engine.budget.kv_cache == 3 * one
+        assert llm.runner.budget.kv_cache == 3 * one
 
 
 def test_stop_strings_and_the_end_of_text_end_only_their_own_answer(store):
@@ -189,10 +188,10 @@ def test_a_damaged_expert_fails_only_the_prompts_that_are_routed_to_it(store, tm
     prompts = [[token] for token in range(3, 15)]
     with LLM(store()) as llm:
         want = llm.generate(prompts, params)
-        slots = llm.engine.slots()
-        opened = [slots.open(16) for _ in prompts]
-        slots.step([(slot, ids) for slot, ids in zip(opened, prompts, strict=True)])
-        hit = [0 in slot.route[0].tolist() for slot in opened]
+        llm.record_trace(tmp_path / "routes.csv")
+        for ids in prompts:
+            llm.logits(ids)
+    hit = [0 in step.layers[0].experts for step in read_trace(tmp_path / "routes.csv").steps]
     assert True in hit
     assert False in hit
     folder = shutil.copytree(store(), tmp_path / "damaged")
@@ -215,59 +214,64 @@ def test_a_damaged_expert_fails_only_the_prompts_that_are_routed_to_it(store, tm
 
 
 def test_an_answer_that_cannot_be_drawn_ends_alone(store, monkeypatch):
-    step = Slots.step
+    step = ModelRunner.step
 
-    def nan_for_the_second(self, parts):
-        rows = step(self, parts).clone()
-        for (slot, _), row in zip(parts, rows, strict=True):
-            if slot.tokens[: len(PROMPTS[1])] == PROMPTS[1] and len(slot.tokens) > len(PROMPTS[1]) + 2:
+    def nan_for_the_second(self, inputs, decoding):
+        rows = step(self, inputs, decoding).clone()
+        for (sequence, _), row in zip(inputs, rows, strict=True):
+            if sequence.tokens[: len(PROMPTS[1])] == PROMPTS[1] and len(sequence.tokens) > len(PROMPTS[1]) + 2:
                 row.fill_(torch.nan)
         return rows
 
     with LLM(store(), ctx_size=64) as llm:
         want = llm.generate(PROMPTS[:3], [params_for(i, max_tokens=9) for i in range(3)])
-        monkeypatch.setattr(Slots, "step", nan_for_the_second)
+        monkeypatch.setattr(ModelRunner, "step", nan_for_the_second)
         got = llm.generate(PROMPTS[:3], [params_for(i, max_tokens=9) for i in range(3)])
     assert [g.token_ids for g in got] == [want[0].token_ids, want[1].token_ids[:3], want[2].token_ids]
     assert got[1].finish_reason == "error"
     assert "not finite" in str(got[1].error)
 
 
-def test_ctrl_c_leaves_an_engine_that_can_be_used(store, monkeypatch):
+def test_a_mistake_of_ours_ends_what_runs_and_leaves_an_engine_that_can_be_used(store, monkeypatch):
     params = [params_for(i) for i in range(4)]
     with LLM(store(), ctx_size=128, expert_budget="64KiB") as llm:
         want = [d.token_ids for d in llm.generate(PROMPTS[:4], params)]
         calls = 0
 
-        def interrupted(*args):
+        def broken(*args):
             nonlocal calls
             calls += 1
             if calls == 11:
-                raise KeyboardInterrupt
+                raise ZeroDivisionError("broken")
             return combine(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(experts, "combine", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                llm.generate(PROMPTS[:4], params)
+            patch.setattr(experts, "combine", broken)
+            done = llm.generate(PROMPTS[3::-1], params[::-1])
+        assert "error" in {d.finish_reason for d in done}
+        for made, whole in zip(done, want[::-1], strict=True):
+            assert made.token_ids == whole[: len(made.token_ids)]
+            if made.finish_reason == "error":
+                assert "failed unexpectedly: ZeroDivisionError: broken" in str(made.error)
+                assert isinstance(made.error.__cause__, ZeroDivisionError)
         assert [d.token_ids for d in llm.generate(PROMPTS[:4], params)] == want
         assert llm.generate([PROMPTS[2]], params[2])[0].token_ids == want[2]
 
 
-def test_requests_take_turns(store):
+def test_requests_that_are_made_while_others_run_run_beside_them(store):
     params = [params_for(i) for i in range(4)]
     with LLM(store(), ctx_size=128) as llm:
-        want = llm.generate([PROMPTS[1]], params[1])[0].token_ids
-        pieces = llm.stream_many(PROMPTS[:4], params)
-        next(pieces)
-        assert llm.generate([PROMPTS[1]], params[1])[0].token_ids == want
-        with pytest.raises(UsageError, match="Another request began"):
-            list(pieces)
-        answer = llm.stream(PROMPTS[1], params[1])
-        next(answer)
-        llm.generate(PROMPTS[:2], params[:2])
-        with pytest.raises(UsageError, match="Another request began"):
-            next(answer)
+        want = [d.token_ids for d in llm.generate(PROMPTS[:4], params)]
+        many = llm.stream_many(PROMPTS[:4], params)
+        first = next(many)
+        one = llm.stream(PROMPTS[1], params[1])
+        begun = next(one)
+        assert llm.generate([PROMPTS[2]], params[2])[0].token_ids == want[2]
+        assert [*begun.token_ids, *(token for piece in one for token in piece.token_ids)] == want[1]
+        got = {i: [] for i in range(4)}
+        for index, piece in [first, *many]:
+            got[index] += piece.token_ids
+        assert list(got.values()) == want
 
 
 def test_wrong_requests_are_refused_before_anything_starts(store):
@@ -282,44 +286,10 @@ def test_wrong_requests_are_refused_before_anything_starts(store):
                 llm.stream_many(prompts)
         with pytest.raises(UsageError, match="There are 2 prompts, but 3 sampling parameters"):
             llm.generate([[1], [2]], [SamplingParams()] * 3)
-        assert llm.engine.counters.expert_uses == 0
+        assert llm.runner.counters.expert_uses == 0
         assert llm.generate([]) == []
     with pytest.raises(UsageError, match="batch-size 0 must be at least 1"):
         LLM(store(), batch_size=0)
-    with pytest.raises(UsageError, match="no token scheduler 'best'; there are first-come, most-overlap"):
-        LLM(store(), token_scheduler="best")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 80)), max_size=40), st.integers(1, 4))
-def test_slots_never_overlap_and_leave_no_hole_that_would_do(actions, most):
-    class Memory(KVMemory):
-        def __init__(self):
-            self.positions, self.dtype = 160, torch.float16
-
-        def layers(self, start, count):
-            assert start % 16 == count % 16 == 0
-            assert start + count <= self.positions
-            return []
-
-        split = layers
-
-    class Decoder:
-        arch = None
-
-    slots, live = Slots(Decoder(), Memory(), most, 9), []
-    for close, size in actions:
-        if close and live:
-            slots.close(live.pop(size % len(live)))
-            continue
-        taken = [any(s.start <= p < s.start + -(-s.cache.ctx_size // 16) * 16 for s in live) for p in range(160)]
-        needed = -(-size // 16) * 16
-        room = any(not any(taken[p : p + needed]) for p in range(0, 161 - needed, 16))
-        slot = slots.open(size)
-        assert (slot is not None) == (room and len(live) < most)
-        if slot is not None:
-            assert not any(taken[slot.start : slot.start + needed])
-            live.append(slot)
 
 
 RUN = """
@@ -347,7 +317,7 @@ def test_peak_memory_of_a_batch_stays_within_the_budget(store):
 
 def test_a_batch_that_does_not_fit_is_told_which_would(store):
     with LLM(store(), ctx_size=4096, batch_size=3) as llm:
-        enough = llm.engine.budget.total
+        enough = llm.runner.budget.total
     with pytest.raises(BudgetError, match=r"--batch-size \d+ or --ctx-size \d+ would fit") as caught:
         LLM(store(), ctx_size=4096, batch_size=64, memory_budget=enough + (96 << 20))
     fitting = int(str(caught.value).split("--batch-size ")[1].split()[0])

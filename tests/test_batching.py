@@ -1,87 +1,63 @@
-"""The token scheduler, against its promises and against brute force."""
+"""Who takes part in a step, against the promises of the module."""
 
 import random
-from itertools import combinations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.scheduler.batching import POLICIES, Candidate, most_alive, most_overlap
+from moert.scheduler.batching import PATIENCE, Candidate, admissions, choose
 
-
-def touched(candidates, chosen):
-    return sum(any(candidates[i].routes >> bit & 1 for i in chosen) for bit in range(64))
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=150, deadline=None)
-@given(
-    count=st.integers(1, 4),
-    most_delay=st.integers(0, 4),
-    share=st.floats(0, 1),
-    seed=st.integers(0, 2**32),
+CANDIDATES = st.lists(st.tuples(st.booleans(), st.integers(0, 2 * PATIENCE), st.integers(0, 9)), max_size=12).map(
+    lambda rows: [Candidate(kind, number, waited, left) for number, (kind, waited, left) in enumerate(rows)]
 )
-def test_nobody_waits_longer_than_allowed_while_sequences_come_and_go(policy, count, most_delay, share, seed):
-    rng, choose = random.Random(seed), POLICIES[policy]
-    most = max(1, round(share * count * (most_delay + 1)))  # what can be served within the delay
-    waited = {}
-    for step in range(60):
-        for name in [name for name in waited if rng.random() < 0.1]:
-            del waited[name]
-        for place in range(most):
-            if len(waited) < most and rng.random() < 0.5:
-                waited[step, place] = 0
-        names = list(waited)
-        candidates = [Candidate(waited[name], rng.getrandbits(12)) for name in names]
-        chosen = choose(candidates, count, most_delay)
-        assert chosen == sorted(set(chosen))
-        assert len(chosen) == min(count, len(names))
-        assert chosen == choose(candidates, count, most_delay), "deterministic"
-        for i, name in enumerate(names):
-            waited[name] = 0 if i in chosen else waited[name] + 1
-            assert waited[name] <= most_delay
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 3), st.integers(4, 12), st.integers(0, 2**32))
-def test_more_sequences_than_can_be_served_in_time_wait_as_little_as_possible(count, sequences, seed):
-    rng, waited = random.Random(seed), [0] * sequences
-    for _ in range(40):
-        candidates = [Candidate(w, rng.getrandbits(10)) for w in waited]
-        chosen = most_overlap(candidates, count, 0)
-        waited = [0 if i in chosen else w + 1 for i, w in enumerate(waited)]
-        assert max(waited) <= -(-sequences // count) - 1
+@settings(max_examples=200, deadline=None)
+@given(CANDIDATES, st.integers(1, 4), st.integers(1, 12))
+def test_a_step_takes_as_many_as_it_may_of_those_that_need_not_yield(running, most, room):
+    chosen = choose(running, most, room)
+    assert len(set(chosen)) == len(chosen)
+    prompts = [i for i in chosen if running[i].prompt_tokens]
+    decoding = [i for i in chosen if not running[i].prompt_tokens]
+    assert chosen == prompts + decoding
+    able = [i for i, c in enumerate(running) if c.interactive or c.waited >= PATIENCE] or [*range(len(running))]
+    assert set(chosen) <= set(able)
+    waiting = [i for i in able if not running[i].prompt_tokens]
+    assert len(decoding) == min(most, len(waiting))
+    left_out = set(waiting) - set(decoding)
+    assert all(running[i].waited <= running[j].waited for i in left_out for j in decoding)
+    sizes = [running[i].prompt_tokens for i in able if running[i].prompt_tokens]
+    assert prompts == [i for i in able if running[i].prompt_tokens][: len(prompts)], "first come, first served"
+    assert bool(prompts) == bool(sizes)
+    assert len(prompts) <= 1 or sum(sizes[: len(prompts)]) <= room
+    assert len(prompts) == len(sizes) or sum(sizes[: len(prompts) + 1]) > room
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 2**16 - 1), min_size=4, max_size=8))
-def test_where_time_allows_two_of_many_are_the_pair_that_shares_most_with_the_first(routes):
-    candidates = [Candidate(0, r) for r in routes]
-    chosen = most_overlap(candidates, 2, 9)
-    assert 0 in chosen
-    best = min(touched(candidates, pair) for pair in combinations(range(len(routes)), 2) if 0 in pair)
-    assert touched(candidates, chosen) == best
+@settings(max_examples=200, deadline=None)
+@given(CANDIDATES, CANDIDATES, st.integers(1, 4))
+def test_requests_begin_in_their_order_and_batch_requests_wait_for_interactive_ones(waiting, running, most):
+    order = list(admissions(waiting, running, most))
+    begun = [waiting[i] for i in order]
+    for kind in (True, False):
+        own = [c for c in begun if c.interactive == kind]
+        assert len(own) <= max(0, most - sum(c.interactive == kind for c in running))
+    assert [c.arrival for c in begun if c.urgent] == sorted(c.arrival for c in begun if c.urgent)
+    assert [c.urgent for c in begun] == sorted((c.urgent for c in begun), reverse=True)
+    if any(c.interactive for c in [*running, *waiting]):
+        assert all(c.urgent for c in begun)
 
 
-def test_sequences_with_the_same_routes_step_together_and_touch_fewer_experts():
-    rng = random.Random(1)
-    groups = [rng.sample(range(64), 12) for _ in range(2)]
-    steps = {}
-    for name, choose in POLICIES.items():
-        rng, waited, total = random.Random(2), [0] * 8, 0
-        before = [0] * 8
-        for _ in range(200):
-            # Each sequence keeps to the experts of its group, of which it uses half at a time.
-            now = [sum(1 << e for e in rng.sample(groups[i % 2], 6)) for i in range(8)]
-            chosen = choose([Candidate(w, b) for w, b in zip(waited, before, strict=True)], 4, 3)
-            total += touched([Candidate(0, r) for r in now], chosen)
-            waited = [0 if i in chosen else w + 1 for i, w in enumerate(waited)]
-            before = [now[i] if i in chosen else before[i] for i in range(8)]
-        steps[name] = total
-    assert steps["most-overlap"] < 0.95 * steps["first-come"]
-
-
-def test_only_a_policy_that_chooses_begins_more_sequences_than_take_a_step():
-    assert [most_alive(8, name) for name in POLICIES] == [8, 16]
-    assert [most_alive(1, name) for name in POLICIES] == [1, 1]
+def test_a_batch_request_progresses_whatever_interactive_ones_do():
+    rng = random.Random(0)
+    waited, steps = {"interactive": 0, "batch": 0}, []
+    for _ in range(200):
+        running = [
+            Candidate(True, 0, waited["interactive"], rng.choice((0, 3))),
+            Candidate(False, 1, waited["batch"], rng.choice((0, 3))),
+        ]
+        chosen = [("interactive", "batch")[i] for i in choose(running, 1, 3)]
+        steps.append(chosen)
+        waited = {name: 0 if name in chosen else waited[name] + 1 for name in waited}
+        assert waited["interactive"] <= 1
+        assert waited["batch"] <= PATIENCE + 1
+    assert sum("batch" in chosen for chosen in steps) >= 200 // (PATIENCE + 2)

@@ -61,7 +61,7 @@ def measured(path, case, tokens=None, **options):
     """The row of one case."""
     with LLM(path, **options) as llm:
         tokens = tokens or bench.Tokens(llm.store.architecture.vocab_size)
-        measurement = bench.Measurement(llm.store, llm.engine, case, tokens, BANDWIDTH)
+        measurement = bench.Measurement(llm.store, llm.runner, case, tokens, BANDWIDTH)
         assert measurement.row() is None
         measurement.run(2, True, lambda text: None)
         return measurement.row()
@@ -71,7 +71,7 @@ def measured(path, case, tokens=None, **options):
 
 
 def test_json_has_every_key_and_plausible_values(moert, store):
-    result = moert("bench", "-m", str(store()), *SMALL, "-d", "0,20", "-o", "json", "-t", "1")
+    result = moert("bench", "-m", str(store()), *SMALL, "-d", "0,20", "-o", "json", "-t", "1", "-v")
     assert result.code == 0
     rows = json.loads(result.out)
     assert [r["test"] for r in rows] == ["pp8", "tg4", "pp8 @ d20", "tg4 @ d20"]
@@ -161,7 +161,7 @@ def test_prefill_counts_each_pass_once_with_the_experts_that_were_used(store, mo
     case = bench.Case(600, 0, 0)
     with LLM(store("olmoe"), ctx_size=600) as llm:
         every_pass, row = bench.dense_bytes(llm.store.meta.dense)
-        got = bench.bytes_touched(llm.store, llm.engine, case, Counters(expert_uses=7, width_sum=2 + 3 + 5 * 4))
+        got = bench.bytes_touched(llm.store, llm.runner, case, Counters(expert_uses=7, width_sum=2 + 3 + 5 * 4))
         used = [bench_kernels.expert_bytes(llm.store.layout, slices) for slices in (1, 2, 3, 3, 3, 3, 3)]
         assert len(set(used)) == 3
     assert case.steps() == [(0, 256), (256, 256), (512, 88)]
@@ -241,11 +241,11 @@ def test_a_text_is_fed_as_it_stands_and_not_repeated():
 def test_what_is_computed_is_what_the_case_says(store):
     with LLM(store()) as llm:
         calls = []
-        forward = llm.engine.forward
-        llm.engine.forward = lambda ids: calls.append((len(llm.engine.tokens), len(ids))) or forward(ids)
+        forward = llm.runner.forward
+        llm.runner.forward = lambda ids: calls.append((len(llm.runner.tokens), len(ids))) or forward(ids)
         tokens = bench.Tokens(320)
         for case in (bench.Case(8, 0, 5), bench.Case(0, 2, 5), bench.Case(0, 1, 7)):
-            bench.Measurement(llm.store, llm.engine, case, tokens, 1.0).run(1, case.n_prompt > 0, lambda text: None)
+            bench.Measurement(llm.store, llm.runner, case, tokens, 1.0).run(1, case.n_prompt > 0, lambda text: None)
     assert calls == [(0, 5), (5, 8), (5, 8), (5, 1), (6, 1), (5, 2), (7, 1)]
 
 
@@ -262,7 +262,8 @@ def test_a_prompt_file_is_used_and_said(moert, store, tmp_path):
 def test_a_context_that_does_not_suffice_is_enlarged_and_said(moert, store):
     result = moert("bench", "-m", str(store()), "-p", "4", "-n", "2", "-r", "1", "-d", "510", "-o", "json")
     assert {row["ctx_size"] for row in json.loads(result.out)} == {514}
-    assert "chosen: context 514, since pp4 @ d510 needs a context of 514 tokens" in result.err
+    assert "context 514: pp4 @ d510 needs a context of 514 tokens" in result.err
+    assert "warning: the context of 514 exceeds the 512" in result.err
     result = moert("bench", "-m", str(store()), "-p", "2", "-n", "0", "-r", "1", "-o", "json")
     assert [row["ctx_size"] for row in json.loads(result.out)] == [512]
 
@@ -271,7 +272,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
     monkeypatch.setattr("moert.cli.bench.DEFAULT_CTX_SIZE", 10)
     result = moert("bench", "-m", str(store()), "-p", "12", "-n", "0", "-r", "1", "-o", "json")
     assert [row["ctx_size"] for row in json.loads(result.out)] == [12]
-    assert result.err.count("chosen: context") == 1
+    assert result.err.count("needs a context of") == 1
 
 
 # What goes wrong
@@ -281,7 +282,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
     ("options", "message"),
     [
         (("-p", "0", "-n", "0"), "nothing to measure"),
-        (("-r", "0"), "0 repetitions measure nothing"),
+        (("-r", "0"), "repetitions 0 must be at least 1"),
         (("-p", "-5"), "must not be negative"),
         (("-t", "0"), "threads 0 must be at least 1"),
         (("-c", "20", "-p", "8", "-n", "4", "-d", "16"), "pp8 @ d16 needs a context of 24 tokens, but --ctx-size is"),
@@ -294,7 +295,7 @@ def test_a_long_context_is_chosen_before_loading(moert, store, monkeypatch):
         ),
         (("--kernels", "--group-size", "48"), "group size 48 is not one of"),
         (("--kernels", "--size", "1"), "holds no expert"),
-        (("--kernels", "--stats"), "do not go with --kernels"),
+        (("--kernels", "--stats"), "leave them out with --kernels"),
         (("--kernels", "--size", "big"), "size 'big' is not a size"),
         (("--prompt-file", os.devnull), "holds 0 tokens, but 512 are needed"),
     ],

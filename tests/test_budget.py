@@ -92,7 +92,7 @@ def test_without_a_budget_it_is_what_is_available_or_what_the_model_can_use():
     small = split_budget(NEEDS, None, None, GIB)
     assert small.automatic
     assert small.total <= NEEDS.libraries + 0.8 * GIB
-    assert "chosen" in small.line()
+    assert "80% of the available memory" in small.line()
     with pytest.raises(BudgetError, match="available"):
         split_budget(NEEDS, None, None, 10 * MIB)
 

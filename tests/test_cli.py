@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,9 @@ import pytest
 from safetensors import safe_open
 
 from moert.cli import common, main, progress
+from moert.cli.options import Parser, add_settings, settings_of
+from moert.cli.status import Status
+from moert.config import EngineConfig
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.hub import resolve as source
 
@@ -34,18 +38,61 @@ def moert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_no_command_unknown_commands_and_options(moert: Program) -> None:
-    assert moert().code == 2
+    assert moert() == moert("--help")
+    assert moert().code == 0
     assert moert("chta") == (2, "", "moert: There is no command 'chta'; did you mean chat?\n")
-    assert "see moert --help" in moert("zzz").err
+    assert "moert --help lists them" in moert("zzz").err
     assert moert("--bogus", "chat").err == "moert: Options stand after the command: moert COMMAND --bogus ...\n"
     required = {"convert": ["a", "b"], "simulate": ["--trace", "a"]}
     for command in main.COMMANDS:
         result = moert(command, *required.get(command, []), "--bogus")
-        assert result.code == 2
-        assert "--bogus" in result.err
+        more = f"moert {command} --help lists the options"
+        assert result == (2, "", f"moert {command}: there is no option --bogus; {more}.\n")
         assert moert(command, "--help").out.startswith(f"usage: moert {command}")
-    assert moert("--version") == (0, "moert 0.1.0\n", "")
+    assert moert("--version") == moert("-V") == (0, "moert 0.1.0\n", "")
     assert all(command in moert("--help").out for command in main.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("chat", "--tempp", "1"), "moert chat: there is no option --tempp; did you mean --temp?"),
+        (("generate", "--memory_budget=1GiB"), "moert generate: there is no option --memory_budget; did you mean"),
+        (("chat", "hello"), "moert chat: 'hello' is one argument too many; moert chat --help lists the options."),
+        (("convert", "a"), "moert convert: OUT is missing; moert convert --help lists the options."),
+        (("chat", "--temp"), "moert chat: --temp: expected one argument; moert chat --help lists the options."),
+        (("chat", "--top-k", "x"), "moert chat: --top-k: 'x' is not a whole number;"),
+        (("chat", "--dense-bits", "5"), "moert chat: --dense-bits: 5 is not one of 4, 6, 8, 16;"),
+        (("chat", "-q", "-v"), "moert chat: -v/--verbose: not allowed with argument -q/--quiet;"),
+        (("chat", "-c", "long"), "moert: --ctx-size 'long' is not a whole number."),
+        (("chat", "--kv-bits", "4"), "moert: --kv-bits '4' is not known; it can be 8 or 16."),
+        (("chat", "--device", "tpu"), "moert: --device 'tpu' is not known; it can be auto, cpu, cuda, emulated or"),
+        (("chat", "--cache-policy", "best"), "moert: --cache-policy 'best' is not known; it can be score, lru or lfu."),
+        (("chat", "--memory-budget", "lots"), "moert: --memory-budget 'lots' is not a size; write for example 2GiB"),
+        (("plan", "--device", "x"), "moert plan: --device is called --profile here."),
+        (("simulate", "--device=x"), "moert simulate: --device is called --profile here."),
+        (("simulate", "--policy", "lru"), "moert simulate: --policy is called --cache-policy here."),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(moert: Program, argv: tuple[str, ...], message: str) -> None:
+    result = moert(*argv)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith(message)
+
+
+def test_options_are_made_from_the_fields_of_the_configuration() -> None:
+    parser = Parser("moert")
+    add_settings(parser, [f.name for f in fields(EngineConfig)], device="cpu")
+    shown = parser.format_help()
+    for f in fields(EngineConfig):
+        assert f"--{f.name.replace('_', '-')}" in shown
+    assert "(default cpu)" in shown
+    assert settings_of(parser.parse_args([])) == {"device": "cpu"}
+    given = parser.parse_args(
+        ["--memory-budget", "auto", "--device-budget", "1KiB", "--no-hybrid", "--overlap", "-c", "9", "--prefetch", "2"]
+    )
+    wanted = {"memory_budget": "auto", "device_budget": 1024, "hybrid": False, "overlap": True, "ctx_size": 9}
+    assert settings_of(given) == {**wanted, "prefetch": "2", "device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -92,11 +139,15 @@ def test_generate_streams_text_to_stdout_and_status_to_stderr(moert: Program) ->
     assert llm.closed
     assert llm.asked == ["Hi"]
     assert (llm.params[0].temperature, llm.params[0].stop, llm.params[0].max_tokens) == (0.5, ("a", "b"), 9)
-    assert "temperature 0.5 (option), top_k 0 (default)" in result.err
-    assert "2 tokens · 8.5 tokens/s · first after 0.25 s" in result.err
-    assert "seed 77" in result.err
+    line, speeds = result.err.splitlines()
+    assert line == (
+        "moert 0.1.0 · the small built-in model · fixed:4 · context 100 · budget 2.00 GiB · 38% of experts in memory"
+    )
+    assert speeds.startswith("2 tokens · 8.5 tokens/s · TTFT 0.25 s · prompt 3 at 12 tokens/s · cache hits 75%")
+    assert speeds.endswith(" · seed 77")
     assert "\x1b" not in result.err
-    assert "temperature 0.6 (model)" in moert("generate", "-p", "x", llm=FakeLLM(["y"])).err
+    told = moert("generate", "-v", "-p", "x", "--top-p", "0.5", llm=FakeLLM(["y"])).err
+    assert "temperature 0.6 (model), top_k 0 (default), top_p 0.5 (option)" in told
     assert moert("generate", "-p", "x", "-q", llm=FakeLLM(["y"])).err == ""
 
 
@@ -147,12 +198,11 @@ def test_generate_chat_uses_messages(moert: Program) -> None:
         (("-f", "BINARY"), b"", "is not UTF-8 text."),
         (("-p", "x", "-sys", "y"), b"", "moert: A system prompt (-sys) needs --chat"),
         (("-p", "x", "-f", "y"), b"", "not allowed with argument"),
-        (("-p", "x", "--temp", "hot"), b"", "invalid float value: 'hot'"),
+        (("-p", "x", "--temp", "hot"), b"", "--temp: 'hot' is not a number;"),
         (("-p", "x", "--temp", "-1"), b"", "moert: temperature is -1.0, but must be"),
         (("-p", "x", "-n", "0"), b"", "moert: max_tokens is 0, but must be"),
         (("-p", "x", "--stop", ""), b"", "moert: stop is"),
         (("-p", "x", "--widths", "2;3"), b"", "'2;3' is not a list of whole numbers such as 2,3,4"),
-        (("-p", "x", "--dense-bits", "5"), b"", "invalid choice"),
     ],
 )
 def test_generate_refuses(moert: Program, tmp_path: Path, argv: tuple[str, ...], stdin: bytes, message: str) -> None:
@@ -197,8 +247,9 @@ def test_the_model_option_reaches_source_and_engine(moert: Program, monkeypatch:
     options = "--memory-budget 2GiB --expert-budget 1GiB --precision fixed:3 -c 64 -t 2 --offline --widths 3,4"
     assert moert("generate", "-p", "x", "-m", "o/m", *options.split()).out == "y\n"
     assert (seen["model"], seen["path"], seen["widths"], seen["offline"]) == ("o/m", Path("/resolved"), (3, 4), True)
-    assert (seen["memory_budget"], seen["expert_budget"], seen["precision"]) == ("2GiB", "1GiB", "fixed:3")
-    assert (seen["ctx_size"], seen["threads"]) == (64, 2)
+    assert (seen["memory_budget"], seen["expert_budget"], seen["precision"]) == (2 << 30, 1 << 30, "fixed:3")
+    assert (seen["ctx_size"], seen["threads"], seen["batch_size"]) == (64, 2, 1)
+    assert "prefetch" not in seen, "what no option gives is left to LLM"
 
 
 # convert, info, doctor
@@ -237,14 +288,14 @@ def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    status = common.Status()
+    status = Status()
     monkeypatch.setattr(type(status.console), "is_terminal", True)
     with progress.conversion_progress(status) as report:
         assert report is not None
         for done in (10, 20):
             report(SimpleNamespace(stage="experts", done=done, total=100, resumed=5))  # type: ignore[arg-type]
     assert "experts" in capsys.readouterr().err
-    with progress.conversion_progress(common.Status(quiet=True)) as report:
+    with progress.conversion_progress(Status(quiet=True)) as report:
         assert report is None
 
 
@@ -301,7 +352,8 @@ def test_from_checkpoint_to_chat(moert: Program, tiny_checkpoint: Callable[..., 
     options = ("-m", store, "--seed", "3", "-n", "6", "--ignore-eos", "-p", "Hello")
     streamed = moert("generate", *options)
     assert streamed.code == 0
-    assert "precision fixed:4" in streamed.err
+    assert " · fixed:4 · context 512 · budget " in streamed.err
+    assert "memory budget" in moert("generate", *options, "-v").err
     data = json.loads(moert("generate", *options, "--json").out)
     assert data["text"] + "\n" == streamed.out
     assert (data["completion_tokens"], data["seed"], data["model"]) == (6, 3, store)

@@ -14,8 +14,9 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from moert.cli import chat, common
+from moert.cli import chat
 from moert.cli.session import ChatSession
+from moert.cli.status import Status
 from moert.errors import StoreError, UsageError
 
 from .program import FakeLLM, Program
@@ -38,9 +39,19 @@ def test_chat_answers_every_line_of_stdin(moert: Program) -> None:
         ["S", "one", "A1", "  two"],
         ["S", "one", "A1", "  two", "A2\n", "three\n\nfour"],
     ]
-    assert result.err.count("tokens/s · first") == 3
+    assert result.err.count("tokens/s · TTFT") == 3
     assert moert("chat", "-q", stdin="x", llm=FakeLLM(["y"])) == (0, "y\n", "")
-    assert "no chat template" in moert("chat", llm=FakeLLM(template=None)).err
+    assert "warning: the model has no chat template" in moert("chat", llm=FakeLLM(template=None)).err
+
+
+def test_chat_says_in_one_line_what_runs_and_the_rest_when_asked(moert: Program) -> None:
+    line = " · fixed:4 · context 100 · budget 2.00 GiB · 38% of experts in memory"
+    (err,) = moert("chat", "-m", "owner/My-Model", llm=FakeLLM()).err.splitlines()
+    assert err == f"moert 0.1.0 · My-Model{line}"
+    assert "sampling: temperature 0.6 (model)" in moert("chat", "-v", llm=FakeLLM()).err
+    whole = FakeLLM()
+    whole.resident_share, whole.device = 1.0, "Fake GPU"
+    assert moert("chat", llm=whole).err.endswith(" · all experts in memory · Fake GPU\n")
 
 
 def test_chat_without_a_terminal_knows_commands_but_answers_other_lines(moert: Program) -> None:
@@ -65,6 +76,16 @@ def test_chat_without_a_terminal_fails_as_a_program_does(moert: Program) -> None
 # chat with a terminal
 
 
+def test_a_person_is_told_how_to_begin_and_how_to_end(moert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "make_prompt", lambda: None)
+    monkeypatch.setattr(chat, "interactive", lambda session, prompt: None)
+    assert moert("chat", person=True, llm=FakeLLM()).err == (
+        "moert 0.1.0 · the small built-in model · fixed:4 · context 100 · budget 2.00 GiB"
+        " · 38% of experts in memory · /help for commands, Ctrl-D to quit\n"
+    )
+    assert moert("chat", "-q", person=True, llm=FakeLLM()).err == ""
+
+
 class Terminal:
     """A chat with a person who types what `type` is given."""
 
@@ -72,7 +93,7 @@ class Terminal:
         self._capsys = capsys
 
     def type(self, keys: str, llm: Any, **params: Any) -> ChatSession:
-        session = ChatSession(llm, llm.default_params.replace(**params), None, common.Status(), True)  # type: ignore[arg-type]
+        session = ChatSession(llm, llm.default_params.replace(**params), None, Status(), True)  # type: ignore[arg-type]
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             pipe.send_text(keys)
             chat.interactive(session, PromptSession())
@@ -96,13 +117,13 @@ def test_ways_to_leave(terminal: Terminal, leave: str) -> None:
     terminal.type("hello\n" + leave + "never\n\x04", llm := FakeLLM(["hi"], ["x"]))
     assert terminal.out == "hi\n"
     assert llm.asked == [["hello"]]
-    assert ("Ctrl-C again leaves" in terminal.err) == (leave == "\x03\x03")
+    assert ("Ctrl-C again quits" in terminal.err) == (leave == "\x03\x03")
 
 
 def test_ctrl_c_at_the_prompt_only_counts_in_a_row(terminal: Terminal) -> None:
     terminal.type("\x03hello\n\x03bye\n\x04", llm := FakeLLM(["hi"], ["x"]))
     assert len(llm.asked) == 2
-    assert terminal.err.count("Ctrl-C again leaves") == 2
+    assert terminal.err.count("Ctrl-C again quits") == 2
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(terminal: Terminal) -> None:
@@ -135,7 +156,7 @@ def test_a_full_context_and_a_cut_answer_say_so(terminal: Terminal) -> None:
     terminal.type("a\n\x04", FakeLLM(["b"], finish="length"), max_tokens=2)
     assert "(cut at max_tokens 2)" in terminal.err
     session = terminal.type("a\n\x04", FakeLLM([""]))
-    assert "ended the text at once" in terminal.err
+    assert "ended its answer before it began" in terminal.err
     assert session.conversation.turns == []
 
 
@@ -160,10 +181,10 @@ def test_set_and_stats_and_help(terminal: Terminal) -> None:
         "max_tokens 512",
         "seed random",
         "seed 4",
-        "'x' is not a number that top_k can be set to.",
+        "top_k cannot be 'x': it is a number.",
         "top_p is 9.0, but must be",
         "There is no setting 'nope'; /set lists them.",
-        "Nothing was answered yet.",
+        "There is no answer yet.",
         "peak_rss_bytes                      1.00 GiB",
         "waited_s_per_token                  0.0125",
         "bytes_prefetched_used_per_token     256 B",

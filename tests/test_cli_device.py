@@ -1,4 +1,4 @@
-"""What a user sees of a GPU that cannot be used, is too small, or is lost on the way: on a fake torch.cuda."""
+"""A GPU that cannot be used, is too small, or is lost on the way, as a user sees it: on a fake torch.cuda."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_what_cannot_be_used_is_said_and_left_aside(moert, fake, change, words):
     assert words in result.err
     auto = moert(*ASK, "--device", "auto")
     assert auto.code == 0
-    assert "the GPU is not used: No GPU can be used, since " in auto.err
+    assert "warning: the GPU is not used: No GPU can be used, since " in auto.err
     assert auto.out == moert(*ASK, "--device", "cpu").out != ""
 
 
@@ -67,9 +67,9 @@ def test_the_text_is_that_of_the_cpu(moert, fake):
 def test_the_same_on_a_gpu_that_shares_the_hosts_memory(moert, fake):
     """With an arena so small that its slots are taken again and again."""
     fake.found.is_integrated = True
-    result = moert(*GPU, "--expert-budget", "1MiB")
+    result = moert(*GPU, "--expert-budget", "1MiB", "-v")
     assert result.code == 0, result.err
-    assert "device and host have one memory" in result.err
+    assert "device and host share one memory" in result.err
     assert result.out == moert(*ASK, "--device", "cpu").out != ""
 
 

@@ -35,7 +35,7 @@ def moert(capsys, monkeypatch, tmp_path):
 
 
 def test_json_has_every_key(moert, store):
-    result = moert("-m", store(), "--against", store(widths=(16,), dense_bits=16), "--json", "-t", "1")
+    result = moert("-m", store(), "--against", store(widths=(16,), dense_bits=16), "--json", "-t", "1", "-v")
     report = json.loads(result.out)
     assert report.keys() == TOP_KEYS
     assert (report["window"], report["complete"], report["threads"]) == (WINDOW, True, 1)
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_converted_to_be_compared_with(moert, store, tiny_checkp
     ("options", "message"),
     [
         (("--window", "1"), "window of 1 tokens scores nothing"),
-        (("--window", "513"), "window of 513 tokens is more than the 512 that the model was made for"),
+        (("--window", "513"), "window of 513 tokens is more than the 512 that the model was trained for"),
         (("--tokens", "1"), "1 tokens score nothing"),
         (("--tokens", "-3"), "-3 tokens score nothing"),
         (("--precision", "fixed:5"), "a width that the store does not hold; it holds 2, 3, 4"),

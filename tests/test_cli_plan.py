@@ -46,7 +46,7 @@ def trace(tmp_path):
 
 
 def run(*arguments):
-    assert main(["plan", "-m", "toy", "--device", "board", *arguments]) == 0
+    assert main(["plan", "-m", "toy", "--profile", "board", *arguments]) == 0
 
 
 def test_a_table_with_what_is_assumed_and_one_recommendation(model, board, trace, capsys):
@@ -66,7 +66,7 @@ def test_a_table_with_what_is_assumed_and_one_recommendation(model, board, trace
         "board, figures of 2026-11-22: memory 4.00 GiB, 17.2 GB/s; disk 1.07 GB/s",
         "routing: as recorded with synthetic, the first 12 of 12 tokens decoded",
         "measured on two small models",
-        "prompt: 256 tokens, no expert in memory before",
+        "prompt: 256 tokens, starting with no expert in memory",
     ):
         assert said in captured.err
 
@@ -128,7 +128,7 @@ def test_what_is_not_as_a_user_may_think_is_said(model, monkeypatch, trace, caps
     run("--trace", trace, "--memory-budget", "8GiB", "--precision", "fixed:3")
     captured = capsys.readouterr()
     assert "note: moert cannot run this model: moert has no gpt_oss; planned as if it could." in captured.err
-    assert "its GPU is left aside" in captured.err
+    assert "the GPU of this device is not used" in captured.err
     assert "--calibrate makes narrow widths better" in captured.err
     assert "The budget of 8.00 GiB is more memory than board has." in captured.err
     assert captured.out.splitlines()[-1].startswith("Recommended: fixed:3 at 8.00 GiB")
@@ -148,8 +148,8 @@ def test_a_plot_is_a_picture(model, board, trace, tmp_path, capsys, arguments):
     [
         (["--memory-budget", "8 apples"], "memory-budget '8 apples' is not a size"),
         (["--memory-budget", "8GiB", "--sweep", "memory-budget=1GiB:2GiB"], "either --memory-budget or --sweep"),
-        (["--sweep", "expert-budget=1GiB:2GiB"], "is not known; write --sweep memory-budget=1GiB:8GiB"),
-        (["--sweep", "memory-budget=2GiB:1GiB"], "ends below its beginning"),
+        (["--sweep", "expert-budget=1GiB:2GiB"], "is not of the form memory-budget=1GiB:8GiB"),
+        (["--sweep", "memory-budget=2GiB:1GiB"], "the last size is below the first"),
         (["--sweep", "memory-budget=2GiB,much"], "memory-budget 'much' is not a size"),
         (["--precision", "fixed:9"], "a width that the store does not hold"),
         (["--precision", "best"], "precision 'best' is not known"),
@@ -166,15 +166,15 @@ def test_wrong_options_are_one_sentence(model, board, arguments, reason):
 
 
 def test_unknown_devices_and_traces_of_others_are_one_sentence(model, tmp_path):
-    with pytest.raises(UsageError, match="device 'toaster' is neither a file nor one of jetson"):
-        main(["plan", "--device", "toaster"])
+    with pytest.raises(UsageError, match="device profile 'toaster' is neither a file nor one of jetson"):
+        main(["plan", "--profile", "toaster"])
     path = tmp_path / "other.csv"
     write_trace(path, draw_trace(layers=2, tokens=1))
     with pytest.raises(UsageError, match="2 layers of 16 experts, but toy has 3 of 8"):
-        main(["plan", "--device", "jetson-orin-nano-8gb", "--trace", str(path)])
+        main(["plan", "--profile", "jetson-orin-nano-8gb", "--trace", str(path)])
     path.write_text("nonsense")
     with pytest.raises(MoertError, match=r"other\.csv is not a routing trace"):
-        main(["plan", "--device", "jetson-orin-nano-8gb", "--trace", str(path)])
+        main(["plan", "--profile", "jetson-orin-nano-8gb", "--trace", str(path)])
 
 
 def test_the_shipped_model_on_this_machine(capsys, monkeypatch, tmp_path):
@@ -183,6 +183,6 @@ def test_the_shipped_model_on_this_machine(capsys, monkeypatch, tmp_path):
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["model"]["model_type"] == "qwen3_moe"
-    assert "moert profile measures this machine's" in found["device"]["about"]
+    assert "moert profile measures this machine" in found["device"]["about"]
     assert found["recommendation"]["precision"] == "fixed:4"
     assert "routed:B possible" not in captured.err  # it is calibrated

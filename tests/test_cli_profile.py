@@ -53,7 +53,7 @@ def test_a_profile_can_be_printed_or_go_elsewhere(moert, tmp_path):
     result = moert("profile", "--disk", str(tmp_path), "--out", str(other), "--json", "-t", "1")
     assert result.code == 0, result.err
     assert other.read_text() == result.out
-    assert f"use it with --device {other}" in result.err
+    assert f"use it with --profile {other}" in result.err
     read_profile(other)
     assert not own_file().exists()
 
@@ -109,10 +109,10 @@ def test_a_home_that_cannot_be_written(moert, monkeypatch, tmp_path):
     [
         (["--out", "{folder}"], 1, "cannot be written to {folder}: it is a folder; name another file"),
         (["--disk", "{folder}/none"], 1, "cannot be written to {folder}/none: No such file or directory"),
-        (["-m", "{folder}"], 2, "{folder} is no store, and none was made from it"),
+        (["-m", "{folder}"], 2, "{folder} is neither a store nor converted yet"),
         (["-m", "x", "--disk", "y"], 2, "Give either -m or --disk"),
         (["-t", "0"], 2, "threads 0 must be at least 1."),
-        (["--name", " "], 2, "The device needs a --name."),
+        (["--name", " "], 2, "--name must not be empty."),
     ],
 )
 def test_wrong_options_are_one_sentence(moert, tmp_path, arguments, code, reason):

@@ -1,4 +1,4 @@
-"""What the CUDA device says where something is wrong, on a fake torch.cuda."""
+"""Errors of the CUDA device, on a fake torch.cuda."""
 
 import sys
 from subprocess import CalledProcessError

@@ -24,7 +24,7 @@ CURVE = st.lists(st.floats(0, 0.2), min_size=1, max_size=3)
 
 
 def ladder_of(curves, bound, skip=0.0, sizes=SIZES):
-    """Of one layer with these experts."""
+    """Make the error budget of one layer with these experts."""
     precision = ElasticPrecision(bound, skip=skip)
     error_budget = precision.error_budget(WIDTHS, {0: [len(curve) for curve in curves]}, sizes)
     generic = generic_sensitivity(WIDTHS)
@@ -174,7 +174,7 @@ def make_elastic(one_layer):  # noqa: F811
 
 
 def settled(runner, monkeypatch):
-    """What the ladder decides from now on: a list of {expert: slices}."""
+    """Note what the error budget decides from now on: a list of {expert: slices}."""
     found, choose = [], ErrorBudget.choose
 
     def noted(self, layer, routed, *others):
@@ -277,10 +277,10 @@ def test_with_everything_in_memory_routing_changes_nothing_and_with_little_the_f
 
     def run(precision, **options):
         with LLM(store(), precision=precision, ctx_size=64, prefetch="off", **options) as llm:
-            llm.engine.preload()
-            before = llm.engine.counters.copy()
-            logits = [llm.engine.forward([i]) for i in ids]
-            return torch.stack(logits), llm.engine.counters.since(before)
+            llm.runner.preload()
+            before = llm.runner.counters.copy()
+            logits = [llm.runner.forward([i]) for i in ids]
+            return torch.stack(logits), llm.runner.counters.since(before)
 
     plain, _ = run("elastic:4")
     assert torch.equal(plain, run("elastic:4,route=1")[0])

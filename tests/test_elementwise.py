@@ -1,4 +1,4 @@
-"""What is done with many tokens between the products, against float64."""
+"""Work on many tokens between the products, against float64."""
 
 import pytest
 import torch

@@ -177,21 +177,21 @@ def test_bytes_and_widths_are_those_of_a_count_by_hand(moert, store):
 def test_uses_are_counted_for_each_token_with_the_slices_in_use(store):
     with LLM(store()) as llm:
         for length in (1, 20):
-            before = llm.engine.counters.copy()
-            llm.engine.forward(list(range(length)))
-            assert llm.engine.counters.since(before).token_uses == {3: 2 * 3 * length}  # layers, experts per token
+            before = llm.runner.counters.copy()
+            llm.runner.forward(list(range(length)))
+            assert llm.runner.counters.since(before).token_uses == {3: 2 * 3 * length}  # layers, experts per token
 
 
 def test_a_precision_can_be_changed_but_not_beyond_what_memory_was_split_for(store):
     ids = list(range(3, 40))
     with LLM(store(), precision="fixed:3") as changed, LLM(store(), precision="fixed:2") as narrow:
         wide = changed.logits(ids)
-        changed.engine.use(FixedPrecision(2))
+        changed.runner.use(FixedPrecision(2))
         assert torch.equal(changed.logits(ids), narrow.logits(ids))
-        changed.engine.use(FixedPrecision(3))
+        changed.runner.use(FixedPrecision(3))
         assert torch.equal(changed.logits(ids), wide)
         with pytest.raises(UsageError, match="fixed:4 needs more"):
-            changed.engine.use(FixedPrecision(4))
+            changed.runner.use(FixedPrecision(4))
 
 
 def test_token_by_token_measures_the_same_and_what_is_read_fits_what_is_kept(moert, store):

@@ -1,6 +1,9 @@
 """--stats, --timeline and what they show: per layer and phase, against what is seen from outside."""
 
 import json
+import os
+import signal
+import time
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
 from moert.cli.figures import table
-from moert.engine.model_runner import Engine
+from moert.engine.model_runner import ModelRunner
 from moert.errors import UsageError
 from moert.measure import bench_kernels
 from moert.runtime import residency as loading
@@ -63,12 +66,12 @@ def test_layers_and_phases_are_what_was_asked_of_the_runner_and_of_the_disk(stor
     with LLM(path, expert_budget=arena(path, 10), ctx_size=64, prefetch="2") as llm:
         reads.clear()  # those of `arena`
         stats = llm.generate("Hello, who are", GREEDY)[0].stats
-        phases = {decoding: llm.engine.layer_counters(decoding) for decoding in (False, True)}
+        phases = {decoding: llm.runner.layer_counters(decoding) for decoding in (False, True)}
         for decoding, layers in phases.items():
             assert list(layers) == [0, 1, 2]
             for layer, counters in layers.items():
                 assert sum(counters.token_uses.values()) == uses[decoding][layer]
-        assert total(c for layers in phases.values() for c in layers.values()) == llm.engine.counters
+        assert total(c for layers in phases.values() for c in layers.values()) == llm.runner.counters
         for layer in range(3):
             both = total(layers[layer] for layers in phases.values())
             assert both.bytes_prefetched == reads[layer, True]
@@ -113,12 +116,12 @@ def test_a_timeline_nests_and_agrees_with_the_counters(store, tmp_path, prefetch
     path, file = store(**LAYERS), tmp_path / "timeline.json"
     with LLM(path, expert_budget=arena(path, 10), ctx_size=64, prefetch=prefetch) as llm:
         drawn = Timeline(file)
-        llm.engine.draw(drawn)
+        llm.runner.draw(drawn)
         ids = llm.tokenizer.encode("Hello, who are")
         llm.generate("Hello, who are", GREEDY)
-        llm.engine.draw(None)
-        llm.engine.forward([5])
-        counters = llm.engine.counters
+        llm.runner.draw(None)
+        llm.runner.forward([5])
+        counters = llm.runner.counters
         drawn.close()
         everything = sum(len(lane) for lane in spans(file).values())
         assert drawn.about() == f"timeline: {file}, {everything} spans"
@@ -147,9 +150,9 @@ def test_the_sums_of_a_timeline_are_those_of_the_counters(store, tmp_path):
     path, file = store(**LAYERS), tmp_path / "timeline.json"
     with LLM(path, expert_budget=arena(path, 10), ctx_size=64, prefetch="off") as llm:
         drawn = Timeline(file)
-        llm.engine.draw(drawn)
+        llm.runner.draw(drawn)
         llm.generate("Hello, who are", GREEDY)
-        counters = llm.engine.counters
+        counters = llm.runner.counters
         drawn.close()
     lanes = spans(file)
     compute = lanes.pop("compute")
@@ -208,19 +211,22 @@ def test_a_timeline_that_cannot_be_written_is_refused_before_anything_is_loaded(
 
 
 def test_ctrl_c_leaves_a_whole_timeline_and_the_table(moert, store, tmp_path, monkeypatch):
-    path, file, forward, calls = store(**LAYERS), tmp_path / "t.json", Engine.forward, iter(range(99))
+    path, file, step, calls = store(**LAYERS), tmp_path / "t.json", ModelRunner.step, iter(range(99))
 
-    def interrupted(self, ids, all_logits=False):
+    def interrupted(self, inputs, decoding):
         if next(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(self, ids, all_logits)
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, of which this thread knows nothing
+            time.sleep(0.3)
+        return step(self, inputs, decoding)
 
     budget = str(arena(path, 10))
-    monkeypatch.setattr(Engine, "forward", interrupted)
+    monkeypatch.setattr(ModelRunner, "step", interrupted)
     options = ("--expert-budget", budget, "--stats", "--timeline", str(file), "-q")
     result = moert("generate", "-m", str(path), "-p", "Hello", *RUN, *options)
     assert result.code == 130
-    assert sum(e["name"].startswith("token") for _, _, e in spans(file)["compute"]) == 3
+    assert sum(e["name"].startswith("token") for _, _, e in spans(file)["compute"]) == 4, (
+        "the step that ran is the last"
+    )
     assert "decoding: 2 tokens; of each token:" in result.err
 
 

@@ -112,15 +112,15 @@ def test_a_model_tells_what_its_next_layers_will_ask_for(store, monkeypatch, den
     moe = [layer for layer in range(5) if layer not in dense_layers]
     ids = [5, 77, 140, 9, 301, 18, 44, 230]
     with LLM(path, ctx_size=32) as llm:
-        decoder = llm.engine.decoder
-        plain = llm.engine.forward(ids[:1])
+        decoder = llm.runner.decoder
+        plain = llm.runner.forward(ids[:1])
         for token in ids[1:]:
-            plain = llm.engine.forward([token])
-        llm.engine.rewind(1)
+            plain = llm.runner.forward([token])
+        llm.runner.rewind(1)
         streams.clear()
         decoder.watch(listener := Listener(2))
         for token in ids[1:]:
-            told = llm.engine.forward([token])
+            told = llm.runner.forward([token])
         assert torch.equal(told, plain), "being watched changes nothing"
         shares, embedding = [], matmul.floats(decoder.embed_tokens.weight)
         for number, (layer, guesses) in enumerate(listener.told):
@@ -136,11 +136,11 @@ def test_a_model_tells_what_its_next_layers_will_ask_for(store, monkeypatch, den
         assert sum(shares) / len(shares) > 0.95, "routers rounded to 4 bits name twice as many"
         for horizon, most in ((0, 0), (9, 3)):
             listener.told, listener.horizon = [], horizon
-            llm.engine.rewind(7)
-            llm.engine.forward(ids[7:])
+            llm.runner.rewind(7)
+            llm.runner.forward(ids[7:])
             assert max((len(guesses) for _, guesses in listener.told), default=0) == most
         listener.told, listener.horizon = [], 2
         decoder.watch(None)
-        llm.engine.rewind(7)
-        llm.engine.forward(ids[7:])
+        llm.runner.rewind(7)
+        llm.runner.forward(ids[7:])
         assert listener.told == []

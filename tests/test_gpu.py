@@ -21,9 +21,9 @@ def gpu():
 
 
 def logits(**options):
-    """Of a prompt and of tokens one by one, float64 [T, V], and the share of experts that the device computed."""
+    """Compute logits of a prompt and of tokens one by one, float64 [T, V], and the device's share of experts."""
     with LLM(ctx_size=256, **options) as llm:
-        engine = llm.engine
+        engine = llm.runner
         found = [engine.forward(IDS[:60], all_logits=True)]
         found += [engine.forward([token])[None] for token in IDS[60:]]
         return torch.cat(found).double(), engine.counters.device_uses / engine.counters.expert_uses
@@ -53,5 +53,5 @@ def test_the_budget_holds(budget):
     with LLM(ctx_size=256, device="cuda", device_budget=budget) as llm:
         llm.logits(IDS)
         # The rest of the overhead is for what torch reserves beyond what it is asked for.
-        taken = llm.engine.offload.device._context + torch.cuda.max_memory_reserved()
+        taken = llm.runner.offload.device._context + torch.cuda.max_memory_reserved()
     assert taken <= budget

@@ -1,4 +1,4 @@
-"""What `moert profile` measures of moert's kernels on a GPU: on devices that keep their own time, without one."""
+"""Figures of moert's kernels on a GPU in `moert profile`: on devices that keep their own time, without one."""
 
 import json
 

@@ -225,7 +225,7 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
 
 
 class ConnectError(Exception):
-    """As HTTP libraries have one."""
+    """An error as HTTP libraries have one."""
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_configurations_that_are_not_understood(
 
 
 def test_a_variant_of_a_family_that_is_there(tmp_path: Path) -> None:
-    """What the family refuses is why it cannot run; its sizes are known all the same."""
+    """A variant that the family refuses cannot run; its sizes are known all the same."""
     folder = make_checkpoint(tmp_path / "tiny", "olmoe")
     fine = read_shape(folder, SETTINGS)
     shutil.copytree(folder, tmp_path / "variant")

@@ -23,7 +23,7 @@ def logits(kernel, threads=2, chunks=(TOKENS,), **options):
     with LLM(ctx_size=TOKENS, threads=threads, **options) as llm:
         ids = llm.tokenizer.encode((shipped_model() / "heldout.txt").read_text()[:2000])[:TOKENS]
         parts = torch.split(torch.tensor(ids), list(chunks))
-        return torch.cat([llm.engine.forward(part.tolist(), all_logits=True) for part in parts])
+        return torch.cat([llm.runner.forward(part.tolist(), all_logits=True) for part in parts])
 
 
 @pytest.mark.parametrize("kv_bits", [8, 16])

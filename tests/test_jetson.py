@@ -1,4 +1,4 @@
-"""What Jetson boards say of themselves, from trees made up as Jetson Linux has them; and the lines of doctor on it."""
+"""Jetson boards, from trees made up as Jetson Linux has them; and the lines of doctor on them."""
 
 import json
 

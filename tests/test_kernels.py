@@ -216,7 +216,7 @@ def ffn_in_float64(x, expert):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("widths", [(2, 3, 4), (3, 8), (4,), (16,)], ids=str)
 def test_experts_match_float64(kernel, widths):
-    """Of a list of experts, each with tokens of its own; int8 inputs cost about 1% of the output's size."""
+    """Compare experts, each with tokens of its own; int8 inputs cost about 1% of the output's size."""
     layout = fmt.ExpertLayout(96, 40, 32, widths, "float32")
     matmul.set_kernel(kernel)
     pieces = [make_expert(layout, e) for e in range(3)]

@@ -84,7 +84,7 @@ def test_what_comes_out_is_that_of_float64(
 
 
 class EagerGpu(CudaDevice):
-    """Of which all streams run at once, so that the dense part, which the host's torch computes here, comes in time."""
+    """A GPU whose streams all run at once, so that the dense part, which the host computes here, comes in time."""
 
     sum_dtype = torch.float64
 
@@ -97,16 +97,16 @@ class EagerGpu(CudaDevice):
 
 @pytest.mark.parametrize("refused", [False, True], ids=["locked", "not locked"])
 def test_a_whole_model_is_opened_and_used(monkeypatch, refused):
-    """What is done within a pass and outside, in the order in which an engine does it."""
+    """Do what is done within a pass and outside, in the order in which an engine does it."""
     with FakeCuda(eager="compute") as fake:
         monkeypatch.setattr(fake, "Stream", lambda device: Stream(fake, eager=True))
         fake.refuse = 801 if refused else 0
         device = EagerGpu(fake.api())
         monkeypatch.setattr(offload, "open_device", lambda kind, say: device)
         with LLM(ctx_size=256, device="cuda") as llm:
-            assert all(llm.engine.offload.placement.layers)
+            assert all(llm.runner.offload.placement.layers)
             params = SamplingParams(max_tokens=4, temperature=0)
             first = llm.generate("import os\n", params)[0].text
-            llm.engine.preload()
+            llm.runner.preload()
             assert llm.generate("import os\n", params)[0].text == first
         assert not fake.locked

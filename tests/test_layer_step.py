@@ -39,7 +39,7 @@ def exact_attention(q, k, v, norms, cos, sin, keys, values):
 
 
 def exact_step(step, x, rotation, keys, values):
-    """What `LayerStep` computes, in float64: the new x, what the experts see, router logits."""
+    """Compute what `LayerStep` does, in float64: the new x, what the experts see, router logits."""
     x, d = x.double(), step.head_dim
     h = rms(x, step.norms[0])
     q, k, v = (

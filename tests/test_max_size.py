@@ -69,7 +69,7 @@ def whole(source, tmp_path_factory, measured):
 
 @pytest.fixture(scope="module")
 def limit(whole):
-    """What 3 bits take, and some room, as moert.json is estimated from above."""
+    """The size of 3 bits and some room, as moert.json is estimated from above."""
     return size_of(whole.path) - 8 * 2 * whole.layout.slice_sizes[2] + 4096
 
 
@@ -296,7 +296,7 @@ def test_damage_before_the_copy_is_found(source, tmp_path, about_to_cut, limit):
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_an_expert_is_computed_at_the_widest_it_has(cut, width):
     with LLM(cut.path, ctx_size=64, precision=f"fixed:{width}") as llm:
-        runner = llm.engine._runner
+        runner = llm.runner._experts
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
         for layer in (0, 1):
             for e in range(8):
@@ -324,11 +324,11 @@ def test_the_result_does_not_depend_on_the_budget(cut):
         with LLM(cut.path, ctx_size=64, expert_budget=budget, on_status=said.append) as llm:
             logits.append(llm.logits(TOKENS[:40]))
             for token in TOKENS[40:48]:
-                logits[-1] = torch.cat([logits[-1], llm.engine.forward([token])[None]])
-            assert llm.engine._runner.residency.arena.total_bytes <= budget
-            assert llm.engine.budget.arena <= budget
-            read = llm.engine.counters.bytes_read
-        assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
+                logits[-1] = torch.cat([logits[-1], llm.runner.forward([token])[None]])
+            assert llm.runner._experts.residency.arena.total_bytes <= budget
+            assert llm.runner.budget.arena <= budget
+            read = llm.runner.counters.bytes_read
+        assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
         assert ("expert arena holds all 16 experts" in said) == (budget == everything)
     assert all(torch.equal(logits[0], other) for other in logits[1:])
     assert read <= everything
@@ -349,7 +349,7 @@ def test_what_is_counted_is_what_was_used(cut, monkeypatch):
         evaluation.run([TOKENS[:50]], lambda line: None)
     finally:
         evaluation.close()
-    assert f"this store was cut to a size: of its experts it keeps {cut.kept_widths()}" in said
+    assert f"the store was made with --max-size: its experts have {cut.kept_widths()}" in said
     wide, narrow = evaluation.rows()
     used = used[: len(used) // 2]
     assert len(used) == 50 * 2 * 3

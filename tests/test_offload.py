@@ -1,4 +1,4 @@
-"""What is put on a device under a budget, and what the user is told of it."""
+"""Layers and experts on a device under a budget, and what the user is told of it."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_the_device_budget_holds(device, budget):
     size = None if budget is None else budget * MIB
     with LLM(ctx_size=512, device="cuda", device_budget=size, on_status=lines.append) as llm:
         assert llm.generate("import os\n", GREEDY)[0].text
-        offload = llm.engine.offload
+        offload = llm.runner.offload
     budget_of = offload.budget
     parts = budget_of.overhead + budget_of.dense + budget_of.kv_cache + budget_of.workspace + budget_of.arena
     assert parts <= budget_of.total <= (size or 0.8 * 256 * MIB)
@@ -79,7 +79,7 @@ def test_what_a_device_needs_of_the_host_is_in_its_budget(monkeypatch, integrate
     monkeypatch.setattr(engine_module, "library_bytes", library_bytes)
     monkeypatch.setattr(offload_module, "open_device", lambda *rest: opened.append(made) or made)
     with LLM(ctx_size=256, device="cuda", memory_budget="1GiB") as llm:
-        assert llm.engine.budget.libraries == 500 * MIB
+        assert llm.runner.budget.libraries == 500 * MIB
     assert asked == [True] * (1 + integrated)
 
 
@@ -87,8 +87,8 @@ def test_what_is_on_the_device_is_not_in_the_memory_budget(device):
     with LLM(ctx_size=512, device="cpu") as alone:
         pass
     with LLM(ctx_size=512, device="cuda") as llm:
-        assert all(llm.engine.offload.placement.layers)
-        assert llm.engine.budget.dense + llm.engine.budget.kv_cache < alone.engine.budget.dense
+        assert all(llm.runner.offload.placement.layers)
+        assert llm.runner.budget.dense + llm.runner.budget.kv_cache < alone.runner.budget.dense
 
 
 def test_one_memory_is_counted_once(monkeypatch):
@@ -97,7 +97,7 @@ def test_one_memory_is_counted_once(monkeypatch):
     lines, size = [], library_bytes() + 400 * MIB
     with LLM(ctx_size=512, device="cuda", memory_budget=size, on_status=lines.append) as llm:
         assert llm.generate("import os\n", GREEDY)[0].text
-        budget, offload = llm.engine.budget, llm.engine.offload
+        budget, offload = llm.runner.budget, llm.runner.offload
         assert offload.slots is None
         assert offload.placement.any
         assert budget.dense >= offload.placement.dense_bytes
@@ -115,7 +115,7 @@ def test_logits_hardly_depend_on_where_the_dense_part_is(device):
         want = llm.logits(ids).double()
     for options in ({}, {"kv_bits": 8}, {"device_budget": 74 * MIB}, {"precision": "routed:3"}):
         with LLM(ctx_size=128, device="cuda", **options) as llm:
-            assert llm.engine.offload.placement.any
+            assert llm.runner.offload.placement.any
             got = llm.logits(ids).double()
         p, q = want.log_softmax(-1), got.log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1).mean()
@@ -141,7 +141,7 @@ def test_a_budget_without_a_device_is_no_silent_promise():
     lines = []
     with LLM(ctx_size=256, device="cpu", device_budget="1GiB", on_status=lines.append):
         pass
-    assert any("--device-budget does nothing" in line for line in lines)
+    assert any("--device-budget has no effect" in line for line in lines)
 
 
 @pytest.fixture
@@ -159,8 +159,9 @@ def unusable_gpu(monkeypatch):
 def test_a_gpu_that_cannot_be_used_is_left_alone_and_that_is_said(unusable_gpu):
     lines = []
     with LLM(ctx_size=256, on_status=lines.append) as llm:
-        assert llm.engine.offload is None
-    assert "the GPU is not used: No GPU can be used, since its driver is too old, or use --device cpu." in lines
+        assert llm.runner.offload is None
+    reason = "No GPU can be used, since its driver is too old, or use --device cpu."
+    assert f"warning: the GPU is not used: {reason}" in lines
     with pytest.raises(DeviceError, match="driver is too old"):
         LLM(ctx_size=256, device="cuda")
 
@@ -172,8 +173,8 @@ def test_experts_that_the_device_has_no_kernels_for(device, monkeypatch):
     monkeypatch.setattr(EmulatedDevice, "experts", experts)
     lines = []
     with LLM(ctx_size=256, on_status=lines.append) as llm:
-        assert llm.engine.offload is None
-    assert "the GPU is not used: The device has no kernels for the activation silu: use --device cpu." in lines
+        assert llm.runner.offload is None
+    assert "warning: the GPU is not used: The device has no kernels for the activation silu: use --device cpu." in lines
     with pytest.raises(DeviceError, match="no kernels for the activation"):
         LLM(ctx_size=256, device="cuda")
 
@@ -182,9 +183,9 @@ def test_a_gpu_without_room_is_left_alone_and_that_is_said(monkeypatch):
     monkeypatch.setattr(offload_module, "open_device", lambda *rest: EmulatedDevice(8 * MIB))
     lines = []
     with LLM(ctx_size=256, on_status=lines.append) as llm:
-        assert llm.engine.offload is None
+        assert llm.runner.offload is None
         assert llm.generate("import os\n", GREEDY)[0].text
-    assert any(line.startswith("the GPU is not used: ") for line in lines)
+    assert any(line.startswith("warning: the GPU is not used: ") for line in lines)
 
 
 def test_a_device_that_is_lost_meanwhile(device, monkeypatch):
@@ -230,7 +231,7 @@ def test_reads_end_where_the_device_is_lost(device, monkeypatch):
         monkeypatch.setattr(EmulatedDevice, "synchronise", lost)
         with pytest.raises(DeviceError, match="was lost"):
             llm.generate("import os\n", GREEDY)
-        reads = list(llm.engine._runner._residency._reads.values())
+        reads = list(llm.runner._experts._residency._reads.values())
     assert all(read.done for read in reads), "closing waits for them"
 
 
@@ -265,12 +266,12 @@ def test_on_the_command_line():
     assert "emulated device" in done.stderr
     wrong = run("generate", "-p", "a", "--device", "quantum")
     assert wrong.returncode == 2
-    assert "device 'quantum' is none of auto, cpu, cuda" in wrong.stderr
+    assert "--device 'quantum' is not known; it can be auto, cpu, cuda, emulated or interpreter" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 
 def test_eval_of_the_dense_part_on_a_device():
-    options = ["--device", "emulated", "--device-budget", "200MiB", "--tokens", "128", "--window", "64", "--json"]
+    options = ["--device", "emulated", "--device-budget", "200MiB", "--tokens", "128", "--window", "64", "--json", "-v"]
     done = run("eval", "--precision", "fixed:4", *options)
     assert done.returncode == 0, done.stderr
     assert "on the device besides experts, in 16 bits" in done.stderr
@@ -285,7 +286,7 @@ def test_the_timeline_shows_moves_and_the_device(device, tmp_path):
 
     timeline = Timeline(tmp_path / "t.json")
     with LLM(ctx_size=512, device="cuda", device_budget=20 * MIB, hybrid=False) as llm:
-        llm.engine.draw(timeline)
+        llm.runner.draw(timeline)
         llm.generate("import os\n", GREEDY)
     timeline.close()
     events = json.loads((tmp_path / "t.json").read_text())

@@ -1,4 +1,4 @@
-"""What is placed on a device: the bytes against what is allocated, the choice against plain arithmetic."""
+"""Placement on a device: the bytes against what is allocated, the choice against plain arithmetic."""
 
 from __future__ import annotations
 

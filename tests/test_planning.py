@@ -1,4 +1,4 @@
-"""What a plan predicts and recommends, against what is worked out by hand or by trying everything."""
+"""Predictions and recommendations, against what is worked out by hand or by trying everything."""
 
 import dataclasses
 import itertools
@@ -197,7 +197,7 @@ def test_a_trace_of_another_model_is_refused():
 
 @pytest.mark.parametrize(("precision", "recalls"), [("fixed:4", (0.8,)), ("fixed:4", ()), ("elastic:3", ())])
 def test_some_layers_show_what_all_do(precision, recalls):
-    """Of 24 layers 8 with a third of the room: within a few percent of what all of them do."""
+    """With 8 of 24 layers and a third of the room: within a few percent of what all of them do."""
     shape = shape_of(layers=24, dense_layers=0, experts=64, top_k=4)
     trace = draw(shape, statistics_for("qwen3_moe"), prompt=32, tokens=36)
     every = Settings(64 * sum(trace.expert_bytes) // 3, precision, recalls=recalls)

@@ -21,7 +21,7 @@ def quantiles(weights):
 
 
 class Text:
-    """What a router says about a text: experts and weights [LAYERS, TOKENS, TOP_K]; some experts are rare."""
+    """Draw a router's output on a text: experts and weights [LAYERS, TOKENS, TOP_K]; some experts are rare."""
 
     def __init__(self, seed=0):
         g = np.random.default_rng(seed)

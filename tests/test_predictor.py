@@ -62,7 +62,7 @@ def feed(predictor, tokens, routes, passes):
 
 
 def shares(routes, row, rate):
-    """Of all tokens before the last, in float64."""
+    """Compute the context of all tokens before the last, in float64."""
     result = np.zeros(E)
     for age, experts in enumerate(reversed(routes[:-1])):
         result[experts[row]] += (1 - rate) * rate**age

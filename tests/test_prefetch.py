@@ -30,7 +30,7 @@ def scheduler_of(slots, policy="score", ahead=40, elastic=False):
 
 
 class Memory:
-    """What is in the arena and what is being read into it, by nothing but sets."""
+    """A model of what is in the arena and what is being read into it, by nothing but sets."""
 
     def __init__(self, slots):
         self.slots, self.held, self.in_flight = slots, set(), {}

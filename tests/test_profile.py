@@ -291,7 +291,7 @@ def test_this_machine_is_what_was_measured_else_the_most_similar_device(tmp_path
     profile, line = this_machine()
     assert profile.name == closest()
     assert profile.memory_bytes == total_bytes()
-    assert line == f"default figures, those of {profile.name} (moert profile measures this machine's)"
+    assert line == f"default figures for {profile.name} (moert profile measures this machine)"
     own_file().parent.mkdir()
     own_file().write_text(json.dumps(data() | {"name": "mine"}))
     profile, line = this_machine()

@@ -3,6 +3,7 @@
 import ast
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def imports_of(path):
             yield from (f"moert.{name}" for name in packages) if packages else (module,)
 
 
+@cache
 def imports_between_packages():
     """(importing package, imported package) -> the places."""
     found = {}
@@ -113,26 +115,41 @@ def drawing():
     """The packages as text, the highest first; what a line names stands in a line below it."""
     arrows = {part: sorted(other for p, other in imports_between_packages() if p == part) for part in ALLOWED}
     lines = [f"{part:<12}-> {', '.join(arrows[part])}" if arrows[part] else part for part in reversed(ALLOWED)]
-    return "\n".join(line for line in lines if not line.startswith("__"))
+    return [line for line in lines if not line.startswith("__")]
 
 
-def test_the_drawing_of_the_packages_is_that_of_the_code():
+def package_folders():
+    """The folder of each package, the highest first."""
+    loose = ("__main__", "__init__", "api", "config", "errors")
+    names = [name for name in reversed(ALLOWED) if name not in loose]
+    return {name: ROOT / name if name in ("quant", "scheduler") else ROOT / "moert" / name for name in names}
+
+
+def idea(folder):
+    """What a package says of itself."""
+    return " ".join((ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").split())
+
+
+@pytest.mark.parametrize("part", ["imports", "packages"])
+def test_the_page_on_internals_is_that_of_the_code(part):
     page = ROOT / "moert" / "docs" / "internals.md"
-    begin, end = "<!-- imports: begin -->\n```text\n", "\n```\n<!-- imports: end -->"
-    before, _, rest = page.read_text().partition(begin)
-    drawn, _, after = rest.partition(end)
-    if os.environ.get("MOERT_REDRAW"):  # MOERT_REDRAW=1 pytest tests/test_project.py writes it anew
-        page.write_text(before + begin + drawing() + end + after)
-        return
-    assert drawn == drawing(), "MOERT_REDRAW=1 pytest tests/test_project.py draws it anew"
+    lines = drawing() if part == "imports" else [f"{n:<12}{idea(folder)}" for n, folder in package_folders().items()]
+    begin, end = f"<!-- {part}: begin -->\n```text\n", f"```\n<!-- {part}: end -->"
+    before, found, rest = page.read_text().partition(begin)
+    drawn, ended, after = rest.partition(end)
+    assert found
+    assert ended
+    wanted = "".join(f"{line}\n" for line in lines)
+    if os.environ.get("MOERT_REDRAW"):
+        page.write_text(before + begin + wanted + end + after)
+    else:
+        assert drawn == wanted, "MOERT_REDRAW=1 pytest tests/test_project.py draws it anew"
 
 
 def test_every_package_says_what_it_is():
     parts = {part_of(p) for p in sources() if p.relative_to(ROOT).parts[0] in ("moert", "quant", "scheduler")}
     assert parts == ALLOWED.keys()
-    for name in parts - {"__main__", "__init__", "api", "config", "errors"}:
-        folder = ROOT / name if name in ("quant", "scheduler") else ROOT / "moert" / name
-        assert (ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").endswith("."), name
+    assert not [name for name, folder in package_folders().items() if not idea(folder).endswith(".")]
 
 
 def test_files_are_short():

@@ -1,4 +1,4 @@
-"""What is launched from a record instead of one by one."""
+"""Launches from a record instead of one by one."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace

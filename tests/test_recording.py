@@ -34,10 +34,10 @@ def test_routes_and_tokens_are_those_of_transformers(store, tiny_checkpoint, ref
     with LLM(store(widths=(16,), dense_bits=16, **options), ctx_size=64) as llm:
         llm.record_trace(tmp_path / name)
         done = llm.generate("ab", SamplingParams(max_tokens=3, ignore_eos=True, temperature=0))[0]
-        llm.engine.rewind(0)
-        llm.engine.forward(PROMPT)
+        llm.runner.rewind(0)
+        llm.runner.forward(PROMPT)
         for token in (7, 8, 200):
-            llm.engine.forward([token])
+            llm.runner.forward([token])
         first = llm.tokenizer.encode("ab")
     trace = read_trace(tmp_path / name)
     assert (trace.layers, trace.num_experts, trace.top_k) == (4, 8, 3)
@@ -63,8 +63,8 @@ def test_routes_and_tokens_are_those_of_transformers(store, tiny_checkpoint, ref
 def test_a_pass_that_breaks_off_is_left_out(store, tmp_path, monkeypatch):
     with LLM(store(), ctx_size=64) as llm:
         llm.record_trace(tmp_path / "t.csv")
-        llm.engine.forward(PROMPT)
-        block = llm.engine.decoder.layers[1].mlp
+        llm.runner.forward(PROMPT)
+        block = llm.runner.decoder.layers[1].mlp
         experts = block.experts
 
         def interrupted(*args):
@@ -72,9 +72,9 @@ def test_a_pass_that_breaks_off_is_left_out(store, tmp_path, monkeypatch):
 
         monkeypatch.setattr(experts, "forward_token", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.engine.forward([3])
+            llm.runner.forward([3])
         monkeypatch.undo()
-        llm.engine.forward([4])
+        llm.runner.forward([4])
     assert [step.token for step in read_trace(tmp_path / "t.csv").steps] == [*PROMPT, 4]
 
 

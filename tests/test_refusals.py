@@ -1,4 +1,4 @@
-"""What a user meets when something is wrong: through the program itself, one sentence, the exit code, no traceback."""
+"""A user meets something wrong: through the program itself, one sentence, the exit code, no traceback."""
 
 import json
 import re

@@ -127,7 +127,7 @@ def test_eval_counts_the_widths_in_use(calibrated, store, capsys, monkeypatch, t
 
 def test_a_chunk_uses_the_widths_that_its_router_weights_ask_for(calibrated):
     with LLM(calibrated, precision="routed:2.7") as llm:
-        runner, seen = llm.engine._runner, {1: 0, 2: 0, 3: 0}
+        runner, seen = llm.runner._experts, {1: 0, 2: 0, 3: 0}
         chooser = runner.chooser
 
         def many(layer, indices, weights):
@@ -137,8 +137,8 @@ def test_a_chunk_uses_the_widths_that_its_router_weights_ask_for(calibrated):
             return chooser.many(layer, indices, weights)
 
         runner.chooser = SimpleNamespace(many=many)
-        llm.engine.forward(list(range(3, 60)))
-        assert llm.engine.counters.token_uses == {n: count for n, count in seen.items() if count}
+        llm.runner.forward(list(range(3, 60)))
+        assert llm.runner.counters.token_uses == {n: count for n, count in seen.items() if count}
 
 
 def test_what_is_used_is_said(calibrated):
@@ -185,7 +185,7 @@ def test_a_trained_router_is_used_and_said(trained):
     with LLM(trained, precision="routed:2.9") as llm:
         assert "precision routed:2.9 (trained bit router)" in llm.description[0]
         widths = {0: set(), 1: set()}
-        runner = llm.engine._runner
+        runner = llm.runner._experts
         chooser = runner.chooser
 
         def many(layer, indices, weights):
@@ -194,7 +194,7 @@ def test_a_trained_router_is_used_and_said(trained):
             return counts
 
         runner.chooser = SimpleNamespace(many=many)
-        llm.engine.forward(list(range(3, 60)))
+        llm.runner.forward(list(range(3, 60)))
     assert widths[1] == {1}
     assert 3 in widths[0]
     StoredModel.open(trained).verify()

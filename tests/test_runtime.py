@@ -78,7 +78,7 @@ def routing(tokens, top_k, seed=0):
 
 
 def expected(store, slices, x, indices, weights):
-    """The same sum in float64, token by token, from the dequantised matrices."""
+    """Sum experts in float64, token by token, from the dequantised matrices."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     for t in range(len(x)):
         for e, w in zip(indices[t].tolist(), weights[t].tolist(), strict=True):

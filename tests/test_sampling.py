@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +20,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from moert.engine.sampling import Sampler, SamplingParams, StopMatcher, candidates, penalise, usable_fields
+from moert.engine.sampling import (
+    ResolvedParams,
+    Sampler,
+    SamplingParams,
+    StopMatcher,
+    candidates,
+    penalise,
+    usable_fields,
+)
 from moert.errors import MoertError, UsageError
 
 
@@ -25,7 +36,7 @@ def logits_for(seed: int, size: int = 50) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def ours(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def ours(logits: torch.Tensor, params: ResolvedParams) -> torch.Tensor:
     """Probabilities [V] of the candidates."""
     values, ids = candidates(logits, params)
     result = torch.zeros(len(logits))
@@ -33,7 +44,7 @@ def ours(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return result
 
 
-OFF = SamplingParams(temperature=1.0, top_p=1.0)
+OFF = ResolvedParams(temperature=1.0, top_p=1.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -136,7 +147,16 @@ def test_output_that_is_not_finite_is_an_error(bad: float, temperature: float) -
         ("seed", -1),
         ("seed", 2**63),
         ("seed", 0.5),
+        ("temperature", 10**400),
+        ("temperature", object()),
+        ("top_k", "40"),
+        ("max_tokens", 10**12),
+        ("max_tokens", [5]),
+        ("ignore_eos", 1),
         ("stop", "text"),
+        ("stop", 5),
+        ("stop", {"a": 1}),
+        ("stop", ["a", None]),
         ("stop", ("",)),
     ],
 )
@@ -145,18 +165,41 @@ def test_a_bad_value_names_its_field(field: str, value: object) -> None:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
 
 
+def test_what_is_left_open_is_filled_from_defaults() -> None:
+    params = SamplingParams(temperature=0, stop=["a"])
+    assert repr(params) == "SamplingParams(temperature=0.0, stop=('a',))"
+    assert repr(SamplingParams()) == "SamplingParams()"
+    assert params.resolve() == ResolvedParams(temperature=0.0, stop=("a",))
+    model = ResolvedParams(temperature=0.6, top_k=20, stop=("b",), seed=3)
+    assert params.resolve(model) == model.replace(temperature=0.0, stop=("a",))
+    assert SamplingParams(stop=()).resolve(model).stop == ()
+    assert model.resolve(ResolvedParams(top_k=5)) is model
+    assert [f.name for f in dataclasses.fields(SamplingParams)] == [f.name for f in dataclasses.fields(ResolvedParams)]
+    assert all(f.default is None for f in dataclasses.fields(SamplingParams))
+    with pytest.raises(UsageError, match="top_k is None"):
+        model.replace(top_k=None)
+    for each in (params, model):
+        assert pickle.loads(pickle.dumps(each)) == each
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(7))  # type: ignore[arg-type]
+    assert (params.temperature, params.top_k, params.seed) == (0.5, 3, 7)
+    assert (type(params.temperature), type(params.top_k)) == (float, int)
+
+
 def test_defaults_of_a_checkpoint() -> None:
     config = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "repetition_penalty": 1.05, "eos": 3}
     params = SamplingParams.from_generation_config(config)
     assert params == SamplingParams(temperature=0.6, top_k=20, repeat_penalty=1.05)
     assert SamplingParams.from_generation_config({}) == SamplingParams()
-    assert SamplingParams.from_generation_config({"do_sample": False}).greedy
+    assert SamplingParams.from_generation_config({"do_sample": False}).resolve().greedy
     assert SamplingParams.from_generation_config({"stop_strings": "END"}).stop == ("END",)
 
 
 @pytest.mark.parametrize("value", [{"top_k": None}, {"top_k": 0}, {"top_k": -1}, {"temperature": None}])
 def test_a_default_that_is_off(value: dict[str, object]) -> None:
-    assert SamplingParams.from_generation_config(value) == SamplingParams()
+    assert SamplingParams.from_generation_config(value).resolve() == ResolvedParams()
     assert usable_fields(value)[1] == []
 
 

@@ -1,4 +1,4 @@
-"""What rounding an expert does to its outputs, as a calibrated conversion measures it: against float64 by hand."""
+"""Errors of rounded experts, as a calibrated conversion measures them: against float64 by hand."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def calibrated(tiny_checkpoint, tmp_path_factory):
 
 
 def seen_by_experts(model, layer):
-    """What enters the experts of a layer and what leaves the layer, by transformers: [T, D] each."""
+    """Record what enters the experts of a layer and what leaves the layer, by transformers: [T, D] each."""
     inputs, outputs = [], []
     block = model.model.layers[layer]
     hooks = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moert.convert.convert import convert
-from moert.engine.model_runner import needs_of
+from moert.engine.needs import needs_of
 from moert.hub.resolve import Conversion
 from moert.models.kv_cache import KVCache
 from moert.models.stored_model import StoredModel

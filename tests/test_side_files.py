@@ -11,7 +11,7 @@ import pytest
 
 from moert.api import LLM
 from moert.convert.convert import convert
-from moert.engine.sampling import SamplingParams
+from moert.engine.sampling import ResolvedParams, SamplingParams
 from moert.errors import CheckpointError, UsageError
 
 from .checkpoints import folder_bytes, make_checkpoint, refusal
@@ -75,7 +75,7 @@ def test_a_store_with_unusable_defaults_opens_with_a_warning(
     (folder / "generation_config.json").write_text(text)
     said: list[str] = []
     with LLM(folder, on_status=said.append) as llm:
-        assert llm.default_params == SamplingParams()
+        assert llm.default_params == ResolvedParams()
         assert sum(warning in line for line in said) == 1
         assert llm.generate("The", ONE)[0].finish_reason == "length"
 

@@ -1,4 +1,4 @@
-"""What `-m` may name, and every way for it to be wrong. The hub and the conversion are stood in for."""
+"""Names that `-m` may have, and every way for one to be wrong. The hub and the conversion are stood in for."""
 
 from __future__ import annotations
 

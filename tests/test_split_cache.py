@@ -37,7 +37,7 @@ def part(start: int, size: int, J: int, d: int, dtype: torch.dtype) -> CacheSegm
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, past: int, window: int | None) -> Tensor:
-    """Of q [H, T, d] at positions past .. over keys and values [J, S, d], in float64, query by query: [T, H * d]."""
+    """Attend with q [H, T, d] at positions past .. over keys and values [J, S, d], in float64: [T, H * d]."""
     (H, T, d), J = q.shape, len(keys)
     result = torch.empty(T, H, d, dtype=torch.float64)
     for t in range(T):
@@ -93,7 +93,7 @@ def test_long_contexts_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_torchs_own_attention_gives_the_same(count: int, dtype: torch.dtype) -> None:
-    """What a GPU computes with, here on the CPU."""
+    """A GPU's way to compute, here on the CPU."""
     g = torch.Generator().manual_seed(1)
     for H, J in ((4, 2), (3, 3), (6, 1)):
         own = part(0, 16, J, 8, dtype)

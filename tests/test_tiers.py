@@ -291,7 +291,7 @@ def test_a_device_too_small_for_a_layer_computes_it_in_waves():
 
 
 def test_moves_ahead_go_by_gain_within_their_bound():
-    """Of a layer that is in host memory as a whole, the likelier is moved first, and one at a time is the bound."""
+    """In a layer that is in host memory as a whole, the likelier is moved first, and one at a time is the bound."""
     slow = dataclasses.replace(PROFILE, expert_s_per_byte={4: 1e-9})
     both = tiers((6, 6, 6), (6, 6, 6), profile=slow, ahead=sum(SIZES))
     hold(both.host, 1, range(3))

@@ -187,9 +187,9 @@ def test_what_cannot_be_trained_is_said(moert, model, tmp_path):
 
     good = record(tmp_path / "good.csv", model, made_up(3, 20))
     assert train("--trace", good, "--epochs", "0") == (2, train("--trace", good, "--minutes", "0")[1])
-    assert "at least one epoch" in train("--trace", good, "--epochs", "0")[1]
-    assert "cannot compute anything" in train("--trace", good, "-t", "0")[1]
-    assert "with --trace FILE: record one" in train()[1]
+    assert "--epochs must be at least 1" in train("--trace", good, "--epochs", "0")[1]
+    assert "--threads 0 must be at least 1" in train("--trace", good, "-t", "0")[1]
+    assert "--trace FILE is missing: moert generate --record-trace FILE records one" in train()[1]
     assert "nowhere.csv" in train("--trace", tmp_path / "nowhere.csv")[1]
     (tmp_path / "text.csv").write_text("Once upon a time\n")
     assert train("--trace", tmp_path / "text.csv")[0] == 2

@@ -182,9 +182,9 @@ def test_what_cannot_be_trained_is_said(moert, calibrated, store, tmp_path, monk
     assert "convert the checkpoint with --calibrate default" in train(store(), lossless)[1]
     assert "is not lossless, so --against cannot be it" in train(calibrated, store())[1]
     assert "is not a store: make one with moert convert" in train(tmp_path, lossless)[1]
-    assert "at least one step" in train(calibrated, lossless, "--steps", "0")[1]
-    assert "more than no time" in train(calibrated, lossless, "--minutes", "0")[1]
-    assert "cannot compute anything" in train(calibrated, lossless, "-t", "0")[1]
+    assert "--steps must be at least 1" in train(calibrated, lossless, "--steps", "0")[1]
+    assert "--minutes above 0" in train(calibrated, lossless, "--minutes", "0")[1]
+    assert "--threads 0 must be at least 1" in train(calibrated, lossless, "-t", "0")[1]
     assert "Cannot read the calibration text" in train(calibrated, lossless, "--text", "nowhere.txt")[1]
     monkeypatch.setattr(distil, "available_bytes", lambda: 1 << 20)
     assert "1.0 MiB are available: train on a larger machine" in train(calibrated, lossless)[1]

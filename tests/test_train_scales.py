@@ -218,7 +218,7 @@ def test_what_cannot_be_trained_or_written_is_said(moert, options, lossless, cal
     assert "keeps its experts as they are, without scales" in refused("-m", lossless.path)[1]
     assert "is not lossless, so --against cannot be it" in refused("--against", calibrated)[1]
     assert "is not a store: make one with moert convert" in refused("-m", tmp_path)[1]
-    assert "at least one step" in refused("--steps", "0")[1]
+    assert "--steps must be at least 1" in refused("--steps", "0")[1]
     assert "lies inside the store that is read" in refused("--out", calibrated / "new")[1]
     assert "to write the new store to with --out" in moert("train-scales", *map(str, options[:6])).err
     monkeypatch.setattr(distil, "available_bytes", lambda: 1 << 20)

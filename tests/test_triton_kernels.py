@@ -80,7 +80,7 @@ def make_experts(layout, counts, device=DEVICE):
 
 
 def packed(experts):
-    """The same experts for the CPU kernels."""
+    """Make the experts for the CPU kernels."""
     sizes = experts.layout.slice_sizes
     slices = [
         [experts.arena[at : at + size].cpu() for at, size in zip(o, sizes, strict=False)] for o in experts.offsets
@@ -312,7 +312,7 @@ class Recorder:
 
 
 def launches(kernels, monkeypatch, layout, tokens):
-    """What the feed-forward of two experts, on the CPU, would launch."""
+    """Plan what the feed-forward of two experts would launch, on the CPU."""
     recorders = [Recorder(getattr(kernels, name)) for name in ("_round_kernel", "_forward_kernel", "_sum_kernel")]
     for recorder in recorders:
         monkeypatch.setattr(kernels, recorder.kernel.__name__, recorder)

@@ -1,14 +1,17 @@
 """Warm start: what was in memory is there again, within the budget, and the text is the same."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moert import LLM, SamplingParams
-from moert.engine.model_runner import Engine
+from moert.engine.model_runner import ModelRunner
 from moert.errors import StoreError
 from moert.hub.resolve import warm_file
 from moert.models.stored_model import StoredModel
@@ -87,9 +90,9 @@ def run(path, count=12, warm=True, **options):
     with LLM(path) as llm:
         one = llm.store.layout.bytes_at(4)
     with LLM(path, expert_budget=count * one, ctx_size=64, warm=warm, on_status=said.append, **options) as llm:
-        held = llm.engine._runner.residency.arena.held()
+        held = llm.runner._experts.residency.arena.held()
         done = llm.generate("Hello, who are", GREEDY)[0]
-        counters = llm.engine.counters
+        counters = llm.runner.counters
         assert len(held) <= 3 * count
     return done.token_ids, [line for line in said if line.startswith("warm start: ")], counters, held
 
@@ -158,9 +161,9 @@ def test_what_cannot_be_used_is_said_and_replaced(path):
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     with LLM(path, ctx_size=64, warm=True, on_status=said.append) as llm:
-        assert not llm.engine._runner.residency.arena.held()
-        llm.engine.forward([5])
-    assert said[-1] == f"warm start: not possible, the arena begins empty. {file} is damaged."
+        assert not llm.runner._experts.residency.arena.held()
+        llm.runner.forward([5])
+    assert said[-1] == f"warning: no warm start: {file} is damaged."
     assert json.loads(file.read_bytes())["version"] == 1, "the end of the run wrote it anew"
 
 
@@ -177,8 +180,8 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
     path = shutil.copytree(store(), tmp_path / "store")
     with LLM(path, ctx_size=64, warm=True) as llm:
-        llm.engine.forward([5, 6, 7])
-        key = min(llm.engine._runner.residency.arena.held())
+        llm.runner.forward([5, 6, 7])
+        key = min(llm.runner._experts.residency.arena.held())
         location = llm.store.location(key.layer, key.expert)
     with open(location.file, "r+b") as file:
         file.seek(location.offset + 7)
@@ -189,18 +192,19 @@ def test_a_damaged_slice_is_left_to_those_who_ask_for_it(monkeypatch, tmp_path, 
     with LLM(path, ctx_size=64, warm=True, on_status=said.append):
         pass
     assert f"expert {key.expert} of layer {key.layer} is damaged" in said[-1]
-    assert said[-1].startswith("warm start: not possible")
+    assert said[-1].startswith("warning: no warm start: ")
 
 
 def test_ctrl_c_writes_it_too(path, capsys, monkeypatch, tmp_path):
-    moert, forward, calls = Program(capsys, monkeypatch, tmp_path), Engine.forward, iter(range(99))
+    moert, step, calls = Program(capsys, monkeypatch, tmp_path), ModelRunner.step, iter(range(99))
 
-    def interrupted(self, ids, all_logits=False):
+    def interrupted(self, inputs, decoding):
         if next(calls) == 3:
-            raise KeyboardInterrupt
-        return forward(self, ids, all_logits)
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, of which this thread knows nothing
+            time.sleep(0.3)
+        return step(self, inputs, decoding)
 
-    monkeypatch.setattr(Engine, "forward", interrupted)
+    monkeypatch.setattr(ModelRunner, "step", interrupted)
     assert moert("generate", "-m", str(path), "-p", "Hello", "-n", "9", "--ignore-eos", "--warm").code == 130
     file = warm_file(path, "fixed:4")
     assert json.loads(file.read_bytes())["resident"]

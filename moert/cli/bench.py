@@ -16,6 +16,7 @@ from moert.cli import common
 from moert.cli.figures import add_options as add_figures_options
 from moert.cli.figures import figures
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import DEFAULT_CTX_SIZE, format_bytes, parse_bytes
 from moert.errors import UsageError
 
@@ -53,25 +54,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for short, long, default, text in (
         ("-p", "--n-prompt", 512, "prefill of N tokens; 0: none"),
         ("-n", "--n-gen", 128, "decode of N tokens; 0: none"),
-        ("-d", "--n-depth", 0, "tokens that stand before them"),
+        ("-d", "--n-depth", 0, "tokens in the context before them"),
     ):
         text = f"{text} (default {default})"
         parser.add_argument(short, long, type=_counts, default=[default], metavar="N[,N...]", help=text)
-    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
-    parser.add_argument("--no-warmup", action="store_true", help="no repetition before those that count")
-    parser.add_argument("-o", "--output", choices=("md", "csv", "json"), default="md", help="form of the rows")
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="tokens of this text, not random ones")
-    common.add_quiet_option(parser)
-    group = parser.add_argument_group("kernels alone (of the options above, -r, --no-warmup, -o and -t count)")
+    parser.add_argument(
+        "-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each test (default 5)"
+    )
+    parser.add_argument("--no-warmup", action="store_true", help="start measuring with the first repetition")
+    parser.add_argument(
+        "-o", "--output", choices=("md", "csv", "json"), default="md", help="format of the rows (default md)"
+    )
+    parser.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="take the tokens from this text (default: random ones)"
+    )
+    common.add_status_options(parser, details=True)
+    group = parser.add_argument_group("kernels alone (takes -r, --no-warmup, -o and -t too)")
     group.add_argument("--kernels", action="store_true", help="time each kernel and width on experts of random bytes")
-    group.add_argument("--size", default="1GiB", help="memory that these fill (default 1GiB: beyond the caches)")
+    group.add_argument(
+        "--size", default="1GiB", help="memory that the experts fill (default 1GiB: more than the caches of a CPU)"
+    )
     common.add_memory_options(parser)
     common.add_conversion_options(parser)
     add_figures_options(parser)
 
 
 def _counts(text: str) -> list[int]:
-    """ "512,2048" -> [512, 2048]."""
+    """Read whole numbers: "512,2048" is [512, 2048]."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -80,12 +89,10 @@ def _counts(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     if args.repetitions < 1:
-        raise UsageError(f"{args.repetitions} repetitions measure nothing: give -r at least 1.")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"threads {args.threads} must be at least 1.")
+        raise UsageError(f"repetitions {args.repetitions} must be at least 1.")
     if args.kernels and (args.stats or args.timeline):
-        raise UsageError("--stats and --timeline are of a model that runs: they do not go with --kernels.")
-    status = common.Status(args.quiet)
+        raise UsageError("--stats and --timeline need a model that runs: leave them out with --kernels.")
+    status = Status.of(args)
     return _kernels(args, status) if args.kernels else _model(args, status)
 
 
@@ -124,7 +131,7 @@ class _Table:
             print(f"\n{kernel}{row['threads']} threads, {bandwidth}{load}, {row['timestamp']}")
 
 
-def _bandwidth(args: argparse.Namespace, status: common.Status, threads: int) -> float:
+def _bandwidth(args: argparse.Namespace, status: Status, threads: int) -> float:
     from moert.measure.bench_kernels import memory_bandwidth
 
     with status.spinner("Measuring the memory bandwidth"):
@@ -133,25 +140,25 @@ def _bandwidth(args: argparse.Namespace, status: common.Status, threads: int) ->
     return bandwidth
 
 
-def _open(args: argparse.Namespace, status: common.Status, cases: Sequence[Case]) -> LLM:
+def _open(args: argparse.Namespace, status: Status, cases: Sequence[Case]) -> LLM:
     """The model with a context that every case fits into."""
     needed = max(cases, key=lambda case: case.needed)
     wanted = f"{needed.name} needs a context of {needed.needed} tokens"
     if args.ctx_size is None and needed.needed > DEFAULT_CTX_SIZE:
         args.ctx_size = needed.needed
-        status.say(f"chosen: context {args.ctx_size}, since {wanted}")
-    elif args.ctx_size is not None and 0 < args.ctx_size < needed.needed:
+        status.say(f"context {args.ctx_size}: {wanted}")
+    elif args.ctx_size is not None and args.ctx_size < needed.needed:
         raise UsageError(f"{wanted}, but --ctx-size is {args.ctx_size}.")
     llm = common.open_llm(args, status)
     if llm.ctx_size < needed.needed:  # the default, which is less for models with a short context
         llm.close()
         args.ctx_size = needed.needed
-        status.say(f"chosen: context {args.ctx_size}, since {wanted}")
+        status.say(f"context {args.ctx_size}: {wanted}")
         llm = common.open_llm(args, status)
     return llm
 
 
-def _model(args: argparse.Namespace, status: common.Status) -> int:
+def _model(args: argparse.Namespace, status: Status) -> int:
     from moert.measure import bench  # loads torch
 
     cases = bench.make_cases(args.n_prompt, args.n_gen, args.n_depth)
@@ -159,16 +166,17 @@ def _model(args: argparse.Namespace, status: common.Status) -> int:
     table = _Table(args.output, MODEL_COLUMNS, left=4)
     with figures(args, status) as taken, _open(args, status, cases) as llm:
         taken.of(llm)
+        status.say(common.headline(args, llm))
         ids = None if text is None else llm.tokenizer.encode(text)
         tokens = bench.Tokens(llm.store.architecture.vocab_size, ids)
         tokens.check(max(case.needed for case in cases))
-        bandwidth = _bandwidth(args, status, llm.engine.threads)
+        bandwidth = _bandwidth(args, status, llm.runner.threads)
         try:
             with line_progress(status) as progress:
                 for case in cases:
-                    measurement = bench.Measurement(llm.store, llm.engine, case, tokens, bandwidth)
+                    measurement = bench.Measurement(llm.store, llm.runner, case, tokens, bandwidth)
                     try:
-                        measurement.run(args.repetitions, not args.no_warmup, progress)
+                        llm.call(lambda runner: measurement.run(args.repetitions, not args.no_warmup, progress))  # noqa: B023
                     finally:
                         row = measurement.row()
                         if row is not None:
@@ -180,12 +188,12 @@ def _model(args: argparse.Namespace, status: common.Status) -> int:
     return 0
 
 
-def _interrupted(status: common.Status) -> int:
-    status.show("Interrupted: these are the repetitions that had ended.")
+def _interrupted(status: Status) -> int:
+    status.show("Interrupted: the rows above are of the repetitions that were complete.")
     return common.INTERRUPTED
 
 
-def _kernels(args: argparse.Namespace, status: common.Status) -> int:
+def _kernels(args: argparse.Namespace, status: Status) -> int:
     from moert.engine.model_runner import default_threads
     from moert.measure import bench_kernels
     from moert.quant import dispatch

@@ -14,6 +14,7 @@ from moert.cli import common
 from moert.cli.figures import add_options as add_figures_options
 from moert.cli.figures import figures
 from moert.cli.session import ChatSession
+from moert.cli.status import Status
 from moert.config import AUTO
 
 if TYPE_CHECKING:
@@ -23,25 +24,23 @@ _BLOCK = '"""'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    common.add_run_options(parser)
+    common.add_run_options(parser, memory_budget=AUTO)
     common.add_template_options(parser)
     add_figures_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     person = sys.stdin.isatty()
     template_args = common.template_args(args)
-    if args.memory_budget is None and args.expert_budget is None:
-        args.memory_budget = AUTO
     with figures(args, status) as taken, common.open_llm(args, status) as llm:
         taken.of(llm)
+        status.say(common.headline(args, llm) + (" · /help for commands, Ctrl-D to quit" if person else ""))
         params = common.sampling_params(args, llm, status)
         if llm.tokenizer.chat_template is None:
-            status.say("The model has no chat template: it continues your text instead of answering it.")
+            status.warn("the model has no chat template, so it continues your text instead of answering it")
         session = ChatSession(llm, params, args.system, status, person, template_args)
         if person:
-            status.say("/help lists what can be said; Ctrl-D leaves.")
             interactive(session, make_prompt())
         else:
             piped(session)
@@ -85,7 +84,7 @@ def interactive(session: ChatSession, prompt: PromptSession[str]) -> None:
             if warned:
                 return
             warned = True
-            session.status.show("Ctrl-C again leaves; so do Ctrl-D and /exit.")
+            session.status.show("Ctrl-C again quits, as do Ctrl-D and /exit.")
             continue
         warned = False
         if not session.handle(*entered):

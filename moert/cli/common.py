@@ -1,9 +1,8 @@
-"""Shared code of the commands: options, the status stream (stderr), loading a model, the line of speeds."""
+"""Options, loading of a model, and the lines about an answer, for all commands."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import unicodedata
@@ -11,55 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from moert import __version__
+from moert.cli.options import add_settings, settings_of
 from moert.cli.progress import conversion_progress
-from moert.config import format_bytes, parse_bytes
-from moert.errors import MoertError, UsageError
+from moert.cli.status import Status
+from moert.config import DEVICE, MEMORY, STREAMING, format_bytes, parse_bytes
+from moert.errors import TraceError, UsageError
 from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
-    from moert.engine.sampling import SamplingParams
+    from moert.engine.sampling import ResolvedParams
     from moert.scheduler.trace import Trace
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
-# option, name of the field of SamplingParams, type, help
+# option, name of the field of ResolvedParams, type, help
 SAMPLING = (
-    ("--temp", "temperature", float, "0 always takes the likeliest token"),
-    ("--top-k", "top_k", int, "draw from the N likeliest tokens (0: all)"),
-    ("--top-p", "top_p", float, "draw from the likeliest tokens that make up X (1: all)"),
+    ("--temp", "temperature", float, "temperature; 0 always takes the likeliest token"),
+    ("--top-k", "top_k", int, "choose among the N likeliest tokens (0: all)"),
+    ("--top-p", "top_p", float, "choose among the likeliest tokens that together have probability X (1: all)"),
     ("--min-p", "min_p", float, "drop tokens less likely than X times the likeliest (0: none)"),
     ("--repeat-penalty", "repeat_penalty", float, "make tokens seen before less likely (1: off)"),
-    ("--seed", "seed", int, "same seed, same text"),
+    ("--seed", "seed", int, "the same seed gives the same text"),
 )
-
-
-class TraceError(MoertError):
-    """A routing trace is malformed, or has nothing to decode."""
-
-
-class Status:
-    """Everything that is not data, on stderr. `quiet` silences all but answers to the user's commands."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    @property
-    def live(self) -> bool:
-        """Tell whether spinners and bars make sense."""
-        return self.console.is_terminal and not self.quiet
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            self.show(text)
-
-    def show(self, text: str, style: str = "dim") -> None:
-        self.console.print(text, style=style, markup=False)
-
-    def spinner(self, text: str) -> contextlib.AbstractContextManager[object]:
-        return self.console.status(text) if self.live else contextlib.nullcontext()
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -77,12 +50,12 @@ def parse_sweep(text: str, name: str) -> list[int]:
     """
     found, _, values = text.partition("=")
     if found != name or not values:
-        raise UsageError(f"sweep {text!r} is not known; write --sweep {name}=1GiB:8GiB.")
+        raise UsageError(f"--sweep {text} is not of the form {name}=1GiB:8GiB.")
     if ":" not in values:
         return [parse_bytes(part, name) for part in values.split(",")]
     low, high = (parse_bytes(part, name) for part in values.split(":", 1))
     if low > high:
-        raise UsageError(f"sweep {text!r} ends below its beginning.")
+        raise UsageError(f"--sweep {text}: the last size is below the first.")
     sizes = [low]
     while sizes[-1] * 2 <= high:
         sizes.append(sizes[-1] * 2)
@@ -108,34 +81,40 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quiet_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-q", "--quiet", action="store_true", help="no status lines")
+def add_status_options(parser: argparse.ArgumentParser, details: bool = False) -> None:
+    """Add -q, and -v for the commands that have details to tell."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-q", "--quiet", action="store_true", help="no status lines")
+    if details:
+        group.add_argument("-v", "--verbose", action="store_true", help="say what was chosen, and how memory is split")
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", help="store, checkpoint folder or hub id (default: the small model that comes along)"
-    )
+    parser.add_argument("-m", "--model", help="store, checkpoint folder or hub id (default: the small built-in model)")
     parser.add_argument("--offline", action="store_true", help="never use the network")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the commands that run a model."""
+def add_run_options(parser: argparse.ArgumentParser, memory_budget: str | None = None) -> None:
+    """Add the options of the commands that run a model. memory_budget: the default."""
     add_model_option(parser)
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
-    add_quiet_option(parser)
-    add_memory_options(parser)
+    add_status_options(parser, details=True)
+    add_memory_options(parser, memory_budget)
     parser.add_argument(
         "--warm",
         action="store_true",
-        help="begin with the experts in memory that were there at the end of the last run",
+        help="start with the experts in memory that were in memory at the end of the last run",
     )
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
-    group.add_argument("-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="longest answer in tokens")
+    group.add_argument(
+        "-n", "--max-tokens", "--n-predict", type=int, metavar="N", help="length of the answer in tokens at most"
+    )
     for option, name, kind, text in SAMPLING:
         group.add_argument(option, dest=name, type=kind, metavar="X" if kind is float else "N", help=text)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text (may be given again)")
-    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end of text")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text (may be given again)"
+    )
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="do not stop at the end-of-text token")
     add_conversion_options(parser)
 
 
@@ -171,77 +150,16 @@ def template_args(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `open_llm` reads besides the model and its conversion."""
-    group = parser.add_argument_group("memory and speed")
-    group.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="all the memory to use, such as 2GiB; auto: as a plan for this machine says, as of precision and context",
-    )
-    group.add_argument("--expert-budget", metavar="SIZE", help="memory for experts alone (for experiments)")
-    group.add_argument(
-        "--precision",
-        metavar="POLICY",
-        help="width of the experts: fixed:4; routed:3 for a mean chosen by the router; elastic:3 for what is in "
-        "memory, in sum no worse than 3 bits, not reproducible (default: the widest). Behind elastic:3 also ,skip=0.05 "
-        "(leaves missing experts out that weigh less) and ,route=0.1 (favours experts in memory, beyond the bound)",
-    )
-    group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context length in tokens")
-    group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    group.add_argument(
+def add_memory_options(parser: argparse.ArgumentParser, memory_budget: str | None = None) -> None:
+    """Add what `open_llm` wants to know besides the model and its conversion. memory_budget: the default."""
+    defaults = {} if memory_budget is None else {"memory_budget": memory_budget}
+    add_settings(parser, (MEMORY, STREAMING, DEVICE), **defaults)
+    parser.add_argument(
         "--record-trace",
         type=Path,
         metavar="FILE",
-        help="write which experts every token is routed to (FILE.gz: compressed)",
+        help="write which experts each token is routed to (compressed if FILE ends in .gz)",
     )
-    _add_streaming_options(parser)
-    add_device_options(parser, "auto")
-
-
-def add_device_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options that `device_options` reads."""
-    group = parser.add_argument_group("device")
-    group.add_argument(
-        "--device",
-        default=default,
-        metavar="KIND",
-        help=f"auto (a GPU that can be used), cpu, cuda; slow, for tests: emulated, interpreter (default {default})",
-    )
-    group.add_argument("--device-budget", metavar="SIZE", help="memory of the device to use, such as 4GiB")
-    group.add_argument(
-        "--no-hybrid",
-        action="store_true",
-        help="compute all experts on the device: slower, but the same text every time",
-    )
-    group.add_argument(
-        "--dense-quant",
-        default="16",
-        metavar="KIND",
-        help="everything but the experts on the device: 16 (bits, default), int8, nf4, or off to leave it on the host",
-    )
-
-
-def device_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `EngineConfig` that these options are."""
-    budget = args.device_budget
-    return {
-        "device": args.device,
-        "device_budget": None if budget is None else parse_bytes(budget, "device-budget"),
-        "hybrid": not args.no_hybrid,
-        "dense_quant": args.dense_quant,
-    }
-
-
-def _add_streaming_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("streaming of experts (for experiments)")
-    group.add_argument("--cache-policy", default="score", metavar="NAME", help="score (default), lru or lfu")
-    group.add_argument("--load-order", default="hottest", metavar="NAME", help="hottest (default) or number")
-    group.add_argument(
-        "--prefetch", default="auto", metavar="N", help="layers to look ahead: auto (default), off, 1, 2 or 3"
-    )
-    group.add_argument("--no-overlap", action="store_true", help="read first, compute then: a baseline")
 
 
 def resolve_model(args: argparse.Namespace, status: Status) -> Path:
@@ -253,7 +171,7 @@ def resolve_model(args: argparse.Namespace, status: Status) -> Path:
             widths=args.widths,
             group_size=args.group_size,
             dense_bits=args.dense_bits,
-            on_status=status.say,
+            on_status=status.say if args.model else status.detail,
             progress=progress,
         )
 
@@ -263,30 +181,15 @@ def open_llm(args: argparse.Namespace, status: Status) -> LLM:
     trace: Path | None = args.record_trace
     if trace is not None and (trace.is_dir() or not trace.parent.is_dir()):
         wrong = "is a folder" if trace.is_dir() else f"is in the folder {trace.parent}, which does not exist"
-        raise UsageError(f"--record-trace {trace} {wrong}: name a file that can be written.")
+        raise UsageError(f"--record-trace: {trace} {wrong}.")
     path = resolve_model(args, status)
-    with status.spinner(f"Loading {model_name(args)}"):
+    with status.spinner("Loading the model"):
         from moert.api import LLM  # loads torch
 
-        llm = LLM(
-            path,
-            memory_budget=args.memory_budget,
-            expert_budget=args.expert_budget,
-            precision=args.precision,
-            ctx_size=args.ctx_size,
-            threads=args.threads,
-            kv_bits=args.kv_bits,
-            cache_policy=args.cache_policy,
-            load_order=args.load_order,
-            prefetch=args.prefetch,
-            overlap=not args.no_overlap,
-            batch_size=vars(args).get("batch_size", 1),
-            token_scheduler=vars(args).get("token_scheduler", "first-come"),
-            **device_options(args),
-            warm=vars(args).get("warm", False),
-            offline=args.offline,
-            on_status=status.say,
-        )
+        # One prompt at a time, where nothing says otherwise, needs the least memory.
+        settings = {"batch_size": vars(args).get("batch_size", 1), **settings_of(args)}
+        warm = vars(args).get("warm", False)
+        llm = LLM(path, warm=warm, offline=args.offline, on_status=status.report, **settings)
     if trace is not None:
         try:
             llm.record_trace(trace)
@@ -307,7 +210,21 @@ def check_kernel() -> None:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    return Path(args.model).name if args.model else "the shipped model"
+    return Path(args.model).name if args.model else "the small built-in model"
+
+
+def headline(args: argparse.Namespace, llm: LLM) -> str:
+    """Say in one line what runs: model, precision, context, budget, and how much of the model is in memory."""
+    share = llm.resident_share
+    parts = [
+        f"moert {__version__}",
+        model_name(args),
+        llm.precision,
+        f"context {llm.ctx_size}",
+        f"budget {format_bytes(llm.budget)}",
+        "all experts in memory" if share >= 1 else f"{share:.0%} of experts in memory",
+    ]
+    return " · ".join(parts if llm.device is None else [*parts, llm.device])
 
 
 def read_text(path: Path, what: str) -> str:
@@ -333,7 +250,7 @@ def print_cells(cells: Sequence[str]) -> None:
     print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
 
-def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> SamplingParams:
+def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> ResolvedParams:
     """The model's defaults, changed by the options; says what came from where."""
     from moert.engine.sampling import usable_fields
 
@@ -347,8 +264,8 @@ def sampling_params(args: argparse.Namespace, llm: LLM, status: Status) -> Sampl
         del values["ignore_eos"]
     if not params.stop:
         del values["stop"]
-    status.say(
-        "Sampling: " + ", ".join(f"{name} {value} ({origins.get(name, 'default')})" for name, value in values.items())
+    status.detail(
+        "sampling: " + ", ".join(f"{name} {value} ({origins.get(name, 'default')})" for name, value in values.items())
     )
     return params
 
@@ -366,7 +283,8 @@ def conclude(llm: LLM, stats: GenerationStats, status: Status, more: str = "") -
     if llm.plan is not None:
         llm.plan.add(stats)
         if warning := llm.plan.warning():
-            status.say(warning)
+            slow = (llm.plan.achieved or 0) < llm.plan.prediction.decode_tokens_per_s
+            (status.warn if slow else status.detail)(warning)
 
 
 def speeds(stats: GenerationStats) -> str:
@@ -374,7 +292,7 @@ def speeds(stats: GenerationStats) -> str:
     parts = [f"{stats.completion_tokens} tokens"]
     if stats.decode_tokens_per_s:
         parts.append(f"{stats.decode_tokens_per_s:.1f} tokens/s")
-    parts.append(f"first after {stats.ttft_s:.2f} s")
+    parts.append(f"TTFT {stats.ttft_s:.2f} s")
     if stats.prefill_tokens_per_s:
         cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
         parts.append(f"prompt {stats.prompt_tokens}{cached} at {stats.prefill_tokens_per_s:.0f} tokens/s")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moert.cli import common
 from moert.cli.progress import conversion_progress
+from moert.cli.status import Status
 from moert.config import format_bytes, parse_bytes
 from moert.convert import calibration_text as calibration
 from moert.errors import StoreError, UsageError
@@ -17,25 +18,25 @@ from moert.hub import resolve as source
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="checkpoint folder or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
-    parser.add_argument("--resume", action="store_true", help="go on with a conversion that was cut off")
+    parser.add_argument("--resume", action="store_true", help="continue a conversion that was interrupted")
     parser.add_argument("--offline", action="store_true", help="never use the network")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
     common.add_conversion_options(parser)
     parser.add_argument(
         "--calibrate",
         metavar="TEXT",
-        help="choose the codes by their effect on the outputs for a text file; `default`: for one that comes along",
+        help="choose codes by their effect on the outputs for a text file; `default` takes one that comes along",
     )
     parser.add_argument(
         "--max-size",
         metavar="SIZE",
-        help="of the whole store, such as 9GiB: of each expert only the widths are kept that lower the errors most, as"
-        " --calibrate measures them (until then the disk holds all widths)",
+        help="size of the store at most, such as 9GiB: experts keep the widths that lower the errors most, as measured"
+        " by --calibrate (during the conversion the disk holds all widths)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     if os.path.lexists(args.out):  # said before a download, not after it
         raise StoreError(f"{args.out} exists already: delete it or choose another name.")

@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 
 from moert import __version__
-from moert.config import format_bytes
+from moert.config import cache_folder, format_bytes
 from moert.errors import MoertError
 from moert.hardware.devices import NVIDIA, this_machine
 from moert.hardware.jetson import read_jetson
@@ -116,7 +116,7 @@ def _cgroup() -> Finding:
 
 def _cache() -> Finding:
     try:
-        folder = source.cache_folder()
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
@@ -129,7 +129,7 @@ def _direct_reads() -> Finding:
     from moert.runtime.transfer import direct_io_works
 
     try:
-        with tempfile.NamedTemporaryFile(dir=source.cache_folder()) as file:
+        with tempfile.NamedTemporaryFile(dir=cache_folder()) as file:
             file.write(bytes(4096))
             file.flush()
             works = direct_io_works(Path(file.name))

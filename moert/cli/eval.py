@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.options import add_settings, settings_of
 from moert.cli.progress import conversion_progress, line_progress
-from moert.config import EngineConfig, format_bytes, parse_budget, parse_bytes
+from moert.cli.status import Status
+from moert.config import DEVICE, EngineConfig, format_bytes
 from moert.errors import UsageError
 from moert.hub import resolve as source
 
@@ -43,41 +45,36 @@ READ: dict[str, Callable[[Row], str]] = {"read MB/token": lambda r: f"{r.bytes_r
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: held out from the small model)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text (default: one that the small model was not trained on)"
+    )
     parser.add_argument(
         "--against", metavar="STORE", help="the lossless store, or a checkpoint (converted once to one)"
     )
     parser.add_argument(
-        "--precision", nargs="+", default=[], metavar="POLICY", help="one row each (default: all widths stored)"
+        "--precision",
+        nargs="+",
+        default=[],
+        metavar="POLICY",
+        help="precisions to compare, one row each (default: all widths stored)",
     )
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
-    parser.add_argument("--tokens", type=int, default=20480, metavar="N", help="at most; 0: all (default 20480)")
     parser.add_argument(
-        "--one-by-one", action="store_true", help="token by token, as answers are computed: for precision elastic"
+        "--tokens", type=int, default=20480, metavar="N", help="tokens of the text at most; 0: all (default 20480)"
+    )
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="compute token by token, as answers are: for precision elastic"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw perplexity against bytes per token")
-    common.add_quiet_option(parser)
-    group = parser.add_argument_group("memory and speed")
-    group.add_argument("--memory-budget", metavar="SIZE", help="all the memory to use, such as 2GiB, or auto (default)")
-    group.add_argument("--expert-budget", metavar="SIZE", help="memory for the store's experts (for experiments)")
-    group.add_argument("--kv-bits", type=int, choices=(8, 16), help="bits of cached keys and values (default 16)")
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_device_options(parser, "cpu")
+    common.add_status_options(parser, details=True)
+    add_settings(parser, ("memory_budget", "expert_budget", "kv_bits", "threads", DEVICE), device="cpu")
     common.add_conversion_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
-    budget = parse_budget(args.memory_budget)
-    experts = None if args.expert_budget is None else parse_bytes(args.expert_budget, "expert-budget")
-    config = EngineConfig(
-        memory_budget=budget,
-        expert_budget=experts,
-        threads=args.threads,
-        kv_bits=args.kv_bits,
-        **common.device_options(args),
-    )
+    status = Status.of(args)
+    config = EngineConfig.of({**settings_of(args), "precision": None})
     if args.plot is not None:
         from moert.measure import plot
 
@@ -86,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     text = _read(path)
     model = common.resolve_model(args, status)
     against = None if args.against is None else _lossless(args, status)
-    with status.spinner(f"Loading {common.model_name(args)}"):
+    with status.spinner("Loading the model"):
         from moert.measure import evaluate  # loads torch
         from moert.models.stored_model import StoredModel as Store
 
@@ -94,14 +91,14 @@ def main(args: argparse.Namespace) -> int:
         reference = None if against is None else Store.open(against)
         windows = evaluate.cut(evaluate.encode(text, store, reference), args.window, args.tokens)
         evaluation = evaluate.Evaluation(
-            store, reference, args.precision, config, args.window, status.say, args.one_by_one
+            store, reference, args.precision, config, args.window, status.report, args.one_by_one
         )
     code = 0
     try:
         with line_progress(status) as progress:
             evaluation.run(windows, progress)
     except KeyboardInterrupt:
-        status.show("Interrupted: this is what had been measured.")
+        status.show("Interrupted: the table shows what was measured until then.")
         code = common.INTERRUPTED
     finally:
         evaluation.close()
@@ -115,7 +112,7 @@ def _read(path: Path) -> str:
     return common.read_text(path, "The text")
 
 
-def _lossless(args: argparse.Namespace, status: common.Status) -> Path:
+def _lossless(args: argparse.Namespace, status: Status) -> Path:
     """The store that --against names; a checkpoint is converted."""
     options: dict[str, Any] = {} if source.is_store(Path(args.against).expanduser()) else LOSSLESS
     with conversion_progress(status) as progress:

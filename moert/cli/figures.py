@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moert.cli.common import Status
+from moert.cli.status import Status
 from moert.config import format_bytes
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ COLUMNS = ("layer", "hits", "waited", "computed", "on demand", "prefetched", "us
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what it took")
+    group = parser.add_argument_group("statistics")
     group.add_argument(
-        "--stats", action="store_true", help="at the end a table of what each layer took (warm-up included)"
+        "--stats", action="store_true", help="print a table of times and bytes per layer at the end (warm-up included)"
     )
-    group.add_argument("--timeline", type=Path, metavar="FILE", help="draw what happened when, for ui.perfetto.dev")
+    group.add_argument("--timeline", type=Path, metavar="FILE", help="write a timeline for ui.perfetto.dev")
 
 
 class Figures:
@@ -38,17 +38,18 @@ class Figures:
         """Watch this model from now on."""
         self._llm = llm
         if self._timeline is not None:
-            llm.engine.draw(self._timeline)
+            timeline = self._timeline
+            llm.call(lambda runner: runner.draw(timeline))
 
     def show(self) -> None:
         """The table of what was done up to now."""
         if self._wanted and self._llm is not None:
-            engine, top_k = self._llm.engine, self._llm.store.architecture.top_k
+            runner, top_k = self._llm.runner, self._llm.store.architecture.top_k
             for what, decoding in (("prompts", False), ("decoding", True)):
-                layers = engine.layer_counters(decoding)
-                for line in table(what, layers, engine.widths, top_k):
+                layers = runner.layer_counters(decoding)
+                for line in table(what, layers, runner.widths, top_k):
                     self._status.show(line, style="default")
-            if line := engine.foresight():
+            if line := runner.foresight():
                 self._status.show(line, style="default")
 
 

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from moert.cli import common
 from moert.cli.figures import add_options as add_figures_options
 from moert.cli.figures import figures
+from moert.cli.options import add_settings
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
+from moert.config import PROMPTS
 from moert.errors import UsageError
 
 if TYPE_CHECKING:
     from moert.api import LLM, Chunk
-    from moert.engine.sampling import SamplingParams
+    from moert.engine.sampling import ResolvedParams
 
 _TITLE = 60  # characters of a prompt that stand above its text
 
@@ -37,37 +40,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object for each prompt instead of text")
     common.add_run_options(parser)
     common.add_template_options(parser)
-    group = parser.add_argument_group("several prompts")
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="prompts that run together, each with a context of its own (default: as many as one context holds)",
-    )
-    group.add_argument(
-        "--token-scheduler",
-        default="first-come",
-        metavar="NAME",
-        help="which of them take a step together: first-come (default) or most-overlap",
-    )
+    add_settings(parser, [PROMPTS])
     add_figures_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
-        raise UsageError("A system prompt (-sys) needs --chat: without it the prompt is continued as it is.")
+        raise UsageError("A system prompt (-sys) needs --chat, since without it the prompt is continued as it is.")
     template_args = common.template_args(args)
     if template_args and not args.chat:
-        raise UsageError("--template-arg and --no-think need --chat: without it no chat template is used.")
+        raise UsageError("--template-arg and --no-think need --chat, since without it no chat template is used.")
     prompts = _prompts(args)
     if len(prompts) == 1:
         args.batch_size = 1
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     with figures(args, status) as taken, common.open_llm(args, status) as llm:
         taken.of(llm)
+        status.say(common.headline(args, llm))
         params = common.sampling_params(args, llm, status)
         if args.chat and llm.tokenizer.chat_template is None:
-            status.say("The model has no chat template: the texts follow one another.")
+            status.warn("the model has no chat template, so it continues the text instead of answering it")
         if len(prompts) > 1:
             return _several(args, llm, prompts, params, status, template_args)
         messages = _messages(args, prompts[0])
@@ -112,8 +104,8 @@ def _several(
     args: argparse.Namespace,
     llm: LLM,
     prompts: list[str],
-    params: SamplingParams,
-    status: common.Status,
+    params: ResolvedParams,
+    status: Status,
     template_args: dict[str, Any],
 ) -> int:
     inputs: Sequence[str | list[int]] = prompts

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import UsageError
 from moert.hub import resolve as source
@@ -20,12 +21,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
     parser.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
     common.add_conversion_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
     store_path = source.find(args.model, settings)
     if store_path is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moert import __version__
+from moert.config import did_you_mean
 from moert.errors import MoertError, UsageError
 
 COMMANDS = {
@@ -31,12 +31,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns its exit code. Raises MoertError, OSError, KeyboardInterrupt, SystemExit."""
+    """Run one command and return its exit code; without a command print the help.
+
+    Raises MoertError, OSError, KeyboardInterrupt, SystemExit.
+    """
     if argv and argv[0] in COMMANDS:
+        from moert.cli.options import Parser
+
         command = importlib.import_module(f"moert.cli.{argv[0].replace('-', '_')}")
-        parser = argparse.ArgumentParser(f"moert {argv[0]}", description=command.__doc__, allow_abbrev=False)
-        command.add_options(parser)
-        return int(command.main(parser.parse_args(argv[1:])))
+        options = Parser(f"moert {argv[0]}", description=command.__doc__)
+        command.add_options(options)
+        return int(command.main(options.parse_args(argv[1:])))
     listing = "\n".join(f"  {name:17}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "moert",
@@ -45,15 +50,15 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"moert {__version__}")
-    parser.add_argument("command", metavar="COMMAND")
+    parser.add_argument("-V", "--version", action="version", version=f"moert {__version__}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?")
     name = parser.parse_known_args(argv)[0].command
+    if not argv:
+        parser.print_help()
+        return 0
     if argv[0].startswith("-"):
         raise UsageError(f"Options stand after the command: moert COMMAND {argv[0]} ...")
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    raise UsageError(
-        f"There is no command {name!r}; " + (f"did you mean {close[0]}?" if close else "see moert --help.")
-    )
+    raise UsageError(f"There is no command {name!r}{did_you_mean(name, COMMANDS, '; moert --help lists them.')}")
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:

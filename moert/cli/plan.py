@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.options import Renamed
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes, parse_budget
 from moert.errors import BudgetError, UsageError
 from moert.hardware.devices import device_or_this, devices
@@ -33,11 +35,11 @@ _POINTS = 8  # budgets of a plot, where no sweep says which
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help="all the memory to use, such as 6GiB (default: what each precision can use, within 80%% of what there is)",
+        help="memory for everything, such as 6GiB (default: what each precision can use, up to 80%% of the memory)",
     )
     parser.add_argument(
         "--sweep",
@@ -45,10 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="budgets from LOW, each twice the one before, up to HIGH; or a list, such as 4GiB,6GiB,8GiB",
     )
     parser.add_argument(
-        "--device",
+        "--profile",
         metavar="NAME|FILE",
-        help=f"another device than this machine: {', '.join(sorted(devices()))}, or a profile",
+        help=f"profile of another device than this machine: {', '.join(sorted(devices()))}, or a file",
     )
+    parser.add_argument("--device", action=Renamed, new="--profile")
     parser.add_argument(
         "--precision",
         metavar="POLICY",
@@ -65,10 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=256,
-        help="of the prompt whose time to first token is predicted (default 256)",
+        help="length of the prompt for the time to first token (default 256)",
     )
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="routes recorded with this model (default: drawn from statistics)"
+        "--trace", type=Path, metavar="FILE", help="routing trace of this model (default: routes drawn from statistics)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed and quality against memory, as a PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -76,10 +79,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     _check(args)
     budgets = _budgets(args)
-    profile, about = device_or_this(args.device)
+    profile, about = device_or_this(args.profile)
     shape = _shape(args, status)
     routes = _routes(args, shape)
     for line in _assumed(args, shape, profile, about, routes):
@@ -125,7 +128,7 @@ def _budgets(args: argparse.Namespace) -> list[int | None]:
     return [*common.parse_sweep(args.sweep, "memory-budget")]
 
 
-def _shape(args: argparse.Namespace, status: common.Status) -> ModelShape:
+def _shape(args: argparse.Namespace, status: Status) -> ModelShape:
     from moert.planning.model_shape import read_shape
 
     settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
@@ -149,7 +152,7 @@ def _assumed(
     )
     yield (
         f"on disk {format_bytes(shape.store_bytes)} with widths {' '.join(map(str, shape.widths))}; resident"
-        f" {format_bytes(shape.resident_bytes)} at {shape.dense_bits} bits; the experts of a token {per_token}"
+        f" {format_bytes(shape.resident_bytes)} at {shape.dense_bits} bits; {per_token} of experts per token"
     )
     if not shape.runnable:
         yield f"note: moert cannot run this model: {shape.why_not.rstrip('.')}; planned as if it could."
@@ -158,12 +161,12 @@ def _assumed(
         f" {profile.memory_bytes_per_s / 1e9:.3g} GB/s; disk {profile.disk_bytes_per_s / 1e9:.3g} GB/s"
     )
     if profile.gpu_memory_bytes is not None:
-        yield "note: its GPU is left aside: moert computes on the CPU as yet."
+        yield "note: plans are for the CPU alone: the GPU of this device is not used."
     yield f"routing: {routes.about}"
     yield f"quality: {_quality_note(shape)}"
     if not shape.calibrated and shape.widths[-1] < 16:
         yield "note: converted with rounding; --calibrate makes narrow widths better and routed:B possible."
-    yield f"prompt: {args.prompt_tokens} tokens, no expert in memory before; prefill: 512 tokens later on"
+    yield f"prompt: {args.prompt_tokens} tokens, starting with no expert in memory; prefill: 512 tokens once it is warm"
 
 
 def _title(shape: ModelShape) -> str:
@@ -195,7 +198,7 @@ class _Plan:
         self._slices = {name: policy_of(name, routes.trace, shape).slices(shape.widths) for name in precisions}
         self.rows: list[tuple[int | None, str, int, Prediction | BudgetError]] = []
         self._available = int(profile.memory_bytes - profile.library_bytes)
-        if args.device is None:
+        if args.profile is None:
             from moert.hardware.memory import available_bytes
 
             self._available = min(self._available, available_bytes())

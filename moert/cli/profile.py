@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.options import add_settings
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import ProfileError, UsageError
 from moert.hardware.devices import own_file
@@ -31,22 +33,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE", help="write the profile there (default: where moert finds it); -: print it"
     )
     parser.add_argument("--name", default="this-machine", help="name of the device in the profile")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
+    add_settings(parser, ["threads"])
     parser.add_argument("--json", action="store_true", help="print the profile instead of a table of it")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"threads {args.threads} must be at least 1.")
+    status = Status.of(args)
     if not args.name.strip():
-        raise UsageError("The device needs a --name.")
+        raise UsageError("--name must not be empty.")
     if args.model is not None and args.disk is not None:
-        raise UsageError("Give either -m or --disk: they name the disk to measure.")
+        raise UsageError("Give either -m or --disk, since each names the disk to measure.")
     store = None if args.model is None else find(args.model, Conversion())
     if args.model is not None and store is None:
-        raise UsageError(f"{args.model} is no store, and none was made from it: moert convert makes one.")
+        raise UsageError(f"{args.model} is neither a store nor converted yet: run moert convert first.")
     with status.spinner("Loading moert"):
         from moert.engine.model_runner import default_threads
         from moert.measure import profile as measure
@@ -72,17 +72,17 @@ def main(args: argparse.Namespace) -> int:
             if not args.json:  # two minutes' work is not thrown away
                 print(measure.as_text(content), end="")
             raise
-        use = "moert uses it from now on" if path == own_file() else f"use it with --device {path}"
+        use = "moert uses it from now on" if path == own_file() else f"use it with --profile {path}"
         status.say(f"written to {path}: {use}")
     return 0
 
 
-def _say_if_busy(status: common.Status) -> None:
+def _say_if_busy(status: Status) -> None:
     from moert.measure.bench_kernels import load_average
 
     load = load_average()
     if load is not None and load > _BUSY:
-        status.say(f"other programs were busy in the last minute (load {load:.1f}): figures may come out too low")
+        status.say(f"other programs were busy in the last minute (load {load:.1f}), so figures may be too low")
 
 
 def _print_table(content: Mapping[str, Any]) -> None:

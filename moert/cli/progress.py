@@ -12,7 +12,7 @@ from moert.config import format_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from moert.cli.common import Status
+    from moert.cli.status import Status
     from moert.convert.convert import ConvertProgress
 
 PLAIN_SECONDS = 5.0  # between lines of progress where there is no terminal

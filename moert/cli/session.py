@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import signal
 from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from moert.cli.common import SAMPLING, Status, conclude, write_text
-from moert.config import format_bytes
+from moert.cli.common import SAMPLING, conclude, write_text
+from moert.cli.status import Status
+from moert.config import did_you_mean, format_bytes
 from moert.errors import MoertError, UsageError
 from moert.text.chat import Conversation
 
 if TYPE_CHECKING:
     from moert.api import LLM, GenerationStats
-    from moert.engine.sampling import SamplingParams
+    from moert.engine.sampling import ResolvedParams
 
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temperature", float),
     **{name: (name, kind) for _, name, kind, _ in SAMPLING},
     "max_tokens": ("max_tokens", int),
 }
-HELP = '''/help                what can be said here
+HELP = '''/help                list the commands
 /clear               forget the conversation
 /regen               answer the last question again
 /system TEXT         set the system prompt (alone: show it)
 /set NAME VALUE      change temp, top_k, top_p, min_p, repeat_penalty, seed, max_tokens (alone: list them)
-/stats               figures of the last answer
-/exit /quit /bye     leave; so does Ctrl-D
+/stats               show figures of the last answer
+/exit /quit /bye     quit, as Ctrl-D does
 """                  begins and ends a text of several lines
 Ctrl-C               stops an answer'''
 
@@ -62,7 +62,7 @@ class ChatSession:
     def __init__(
         self,
         llm: LLM,
-        params: SamplingParams,
+        params: ResolvedParams,
         system: str | None,
         status: Status,
         interactive: bool,
@@ -85,10 +85,8 @@ class ChatSession:
             return command(words[1].strip() if len(words) > 1 else "") is not False
         if self.interactive and words[0].startswith("/") and not verbatim:
             names = [n.removeprefix("_do_") for n in dir(self) if n.startswith("_do_")]
-            close = difflib.get_close_matches(name, names, n=1)
-            self.status.show(
-                f"There is no command /{name}; " + (f"did you mean /{close[0]}?" if close else "see /help.")
-            )
+            near = did_you_mean(f"/{name}", (f"/{n}" for n in names), "; see /help.")
+            self.status.show(f"There is no command /{name}{near}")
             return True
         self._attempt = 0
         self._turn(text, list(self.conversation.turns))
@@ -143,13 +141,13 @@ class ChatSession:
         if finish == "stopped":
             self.status.show("(stopped)")
         elif finish == "stop" and not text:
-            self.status.show("(the model ended the text at once; nothing was added to the conversation)")
+            self.status.show("(the model ended its answer before it began; the conversation is as it was before)")
         if not text or self.last is None:
             return
         conclude(self.llm, self.last, self.status)
         if finish == "length" and self.last.completion_tokens < self.params.max_tokens:
             self.status.show(
-                f"The context of {self.llm.ctx_size} tokens is full: /clear starts afresh; --ctx-size makes it larger."
+                f"The context of {self.llm.ctx_size} tokens is full: /clear empties it, --ctx-size makes it larger."
             )
         elif finish == "length":
             self.status.say(f"(cut at max_tokens {self.params.max_tokens})")
@@ -187,7 +185,7 @@ class ChatSession:
         known = {n: SETTINGS[n] for n in ([name] if name else SETTINGS) if n in SETTINGS}
         try:
             if not known:
-                raise UsageError(f"There is no setting {name!r}; /set lists them.")
+                raise UsageError(f"There is no setting {name!r}{did_you_mean(name, SETTINGS, '; /set lists them.')}")
             field, kind = SETTINGS[name] if name else ("", str)
             if value:
                 self.params = self.params.replace(**{field: _parse(name, kind, value.strip())})
@@ -200,7 +198,7 @@ class ChatSession:
 
     def _do_stats(self, rest: str) -> None:
         if self.last is None:
-            self.status.show("Nothing was answered yet.")
+            self.status.show("There is no answer yet.")
             return
         for name, value in self.last.as_dict().items():
             if isinstance(value, dict):
@@ -220,4 +218,4 @@ def _parse(name: str, kind: Callable[[str], Any], value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UsageError(f"{value!r} is not a number that {name} can be set to.") from None
+        raise UsageError(f"{name} cannot be {value!r}: it is a number.") from None

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moert.cli import common
+from moert.cli.options import Renamed, add_settings
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes, parse_bytes
-from moert.errors import UsageError
+from moert.errors import TraceError, UsageError
 from moert.hardware.devices import device_or_this, devices
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-budget",
         metavar="SIZE",
-        help="the GPU computes too, and has so much of its memory for experts; where that is the host's too (Jetson),"
-        " this is in place of --expert-budget",
+        help="memory of the GPU for experts: it computes too; where GPU and CPU share one memory (Jetson), this"
+        " replaces --expert-budget",
     )
     parser.add_argument("--no-hybrid", action="store_true", help="with --device-budget: the GPU computes all experts")
     parser.add_argument(
@@ -47,11 +49,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="budgets from LOW, each twice the one before, up to HIGH; or a list, such as 1GiB,1500MiB,2GiB",
     )
     parser.add_argument(
-        "--device",
+        "--profile",
         metavar="NAME|FILE",
-        help=f"device that is simulated: {', '.join(devices())}, or a profile (default: this machine)",
+        help=f"profile of the device to simulate: {', '.join(devices())}, or a file (default: this machine)",
     )
-    parser.add_argument("--disk", metavar="SIZE", help="bytes that its disk reads per second, such as 1200MB")
+    parser.add_argument("--device", action=Renamed, new="--profile")
+    parser.add_argument(
+        "--disk", metavar="SIZE", help="bytes that the disk reads per second, such as 1200MB (default: the profile's)"
+    )
     parser.add_argument(
         "--precision",
         metavar="POLICY",
@@ -60,24 +65,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--widths", type=common.parse_widths, metavar="LIST", default=(2, 3, 4), help="widths stored (default 2,3,4)"
     )
-    parser.add_argument("--policy", metavar="NAME", default="score", help="what to evict: score, lru, lfu")
+    add_settings(parser, ["cache_policy"], cache_policy="score")
+    parser.add_argument("--policy", action=Renamed, new="--cache-policy")
     parser.add_argument(
         "--recall",
         metavar="SHARE[,SHARE...]",
         default="0.8",
-        help="of the next layer's experts, the share that a predictor names; more: of the layers behind (default 0.8)",
+        help="share of the next layer's experts that a predictor names; more: of those after it (default 0.8)",
     )
-    parser.add_argument("--prefetch", choices=("on", "off"), default="on", help="whether anything is predicted")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what the predictor gets wrong")
+    parser.add_argument(
+        "--prefetch", choices=("on", "off"), default="on", help="read predicted experts ahead (default on)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the predictor's mistakes")
     parser.add_argument("--json", action="store_true", help="print one JSON object, or a list of them with --sweep")
-    common.add_quiet_option(parser)
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     from moert.scheduler.simulation import Simulation
 
-    status = common.Status(args.quiet)
-    profile, about = device_or_this(args.device)
+    status = Status.of(args)
+    profile, about = device_or_this(args.profile)
     every = [_settings(args, budget) for budget in _budgets(args, profile)]
     trace = common.load_trace(args.trace)
     if args.disk is not None:
@@ -90,10 +98,10 @@ def main(args: argparse.Namespace) -> int:
         f"{profile.name}: disk {profile.disk_bytes_per_s / 1e9:g} GB/s, memory"
         f" {profile.memory_bytes_per_s / 1e9:g} GB/s and {format_bytes(profile.memory_bytes)}; {about}"
     )
-    recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "nothing"
+    recalls = " and ".join(f"{recall:g}" for recall in every[0].recalls) or "none"
     status.say(
-        f"chosen: precision {every[0].precision}, widths {' '.join(map(str, args.widths))}, policy {args.policy},"
-        f" predicted of the layers ahead {recalls}, seed {args.seed}"
+        f"chosen: precision {every[0].precision}, widths {' '.join(map(str, args.widths))}, "
+        f"cache policy {args.cache_policy}, recall {recalls}, seed {args.seed}"
     )
     rows = []
     for number, settings in enumerate(every):
@@ -113,9 +121,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _simulate(
-    trace: Trace, profile: Profile, settings: Settings, status: common.Status
-) -> Simulation | TieredSimulation:
+def _simulate(trace: Trace, profile: Profile, settings: Settings, status: Status) -> Simulation | TieredSimulation:
     from moert.scheduler.simulator import Simulator
     from moert.scheduler.tiered_replay import TieredSimulator
 
@@ -125,7 +131,7 @@ def _simulate(
         if settings.device_budget is not None:
             run = TieredSimulator(trace, profile).compare
     except ValueError as error:
-        raise common.TraceError(f"{error}: record one of a run that answers.") from None
+        raise TraceError(f"{error}: record one while answers are generated.") from None
     try:
         with line_progress(status) as progress:
             return run(settings, lambda text: progress(f"{format_bytes(settings.budget)}, {text}"))
@@ -138,7 +144,7 @@ def _budgets(args: argparse.Namespace, profile: Profile) -> list[int]:
         raise UsageError("--no-hybrid is for a GPU that computes: give --device-budget too.")
     if args.device_budget is not None:
         if profile.gpu_expert_s_per_byte is None:
-            raise UsageError(f"the profile of {profile.name} has no figures of a GPU: leave --device-budget out.")
+            raise UsageError(f"The profile {profile.name} has no figures of a GPU: leave --device-budget out.")
         if profile.gpu_integrated:
             if args.expert_budget or args.sweep:
                 raise UsageError(f"CPU and GPU of {profile.name} share one memory: give --device-budget alone.")
@@ -151,11 +157,8 @@ def _budgets(args: argparse.Namespace, profile: Profile) -> list[int]:
 
 
 def _settings(args: argparse.Namespace, budget: int) -> Settings:
-    from moert.scheduler.eviction import POLICIES
     from moert.scheduler.simulation import Settings
 
-    if args.policy not in POLICIES:
-        raise UsageError(f"policy {args.policy!r} is not known; there are {', '.join(POLICIES)}.")
     widths = args.widths
     if not widths or list(widths) != sorted(set(widths)) or not 1 <= widths[0] <= widths[-1] <= 16:
         raise UsageError(f"widths {','.join(map(str, widths))} should be ascending numbers of bits from 1 to 16.")
@@ -169,7 +172,7 @@ def _settings(args: argparse.Namespace, budget: int) -> Settings:
         budget,
         args.precision or f"fixed:{widths[-1]}",
         widths,
-        args.policy,
+        args.cache_policy,
         recalls if args.prefetch == "on" else (),
         seed=args.seed,
         device_budget=None if args.device_budget is None else parse_bytes(args.device_budget, "device-budget"),

@@ -7,7 +7,9 @@ import argparse
 from pathlib import Path
 
 from moert.cli import common
+from moert.cli.options import add_settings
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.config import format_bytes
 from moert.errors import UsageError
 from moert.hub import resolve as source
@@ -17,22 +19,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_model_option(parser)
     parser.add_argument("--trace", type=Path, action="append", metavar="FILE", help="a trace (may be given again)")
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="times through the traces (default 10)")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="stop training then (default 10)")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, metavar="M", help="minutes of training at most (default 10)"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="same seed and epochs, same predictor (default 0)"
     )
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    add_settings(parser, ["threads"])
+    common.add_status_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     if args.epochs < 1 or not args.minutes > 0:
-        raise UsageError("Training needs at least one epoch (--epochs) and more than no time (--minutes).")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"{args.threads} threads cannot compute anything: give --threads at least 1.")
+        raise UsageError("--epochs must be at least 1, and --minutes above 0.")
     if not args.trace:
-        raise UsageError("Name what to learn from with --trace FILE: record one with --record-trace.")
+        raise UsageError("--trace FILE is missing: moert generate --record-trace FILE records one.")
     path = source.resolve(args.model, offline=args.offline, on_status=status.say)
     with status.spinner("Reading traces"):
         from moert.engine.model_runner import default_threads

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 
-from moert.cli import common, training
+from moert.cli import training
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.convert import calibration_text as calibration
 
 
@@ -16,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     content = training.check(args)
     with status.spinner("Loading"):
         from moert.store.bit_router import write_router

@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moert.cli import common, training
+from moert.cli import training
 from moert.cli.progress import line_progress
+from moert.cli.status import Status
 from moert.errors import UsageError
 
 MOST_TOKENS = 1 << 22  # of a longer text windows at even distances are used
@@ -20,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    status = common.Status(args.quiet)
+    status = Status.of(args)
     if args.out is None:
         raise UsageError("Name the folder to write the new store to with --out.")
     content = training.check(args)

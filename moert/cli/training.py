@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moert.cli import common
+from moert.cli.options import add_settings
 from moert.convert import calibration_text as calibration
 from moert.errors import UsageError
 from moert.hub import resolve as source
@@ -26,21 +27,19 @@ def add_options(parser: argparse.ArgumentParser, what: str, steps: int, of: str,
     )
     parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"{of} (default {steps})")
     parser.add_argument(
-        "--minutes", type=float, default=minutes, metavar="M", help=f"take fewer steps then (default {minutes:g})"
+        "--minutes", type=float, default=minutes, metavar="M", help=f"minutes of training at most (default {minutes:g})"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help=f"same seed and steps, same {what} (default 0)"
     )
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads to compute with")
-    common.add_quiet_option(parser)
+    add_settings(parser, ["threads"])
+    common.add_status_options(parser)
 
 
 def check(args: argparse.Namespace) -> str:
     """The text to train on, if the options make sense; else UsageError."""
     if args.steps < 1 or not args.minutes > 0:
-        raise UsageError("Training needs at least one step (--steps) and more than no time (--minutes).")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"{args.threads} threads cannot compute anything: give --threads at least 1.")
+        raise UsageError("--steps must be at least 1, and --minutes above 0.")
     if args.model is None or args.against is None:
         raise UsageError("Name the store to train with -m, and the lossless store of its checkpoint with --against.")
     for name in (args.model, args.against):

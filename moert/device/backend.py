@@ -311,7 +311,7 @@ def open_device(kind: str, on_status: Callable[[str], None]) -> Device | None:
     except DeviceError as error:
         if kind == "cuda":
             raise
-        on_status(f"the GPU is not used: {error}")
+        on_status(f"warning: the GPU is not used: {error}")
         return None
 
 

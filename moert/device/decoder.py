@@ -3,7 +3,7 @@
 The residual stream moves where two neighbours are apart. Layers that stay on the host run as in `Decoder`.
 """
 
-# T tokens, V vocabulary, D hidden, R sequences, K experts per token
+# T tokens, V vocabulary, D hidden, R sequences
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moert.device.split_cache import SplitCache
 from moert.kernels.layer_step import Place
 from moert.models.architecture import Architecture
 from moert.models.attention import Span, span
-from moert.models.decoder import Decoder, DecoderLayer, Step
+from moert.models.decoder import Decoder, DecoderLayer
 from moert.models.kv_cache import KVCache
 from moert.models.layers import DenseTensors, Linear, RMSNorm
 from moert.models.moe import Experts
@@ -65,22 +65,20 @@ class PlacedDecoder(Decoder):
     def forward(self, tokens: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:
         if not len(tokens):
             raise ValueError("a forward pass needs at least one token")
-        x, there, _ = self._run([(tokens, cache)])
+        x, there = self._run([(tokens, cache)])
         logits = self._logits(x if all_logits else x[-1:], there)
         return logits if all_logits else logits[0]
 
     @torch.inference_mode()
-    def _joint(self, runs: Sequence[tuple[Tensor, KVCache]]) -> Step:
-        x, there, indices = self._run(runs)
+    def _joint(self, runs: Sequence[tuple[Tensor, KVCache]]) -> Tensor:
+        x, there = self._run(runs)
         last = torch.tensor([len(tokens) for tokens, _ in runs]).cumsum(0) - 1
-        logits = self._logits(x[last.to(x.device)], there)
-        return Step(logits, list(torch.stack(indices)[:, last].unbind(1)))
+        return self._logits(x[last.to(x.device)], there)
 
-    def _run(self, runs: Sequence[tuple[Tensor, KVCache]]) -> tuple[Tensor, bool, list[Tensor]]:
-        """The hidden states [T, D] of some tokens of each sequence, whether on the device, and the experts chosen.
+    def _run(self, runs: Sequence[tuple[Tensor, KVCache]]) -> tuple[Tensor, bool]:
+        """The hidden states [T, D] of some tokens of each sequence, and whether they are on the device.
 
-        The latter [T, K] for each layer with experts, but not for a sequence alone. Other than for one, host layers
-        must be able to run by `LayerStep`.
+        Other than for one sequence, host layers must be able to run by `LayerStep`.
         """
         windows, places, cosines, sines = self.arch.sliding_windows, [], [], []
         for tokens, cache in runs:
@@ -102,36 +100,32 @@ class PlacedDecoder(Decoder):
         else:
             cos, sin = self._link.send(rotation)
         spans: dict[int | None, Span] = {}
-        indices = []
         for i, (layer, window, wanted) in enumerate(zip(self.layers, windows, self._on_device, strict=True)):
             if wanted is not there:
                 x, there = (self._link.send if wanted else self._link.fetch)(x), wanted
-            chosen: Tensor | None = None
             if isinstance(layer, DeviceLayer):
                 own = [
                     SequenceRun(cast(SplitCache, cache.split[i]), cache.length, len(tokens)) for tokens, cache in runs
                 ]
                 if one is None:
-                    chosen = layer.run(x, (cos, sin), own, self._link)
+                    layer.run(x, (cos, sin), own, self._link)
                 else:
                     if x is not one.x:
                         x = one.x.copy_(x)
-                    chosen = layer.one(one, own[0], self._link)
+                    layer.one(one, own[0], self._link)
             elif compiled and len(ids) == 1:
                 cast(DecoderLayer, layer).decode(x, runs[0][1].layers[i], places[0][window])
             elif compiled:
                 parts = [(cache.layers[i], at[window]) for (_, cache), at in zip(runs, places, strict=True)]
-                chosen = cast(DecoderLayer, layer).together(x, parts)
+                cast(DecoderLayer, layer).together(x, parts)
             else:
                 cache = runs[0][1]
                 if window not in spans:
                     spans[window] = span(cache.length, len(ids), window)
                 x = layer(x, places[0][window], spans[window], cache)
-            if chosen is not None and self.arch.is_moe_layer[i]:
-                indices.append(chosen)
         for tokens, cache in runs:
             cache.advance(len(tokens))
-        return x, there, indices
+        return x, there
 
     @torch.inference_mode()
     def prepare(self) -> None:

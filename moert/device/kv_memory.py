@@ -12,7 +12,7 @@ from moert.device.link import DeviceBackend
 from moert.device.split_cache import CacheSegment, SplitCache
 from moert.kernels.layer_step import LayerCache
 from moert.models.architecture import Architecture, kv_bytes
-from moert.models.kv_cache import FlatLayer, KVMemory
+from moert.models.kv_cache import FlatLayer, KVMemory, RegionParts
 from moert.quant.format import KEY_BLOCK, align
 
 
@@ -58,6 +58,17 @@ class SplitKVMemory(KVMemory):
             self._layer(flat, start, 0 if placed else count)
             for flat, placed in zip(self._host, self._placed, strict=True)
         ]
+
+    def _parts(self, index: int, start: int, size: int) -> list[RegionParts]:
+        """Return what the base class does; of a layer on the device in up to two parts."""
+        if not self._placed[index]:
+            return super()._parts(index, start, size)
+        near, border = self._near[index], min(max(self._border - start, 0), size)
+        parts = [(0, self._cut(near, start, border))] if near is not None and border else []
+        if border < size:
+            behind = max(start - self._border, 0)
+            parts.append((border, self._cut(self._host[index], behind, size - border)))
+        return self._with_positions(parts)
 
     def split(self, start: int, count: int) -> list[SplitCache | None]:
         """Return the caches of the layers on the device, None for the others."""

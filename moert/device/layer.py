@@ -129,12 +129,10 @@ class DeviceLayer(nn.Module):
         self.foresight: GateAhead | None = None
         self._recorded: tuple[Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]] | None = None
 
-    def run(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], runs: Sequence[SequenceRun], link: DeviceBackend
-    ) -> Tensor | None:
-        """Run the layer on tokens x [T, D] on the device, in place; returns the experts chosen, on the host."""
+    def run(self, x: Tensor, rotation: tuple[Tensor, Tensor], runs: Sequence[SequenceRun], link: DeviceBackend) -> None:
+        """Run the layer on tokens x [T, D] on the device, in place."""
         y = self.self_attn.attend(self._before(x, rotation), runs)
-        return self._end(x, self._behind(x, y, self._bonus(len(x), link)), link)
+        self._end(x, self._behind(x, y, self._bonus(len(x), link)), link)
 
     def record(self, at: OneToken, link: DeviceBackend) -> None:
         """Prepare `one`; what is in `at` is lost."""
@@ -144,15 +142,16 @@ class DeviceLayer(nn.Module):
                 link.record(lambda: self._behind(at.x, at.attended, None)),
             )
 
-    def one(self, at: OneToken, run: SequenceRun, link: DeviceBackend) -> Tensor | None:
+    def one(self, at: OneToken, run: SequenceRun, link: DeviceBackend) -> None:
         """`run` of the token `at` its place, from the record where there is one."""
         routing_bias = self._bonus(1, link)
         if self._recorded is None or routing_bias is not None:
             y = self.self_attn.attend(self._before(at.x, at.rotation), [run])
-            return self._end(at.x, self._behind(at.x, y, routing_bias), link)
+            self._end(at.x, self._behind(at.x, y, routing_bias), link)
+            return
         before, behind = self._recorded
         at.attended.copy_(self.self_attn.attend(before(), [run]))
-        return self._end(at.x, behind(), link)
+        self._end(at.x, behind(), link)
 
     def _bonus(self, tokens: int, link: DeviceBackend) -> Tensor | None:
         routing_bias = self.mlp.routing_bias(tokens) if isinstance(self.mlp, DeviceBlock) else None
@@ -181,21 +180,20 @@ class DeviceLayer(nn.Module):
             x += more
         return normed, torch.cat(told, dim=-1) if told else normed[:, :0]
 
-    def _end(self, x: Tensor, behind: Sequence[Tensor], link: DeviceBackend) -> Tensor | None:
+    def _end(self, x: Tensor, behind: Sequence[Tensor], link: DeviceBackend) -> None:
         """The routed experts, for what `_behind` returns."""
         normed, told = behind
         D, watched = x.shape[1], len(x) == 1 and self.watcher is not None and self.watcher.horizon > 0
         if not isinstance(self.mlp, DeviceBlock):
             if watched:
                 self._tell(link.fetch(told))
-            return None
+            return
         K = self.mlp.top_k
         fetched = link.fetch(told if watched else told[:, -2 * K :].contiguous())
         if watched:
             self._tell(fetched[:, :D].contiguous())
         indices, weights = fetched[:, -2 * K : -K].long(), fetched[:, -K:].contiguous()
         self.mlp.add(x, normed, indices, weights)
-        return indices
 
     def _tell(self, x: Tensor) -> None:
         if self.watcher is not None and self.foresight is not None:

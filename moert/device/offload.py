@@ -105,7 +105,7 @@ def plan_offload(run: OffloadRequest, on_status: Callable[[str], None]) -> Offlo
     device = open_device(config.device, on_status)
     if device is None:
         if config.device_budget is not None:
-            on_status("warning: --device-budget does nothing: no device is used")
+            on_status("warning: --device-budget has no effect, since no device is used")
         return None
     try:
         return _planned(device, run, on_status)
@@ -113,7 +113,7 @@ def plan_offload(run: OffloadRequest, on_status: Callable[[str], None]) -> Offlo
         device.close()
         if config.device != "auto" or config.device_budget is not None:
             raise
-        on_status(f"the GPU is not used: {error}")
+        on_status(f"warning: the GPU is not used: {error}")
         return None
     except BaseException:
         device.close()
@@ -167,10 +167,10 @@ def _planned(device: Device, run: OffloadRequest, on_status: Callable[[str], Non
         config.device_budget is None,
     )
     device.limit(budget.total)
-    on_status(f"device: {device.name}; what computes where goes by {origin}")
+    on_status(f"device: {device.name}; work is divided by {origin}")
     slots = None
     if device.integrated:
-        on_status("device and host have one memory: what the device holds is in the memory budget")
+        on_status("device and host share one memory: the memory budget covers both")
     else:
         users = [run.store.experts_with(i) if i < most else 0 for i in range(layout.num_slices)]
         slots = slots_for(arena, layout.slice_sizes, users, run.precision.shares(layout.widths))

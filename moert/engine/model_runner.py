@@ -1,15 +1,16 @@
-"""Puts store, budget, experts and model together: tokens in, logits out."""
+"""The model: store, budget, experts and decoder put together. Tokens in, logits out; knows no requests."""
 
 # T tokens, V vocabulary, D hidden, H query heads, J key/value heads, R sequences
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from moert.config import AUTO_BATCH, DEFAULT_CTX_SIZE, PREFILL_CHUNK, EngineConfig
 from moert.device.decoder import PlacedDecoder
-from moert.device.dense_quant import host_dense_bytes, load_dense
+from moert.device.dense_quant import load_dense
 from moert.device.hybrid import HybridRunner
 from moert.device.kv_memory import SplitKVMemory
 from moert.device.matrix import DenseQuant
-from moert.device.offload import Offload, OffloadRequest, plan_offload
-from moert.engine.sequence_cache import Slots
+from moert.device.offload import OffloadRequest, plan_offload
+from moert.engine.needs import kv_dtype, needs_of
+from moert.engine.sequence_cache import SequenceCache, SequenceCaches, StepInput
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.hardware.allocator import keep_freed_memory
 from moert.hardware.memory import available_bytes, library_bytes
@@ -34,17 +36,13 @@ from moert.models.stored_model import StoredModel as Store
 from moert.quant.dispatch import choose_kernel, kernel_name, set_num_threads
 from moert.quant.format import KEY_BLOCK, align
 from moert.quant.matmul import FEW_TOKENS
-from moert.runtime.budget import AUTO_SHARE, Budget, Needs, split_budget, workspace_bytes
+from moert.runtime.budget import AUTO_SHARE, Budget, split_budget
 from moert.runtime.executor import ExpertRunner, Policies
 from moert.runtime.telemetry import Counters
 from moert.runtime.timeline import Spans
 from moert.runtime.transfer import direct_io_works
 from moert.runtime.warm import read_memory, write_memory
-from moert.scheduler.batching import POLICIES as TOKEN_SCHEDULERS
-from moert.scheduler.batching import most_alive
 from moert.scheduler.capacity import slots_for
-from moert.scheduler.eviction import POLICIES
-from moert.scheduler.hebf import ORDERS
 from moert.scheduler.precision import ElasticPrecision, Precision, RoutedPrecision, parse_precision
 from moert.scheduler.predictor import Mixed, PathWeights, Predictor, make_predictor
 from moert.store.fileio import readable
@@ -71,46 +69,19 @@ def read_precision(text: str | None, store: Store) -> Precision:
 def say_what_is_kept(store: Store, slices: int, on_status: Callable[[str], None]) -> None:
     """Say it where experts have fewer than the `slices` that are asked for."""
     if min(map(min, store.kept.values())) < slices:
-        on_status(f"this store was cut to a size: of its experts it keeps {store.kept_widths()}")
+        on_status(f"the store was made with --max-size: its experts have {store.kept_widths()}")
 
 
-def needs_of(
-    store: Store,
-    kv_bits: int | None,
-    ctx_size: int,
-    slices: int,
-    libraries: int,
-    batch_size: int | None = 1,
-    alive: int = 1,
-    offload: Offload | None = None,
-) -> Needs:
-    """What an engine with this context needs whose experts have up to `slices` slices, for `alive` sequences.
-
-    Of host memory, where some of it is on a device.
-    """
-    arch, contexts, kv_dtype = store.architecture, batch_size or 1, _kv_dtype(store, kv_bits)
-    dense, kv_cache = store.dense_bytes, contexts * KVCache.bytes_for(arch, ctx_size, kv_dtype)
-    shared = 0, 0, 0
-    if offload is not None:
-        placed, shared = offload.placement, offload.shared_bytes
-        dense = host_dense_bytes(store, placed)
-        positions = contexts * align(ctx_size, KEY_BLOCK)
-        kv_cache = SplitKVMemory.host_bytes_for(arch, positions, kv_dtype, placed.layers, placed.kv_positions)
-    return Needs(
-        libraries=libraries,
-        dense=dense + shared[0],
-        kv_cache=kv_cache + shared[1],
-        workspace=workspace_bytes(arch, ctx_size, alive) + shared[2],
-        one_expert=sum(size for i, size in enumerate(store.layout.slice_sizes[:slices]) if store.experts_with(i)),
-        all_experts=store.experts_bytes(slices),
-    )
+class TaskCancelled(BaseException):
+    """Whoever wanted something computed does not wait for it any more."""
 
 
-class Engine:
-    """A loaded model with its KV cache: a single sequence, computed in chunks, or several by way of `slots`.
+class ModelRunner:
+    """A loaded model with the KV cache of its sequences: `step` computes some of them, `forward` one for measuring.
 
-    `tokens` are those in the KV cache. Raises BudgetError where memory does not suffice, UsageError for settings that
-    do not fit the model, StoreError where the store is damaged.
+    caches: the sequences. cancelled: asked before each chunk of `forward`, whether to raise TaskCancelled. Raises
+    BudgetError where memory does not suffice, UsageError for settings that do not fit the model, StoreError where the
+    store is damaged.
     """
 
     def __init__(self, store: Store, config: EngineConfig, on_status: Callable[[str], None]) -> None:
@@ -122,17 +93,17 @@ class Engine:
         self.precision, policies = read_precision(config.precision, store), _policies(config)
         self.ctx_size = config.ctx_size or min(DEFAULT_CTX_SIZE, arch.max_position_embeddings)
         self.batch_size = config.batch_size or AUTO_BATCH
-        self.token_scheduler, self.hybrid = config.token_scheduler, config.hybrid
+        self.hybrid = config.hybrid
         self.threads = config.threads or default_threads()
         set_num_threads(self.threads)
         keep_freed_memory()
         self._widths = store.layout.widths
         slices = self.precision.slices(self._widths)
-        alive = most_alive(self.batch_size, config.token_scheduler)
+        alive = self.batch_size
         positions = align(self.ctx_size, KEY_BLOCK) * (config.batch_size or 1)
-        kv_dtype = _kv_dtype(store, config.kv_bits)
+        dtype = kv_dtype(store, config.kv_bits)
         shared = functools.partial(self._shared_room, store, config, slices, alive)
-        run = OffloadRequest(store, config, self.precision, positions, alive, kv_dtype, shared)
+        run = OffloadRequest(store, config, self.precision, positions, alive, dtype, shared)
         self.offload = plan_offload(run, on_status)
         with ExitStack() as undo:  # what is open goes on being so only if all goes well
             if self.offload is not None:
@@ -141,28 +112,29 @@ class Engine:
             num_experts = len(store.moe_layers) * store.num_experts
             users = [store.experts_with(i) if i < slices else 0 for i in range(store.layout.num_slices)]
             slots = slots_for(self.budget.arena, store.layout.slice_sizes, users, self.precision.shares(self._widths))
+            self.resident_share = slots[0] / num_experts
             self._describe(store, config, slots[0], num_experts, on_status)
             self._store, self._most_slices = store, slices
             predictor = self._predictor(store, on_status) if slots[0] < num_experts else None
             compiles = self.offload is not None and self.offload.device.compiles
             if compiles:
-                on_status("preparing the device: some seconds, and more the first time, when its kernels are compiled")
-            self._runner = self._make_runner(store, slots, policies, predictor)
+                on_status("compiling the kernels of the device: takes some seconds, and more the first time")
+            self._experts = self._make_experts(store, slots, policies, predictor)
             undo.pop_all()
-            undo.callback(self._runner.close)
-            self._decoder, self._memory = self._load(store, config, positions, kv_dtype)
-            if isinstance(self._runner, HybridRunner) and compiles:
-                self._runner.prepare()
+            undo.callback(self._experts.close)
+            self._decoder, self._memory = self._load(store, config, positions, dtype)
+            if isinstance(self._experts, HybridRunner) and compiles:
+                self._experts.prepare()
             if slots[0] < num_experts:
-                self._decoder.watch(self._runner)
-            self._cache = KVCache(arch, self.ctx_size, self._memory.dtype, self._memory)
-            self._most_alive = alive
+                self._decoder.watch(self._experts)
+            self.caches = SequenceCaches(arch, self._memory)
+            self._own: SequenceCache | None = None  # what `forward` computes
+            self.cancelled: Callable[[], bool] = lambda: False
             # Raw weights meet many tokens through torch, whose sums then depend on how many there are.
             self._most_together = FEW_TOKENS - 1 if store.layout.raw else math.inf
-            self.tokens: list[int] = []
             undo.pop_all()
 
-    def _make_runner(
+    def _make_experts(
         self, store: Store, slots: Sequence[int], policies: Policies, predictor: Predictor | None
     ) -> ExpertRunner | HybridRunner:
         activation, offload = store.architecture.hidden_act, self.offload
@@ -173,19 +145,17 @@ class Engine:
             device=offload.device, device_slots=offload.slots, cost_model=offload.cost_model, hybrid=self.hybrid,
         )  # fmt: skip
 
-    def _load(
-        self, store: Store, config: EngineConfig, positions: int, kv_dtype: torch.dtype
-    ) -> tuple[Decoder, KVMemory]:
+    def _load(self, store: Store, config: EngineConfig, positions: int, dtype: torch.dtype) -> tuple[Decoder, KVMemory]:
         """The dense part and the KV cache, where they are to lie."""
         arch, offload = store.architecture, self.offload
         if offload is None or not offload.placement.any:
-            return Decoder(arch, store.load_dense(), self._runner), KVMemory(arch, positions, kv_dtype)
+            return Decoder(arch, store.load_dense(), self._experts), KVMemory(arch, positions, dtype)
         placed, device = offload.placement, offload.device
         with device.guard():
             dense = load_dense(store, placed, device, cast(DenseQuant, config.dense_quant))
-            decoder = PlacedDecoder(arch, dense, self._runner, placed.layers, placed.head, device)
+            decoder = PlacedDecoder(arch, dense, self._experts, placed.layers, placed.head, device)
             decoder.prepare()
-            return decoder, SplitKVMemory(arch, positions, kv_dtype, placed.layers, placed.kv_positions, device)
+            return decoder, SplitKVMemory(arch, positions, dtype, placed.layers, placed.kv_positions, device)
 
     def _shared_room(self, store: Store, config: EngineConfig, slices: int, alive: int, compiles: bool) -> int:
         """Of the host's memory, what is left for a device that has no other, if all dense weights go there."""
@@ -200,7 +170,7 @@ class Engine:
         found = read_predictor(store)
         if found is None:
             return None
-        on_status("prefetching by the routing-path predictor that was trained for this store")
+        on_status("prefetch: by the predictor that moert train-predictor trained")
         arch = store.architecture
         weights = PathWeights(**found.tensors)
         return make_predictor(Mixed.name, store.moe_layers, store.num_experts, arch.top_k, weights)
@@ -210,7 +180,7 @@ class Engine:
         libraries, available = library_bytes(compiles), available_bytes()
 
         def split(ctx_size: int, slices: int, batch_size: int | None = config.batch_size) -> Budget:
-            alive = most_alive(batch_size or AUTO_BATCH, config.token_scheduler)
+            alive = batch_size or AUTO_BATCH
             needs = needs_of(store, config.kv_bits, ctx_size, slices, libraries, batch_size, alive, self.offload)
             return split_budget(needs, config.memory_budget, config.expert_budget, available)
 
@@ -252,7 +222,7 @@ class Engine:
             on_status(f"chosen: {', '.join(chosen)}, kernel {kernel_name()}")
         if self.ctx_size > store.architecture.max_position_embeddings:
             trained = store.architecture.max_position_embeddings
-            on_status(f"warning: the context of {self.ctx_size} is longer than the {trained} the model was made for")
+            on_status(f"warning: the context of {self.ctx_size} exceeds the {trained} that the model was trained for")
         say_what_is_kept(store, self.precision.slices(store.layout.widths), on_status)
         on_status(self.budget.line())
         share = f"{slots} of {num_experts} experts ({slots / num_experts:.0%})"
@@ -264,7 +234,7 @@ class Engine:
 
     @property
     def counters(self) -> Counters:
-        return self._runner.counters
+        return self._experts.counters
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -273,19 +243,15 @@ class Engine:
 
     def layer_counters(self, decoding: bool) -> dict[int, Counters]:
         """The same for each layer with experts, of decoding or of prompts."""
-        return self._runner.layer_counters(decoding)
+        return self._experts.layer_counters(decoding)
 
     def foresight(self) -> str:
         """What looking ahead came to, in a line; empty where nobody looked."""
-        return self._runner.lookahead.line()
-
-    def counted(self, decoding: bool, count: int, first: int | None = None) -> AbstractContextManager[object]:
-        """Around a pass of `count` tokens, from position `first` on or of several sequences: what it is counted as."""
-        return self._runner.begin(decoding, count, first)
+        return self._experts.lookahead.line()
 
     def draw(self, timeline: Spans | None) -> None:
         """Draw from now on what happens; whoever gives the timeline closes it."""
-        self._runner.telemetry.timeline = timeline
+        self._experts.telemetry.timeline = timeline
 
     @property
     def decoder(self) -> Decoder:
@@ -296,55 +262,55 @@ class Engine:
         """Compute at another precision from now on: UsageError for a wider one than the engine was opened with."""
         if precision.slices(self._widths) > self._most_slices:
             raise UsageError(f"The memory was split for {self.precision}: {precision} needs more.")
-        self._runner.use(precision)
+        self._experts.use(precision)
         self.precision = precision
+        self.caches.clear()  # what they hold was computed at another
 
     @property
     def kv_bytes_per_position(self) -> int:
         """Of the KV cache, over all layers."""
         return KVCache.bytes_per_position(self._decoder.arch, self._memory.dtype)
 
-    def slots(self) -> Slots:
-        """The KV cache, for several sequences; what it held is forgotten, as these are when `forward` is called."""
-        self.rewind(0)
-        return Slots(self._decoder, self._memory, self._most_alive, self._most_together)
-
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
-        self._runner.preload()
+        self._experts.preload()
 
     def warm(self, path: Path, on_status: Callable[[str], None]) -> None:
         """Begin with the experts that `path` names, where a run before wrote it: see `remember`."""
         try:
             memory = read_memory(path, self._store)
-            on_status(f"warm start: reading the experts of the last run, as {path} names them")
+            on_status(f"warm start: reading the experts of the last run, listed in {path}")
             began = time.perf_counter()
-            nbytes = self._runner.warm(memory)
+            nbytes = self._experts.warm(memory)
             on_status(f"warm start: {readable(nbytes)} in {time.perf_counter() - began:.1f} s")
         except FileNotFoundError:
-            on_status(f"warm start: none yet; what is in memory at the end is written to {path}")
+            on_status(f"warm start: from the next run on; the experts in memory will be listed in {path}")
         except StoreError as error:
-            on_status(f"warm start: not possible, the arena begins empty. {error}")
+            on_status(f"warning: no warm start: {error}")
 
     def remember(self, path: Path, on_status: Callable[[str], None]) -> None:
         """Write down which experts are in memory, for `warm`. Where that is not possible it says so."""
-        memory = self._runner.remember()
+        memory = self._experts.remember()
         try:
             if memory.resident:
                 write_memory(path, self._store, memory)
         except OSError as error:
-            on_status(f"warm start: not written for the next time, {path}: {error.strerror}")
+            on_status(f"warning: no warm start next time, since {path} cannot be written: {error.strerror}")
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those behind which `forward` computes; requests that run meanwhile may take their place."""
+        return self._own.tokens if self._own is not None and self._own in self.caches else []
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens from position `length` on."""
+        """Forget all tokens of `forward` from position `length` on."""
         del self.tokens[length:]
-        self._cache.truncate(min(length, self._cache.length))
 
     def forward(self, ids: Sequence[int], all_logits: bool = False) -> Tensor:
         """Run tokens behind those already there, in chunks: float32 logits [V] of the last, or [T, V] of all.
 
-        Raises UsageError where they do not fit the context, or for one outside the vocabulary; an error or Ctrl-C
-        leaves the tokens of whole chunks.
+        For measuring, while no request runs. Raises UsageError where they do not fit the context, or for one outside
+        the vocabulary; an error or Ctrl-C leaves the tokens of whole chunks.
         """
         vocab_size = self._decoder.arch.vocab_size
         for token in ids:
@@ -353,40 +319,58 @@ class Engine:
                     f"Token id {token} is outside the vocabulary: this model has {vocab_size}, from 0 on; "
                     "encode the text with the model's own tokenizer."
                 )
-        self._cache.check_room(len(ids))
-        self._cache.truncate(len(self.tokens))
+        own = self._own
+        if own is None or own not in self.caches:
+            self.caches.clear()
+            own = self._own = self.caches.open([], self.ctx_size)
+            assert own is not None, "a request runs"
+            own.running = False  # whoever needs the room may have it
+        own.cache.truncate(len(own.tokens))
+        own.cache.check_room(len(ids))
         logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
+            if self.cancelled():
+                raise TaskCancelled
             chunk = list(ids[start : start + PREFILL_CHUNK])
-            with self.counted(len(ids) == 1, len(chunk), len(self.tokens)):
-                self._runner.tokens(chunk)
-                result = self._decoder(torch.tensor(chunk), self._cache, all_logits)
-            self.tokens += chunk
+            with self._experts.begin(len(ids) == 1, len(chunk), len(own.tokens)):
+                self._experts.tokens(chunk)
+                result = self._decoder(torch.tensor(chunk), own.cache, all_logits)
+            own.tokens += chunk
             logits = [*logits, result] if all_logits else [result]
         return torch.cat(logits) if all_logits else logits[-1]
 
+    def at_a_time(self, capacities: Sequence[int]) -> int:
+        """How many of the first of sequences for so many tokens the KV cache has room for, `batch_size` at most."""
+        ends = itertools.accumulate(align(min(size, self.ctx_size), KEY_BLOCK) for size in capacities)
+        return sum(end <= self.caches.positions for end in itertools.islice(ends, self.batch_size))
+
+    def step(self, inputs: Sequence[StepInput], decoding: bool) -> Tensor:
+        """Run tokens of each sequence behind those already there: float32 logits [R, V], of the last token of each.
+
+        They are, to the byte, those that each sequence would get alone. An error leaves all sequences as they were.
+        decoding: what the step is counted as.
+        """
+        for sequence, _ in inputs:
+            sequence.cache.truncate(len(sequence.tokens))
+        runs = [(torch.tensor(tokens), sequence.cache) for sequence, tokens in inputs]
+        alone = inputs[0] if len(inputs) == 1 else None
+        first = None if alone is None else len(alone.cache.tokens)
+        with self._experts.begin(decoding, sum(len(tokens) for _, tokens in inputs), first):
+            if alone is not None:
+                self._experts.tokens(alone.tokens)
+            logits = self._decoder.together(runs, self._most_together)
+        for sequence, tokens in inputs:
+            sequence.tokens += tokens
+        return logits
+
     def close(self) -> None:
         """End the reading threads."""
-        self._runner.close()
+        self._experts.close()
 
 
 def _policies(config: EngineConfig) -> Policies:
-    for what, name, known in (
-        ("cache policy", config.cache_policy, POLICIES),
-        ("load order", config.load_order, ORDERS),
-        ("token scheduler", config.token_scheduler, TOKEN_SCHEDULERS),
-    ):
-        if name not in known:
-            raise UsageError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
     horizons = {"auto": (0, 1), "off": (0,)}.get(config.prefetch) or (int(config.prefetch),)
     return Policies(config.cache_policy, config.load_order, horizons, config.overlap)
-
-
-def _kv_dtype(store: Store, kv_bits: int | None) -> torch.dtype:
-    if kv_bits is not None:
-        return torch.int8 if kv_bits == 8 else torch.float16
-    # A lossless store is the reference that others are compared with: its cache rounds nothing either.
-    return torch.float32 if store.layout.raw and store.meta.dense_bits == 16 else torch.float16
 
 
 def _fits(split: Callable[..., Budget], *what: int) -> bool:

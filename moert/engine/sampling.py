@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,65 +23,116 @@ from torch import Tensor
 from moert.errors import MoertError, UsageError
 
 _MAX_SEED = 2**63 - 1
+_MAX_COUNT = 2**31 - 1
+_COLD = 1e-5  # a temperature below always draws the likeliest token, and dividing by it would overflow
 
 
-@dataclass(frozen=True, slots=True)
+def _number(name: str, value: Any, low: float, high: float, want: str) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if low <= number <= high:  # false for NaN
+            return float(number)
+    raise UsageError(f"{name} is {value!r}, but must be {want}.")
+
+
+def _whole(name: str, value: Any, low: int, high: int, want: str) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
+        return int(value)
+    raise UsageError(f"{name} is {value!r}, but must be {want}.")
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(s, str) and s for s in value):
+        return tuple(value)
+    raise UsageError(f"{name} is {value!r}, but must be a list of strings that are not empty.")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise UsageError(f"{name} is {value!r}, but must be True or False.")
+
+
+_LEAST, _MOST = 5e-324, sys.float_info.max
+_READ: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": lambda n, v: _number(n, v, 0, _MOST, "a number from 0"),
+    "top_k": lambda n, v: _whole(n, v, 0, _MAX_COUNT, "a whole number from 0 (0: off)"),
+    "top_p": lambda n, v: _number(n, v, _LEAST, 1, "a number above 0 and up to 1"),
+    "min_p": lambda n, v: _number(n, v, 0, 1, "a number from 0 to 1"),
+    "repeat_penalty": lambda n, v: _number(n, v, _LEAST, _MOST, "a number above 0"),
+    "seed": lambda n, v: _whole(n, v, 0, _MAX_SEED, "a whole number from 0 to 2**63 - 1"),
+    "max_tokens": lambda n, v: _whole(n, v, 1, _MAX_COUNT, "a whole number from 1"),
+    "stop": _strings,
+    "ignore_eos": _flag,
+}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class SamplingParams:
-    """Settings of how tokens are drawn and when to stop.
+    """Settings of how tokens are drawn and when to stop; None leaves a field to the model, or else to moert.
 
     `temperature` 0 and `top_k` 1 are greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `seed`
     None draws a random one. Raises UsageError that names the field.
     """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] | None = None
+    ignore_eos: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, read in _READ.items():
+            value = getattr(self, name)
+            if value is not None or (name != "seed" and isinstance(self, ResolvedParams)):
+                object.__setattr__(self, name, read(name, value))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read what a checkpoint's generation_config.json asks for; the rest is left open.
+
+        So is a value that cannot be used: `usable_fields` says which ones.
+        """
+        return cls(**usable_fields(config)[0])
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are set."""
+        return {name: value for name in _READ if (value := getattr(self, name)) is not None}
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def resolve(self, defaults: ResolvedParams | None = None) -> ResolvedParams:
+        """Fill what is left open from `defaults`, a model's own, or else from moert's."""
+        if isinstance(self, ResolvedParams):
+            return self
+        return (defaults or ResolvedParams()).replace(**self.given())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ResolvedParams(SamplingParams):
+    """Sampling parameters with every field set (but `seed`, where None is random); the defaults are moert's."""
 
     temperature: float = 0.7
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.0
     repeat_penalty: float = 1.0
-    seed: int | None = None
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
-    def __post_init__(self) -> None:
-        def check(name: str, kind: type, good: bool, want: str) -> None:
-            value = getattr(self, name)
-            kinds = (int, float) if kind is float else (kind,)
-            number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not good:
-                raise UsageError(f"{name} is {value!r}, but must be {want}.")
-
-        def between(name: str, low: float, high: float) -> bool:
-            value = getattr(self, name)
-            return isinstance(value, (int, float)) and low <= value <= high
-
-        check("temperature", float, between("temperature", 0, math.inf), "a number from 0")
-        check("top_k", int, between("top_k", 0, math.inf), "a whole number from 0 (0: off)")
-        check("top_p", float, between("top_p", 0, 1) and self.top_p > 0, "a number above 0 and up to 1")
-        check("min_p", float, between("min_p", 0, 1), "a number from 0 to 1")
-        check("repeat_penalty", float, between("repeat_penalty", 0, math.inf) and self.repeat_penalty > 0, "above 0")
-        check("max_tokens", int, between("max_tokens", 1, math.inf), "a whole number from 1")
-        if self.seed is not None:
-            check("seed", int, between("seed", 0, _MAX_SEED), "a whole number from 0 to 2**63 - 1")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise UsageError(f"stop is {self.stop!r}, but must be a sequence of strings that are not empty.")
-        object.__setattr__(self, "stop", tuple(self.stop))
-
-    @classmethod
-    def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
-        """The defaults that a checkpoint's generation_config.json asks for; what it leaves out keeps ours.
-
-        A value that cannot be used keeps ours too: `usable_fields` says which ones.
-        """
-        return cls(**usable_fields(config)[0])
-
-    def replace(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < _COLD or self.top_k == 1
 
 
 def usable_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -113,7 +166,7 @@ class Sampler:
     """Draws tokens with a generator of its own: the same `seed` and logits give the same tokens."""
 
     def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+        self.params = params = params.resolve()
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self._generator = torch.Generator().manual_seed(self.seed)
 
@@ -138,7 +191,7 @@ def penalise(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     return logits.index_put((ids,), torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+def candidates(logits: Tensor, params: ResolvedParams) -> tuple[Tensor, Tensor | None]:
     """Return what top-k, top-p and min-p leave of `logits` [V]: values [C] and token ids [C] (None: all of them, in
     order).
     """

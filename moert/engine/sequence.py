@@ -1,23 +1,30 @@
-"""Answers as they grow: tokens to text, and reasons to end. Does not run the model."""
+"""Requests, and the sequences that they become: tokens to text, and reasons to end. Does not run the model."""
 
 # V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections import abc
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from moert.engine.sampling import Sampler, SamplingParams, StopMatcher
-from moert.engine.statistics import GenerationStats
-from moert.errors import MoertError
+from moert.config import PREFILL_CHUNK
+from moert.engine.sampling import ResolvedParams, Sampler, StopMatcher
+from moert.engine.sequence_cache import SequenceCache
+from moert.engine.statistics import GenerationStats, Measured, RequestTimer
+from moert.errors import MoertError, UsageError
+from moert.scheduler.batching import Candidate
 from moert.text.tokenizer import Tokenizer
+
+Priority = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of an answer as it is made. finish_reason is None until the last piece: `stop` or `length`.
+    """A part of an answer as it is made. finish_reason is None until the last one: `stop` or `length`.
 
     Among several prompts it can be `error`: then `error` says why this one broke off.
     """
@@ -43,46 +50,105 @@ class Completion:
     error: MoertError | None = None
 
 
-class Answer:
-    """What follows a prompt, token by token, until there is a reason to end."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, and how it is to be continued.
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
-        self._params, self._sampler, self._eos_ids = params, Sampler(params), tokenizer.eos_ids
+    priority: somebody waits for an interactive request; a batch request takes the turns that these leave. deadline: by
+    `time.monotonic`; an answer that has not ended then ends with an error. stream: whether each piece of the answer is
+    wanted as it is made; else it comes whole. came: when it was asked for, by `time.perf_counter`.
+    """
+
+    prompt_ids: abc.Sequence[int]
+    params: ResolvedParams
+    priority: Priority = "interactive"
+    deadline: float | None = None
+    stream: bool = True
+    came: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.priority not in get_args(Priority):
+            raise UsageError(f"There is no priority {self.priority!r}; there are {', '.join(get_args(Priority))}.")
+
+
+class Sequence:
+    """A request on its way: its tokens, its text and what is held back of it, its part of the KV cache, its figures.
+
+    waited: steps without it since it came or took part in one.
+    """
+
+    cache: SequenceCache
+
+    def __init__(self, number: int, request: Request, runner: Measured, tokenizer: Tokenizer, ctx_size: int) -> None:
+        params = request.params
+        self.number, self.request, self.prompt_ids = number, request, list(request.prompt_ids)
+        self.capacity = min(len(self.prompt_ids) + params.max_tokens - 1, ctx_size)
+        self.waited = 0
+        self._sampler, self._eos_ids, self._ctx_size = Sampler(params), tokenizer.eos_ids, ctx_size
         self._detokenizer, self._matcher = tokenizer.detokenizer(), StopMatcher(params.stop)
-        self._new: list[int] = []
-        self.seed = self._sampler.seed
-        self.count = 0
-        self.latest = -1
+        self._text, self._new, self._latest = "", list[int](), -1
+        self.count = 0  # tokens of the answer
+        self.timer = RequestTimer(runner, self._sampler.seed, len(self.prompt_ids), request.came)
 
-    def take(self, logits: Tensor, history: Sequence[int], ctx_size: int) -> tuple[str, str | None]:
-        """The next token from logits [V] behind `history`: text that is now certain, and the reason to end, if any."""
-        token = self._sampler(logits, history)
-        self.latest = token
+    def begin(self, cache: SequenceCache) -> None:
+        """Take its part of the KV cache, which may hold the beginning of the prompt."""
+        self.cache = cache
+        self.timer.begin(len(cache.tokens))
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its prompt is read."""
+        return self.count > 0
+
+    def candidate(self) -> Candidate:
+        """Itself, as the scheduler sees it; before it begins, its prompt counts as a token."""
+        left = 0
+        if not self.decoding:
+            done = len(self.cache.tokens) if hasattr(self, "cache") else 0
+            left = min(len(self.prompt_ids) - done, PREFILL_CHUNK)
+        return Candidate(self.request.priority == "interactive", self.number, self.waited, left)
+
+    def next(self) -> list[int]:
+        """The tokens that it computes in its next step."""
+        done = len(self.cache.tokens)
+        return [self._latest] if self.decoding else self.prompt_ids[done : done + PREFILL_CHUNK]
+
+    def take(self, logits: Tensor) -> str | None:
+        """Draw the next token from logits [V]; return the reason to end, if there is one."""
+        params, history = self.request.params, self.cache.tokens
+        self._latest = token = self._sampler(logits, history)
         self.count += 1
         self._new.append(token)
-        ended = token in self._eos_ids and not self._params.ignore_eos
-        text = "" if ended else self._matcher.push(self._detokenizer.push(token))
-        full = self.count >= self._params.max_tokens or len(history) + 1 > ctx_size
+        ended = token in self._eos_ids and not params.ignore_eos
+        if not ended:
+            self._text += self._matcher.push(self._detokenizer.push(token))
+        full = self.count >= params.max_tokens or len(history) + 1 > self._ctx_size
         stop = ended or self._matcher.stopped
         if not stop and not full:
-            return text, None
+            return None
         if not self._matcher.stopped:
-            text += self._matcher.push(self._detokenizer.flush())
-            text += self._matcher.flush()
+            self._text += self._matcher.push(self._detokenizer.flush())
+            self._text += self._matcher.flush()
             stop = stop or self._matcher.stopped
-        return text, "stop" if stop else "length"
+        return "stop" if stop else "length"
 
-    def unsaid(self) -> list[int]:
-        """The tokens since the last call."""
-        new, self._new = self._new, []
-        return new
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text that no chunk had yet."""
+        return bool(self._text)
+
+    def chunk(self, finish: str | None, error: MoertError | None = None) -> Chunk:
+        """What is new since the last chunk."""
+        text, new = self._text, self._new
+        self._text, self._new = "", []
+        return Chunk(text, new, finish, self.timer.stats(self.count), error)
 
 
-def join(pieces: Iterator[Chunk]) -> Completion:
-    """The whole answer."""
-    text, ids = "", []
-    for piece in pieces:
-        text += piece.text
-        ids += piece.token_ids
-    assert piece.finish_reason is not None
-    return Completion(text, ids, piece.finish_reason, piece.stats, piece.error)
+def join(chunks: abc.Iterable[Chunk]) -> Completion:
+    """The whole answer that chunks make."""
+    text, ids = "", list[int]()
+    for chunk in chunks:
+        text += chunk.text
+        ids += chunk.token_ids
+    assert chunk.finish_reason is not None
+    return Completion(text, ids, chunk.finish_reason, chunk.stats, chunk.error)

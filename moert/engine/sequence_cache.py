@@ -1,77 +1,142 @@
-"""The KV cache divided among several sequences, and the step that they take together."""
-
-# T tokens, V vocabulary, R sequences, L layers with experts, K experts per token
+"""The KV cache divided among sequences: those that are computed, and those that ended and are kept for their prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from moert.models.decoder import Decoder
+from moert.models.architecture import Architecture
 from moert.models.kv_cache import KVCache, KVMemory
 from moert.quant.format import KEY_BLOCK, align
 
 
 @dataclass(eq=False, slots=True)
-class Slot:
-    """A sequence's part of the KV cache, from position `start` of the memory on.
+class SequenceCache:
+    """A sequence's part of the memory: `size` positions, a multiple of a block, from position `start` on.
 
-    tokens: those in it. route: the experts of the last of them, int64 [L, K], where they are known.
+    tokens: those in it. running: whether it is computed; else it is kept, until somebody needs the room. used: grows
+    with every use, so that the one with the least was not used for longest.
     """
 
     start: int
+    size: int
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
-    route: Tensor | None = None
+    running: bool = True
+    used: int = 0
 
     @property
     def end(self) -> int:
-        return self.start + align(self.cache.ctx_size, KEY_BLOCK)
+        return self.start + self.size
 
 
-class Slots:
-    """Sequences in one memory, at most `most` at a time. Not safe to call from two threads."""
+class StepInput(NamedTuple):
+    """Tokens that a sequence computes in a step, behind those in its cache."""
 
-    def __init__(self, decoder: Decoder, memory: KVMemory, most: int, most_together: float) -> None:
-        self._decoder, self._memory, self._most, self._most_together = decoder, memory, most, most_together
-        self._open: list[Slot] = []  # by start
+    cache: SequenceCache
+    tokens: list[int]
+
+
+class SequenceCaches:
+    """All sequences in one memory. Not safe to call from two threads."""
+
+    def __init__(self, arch: Architecture, memory: KVMemory) -> None:
+        self._arch, self._memory = arch, memory
+        self._all: list[SequenceCache] = []  # by start
+        self._clock = count(1)
 
     @property
     def positions(self) -> int:
-        """Of the memory, for all sequences together."""
+        """How many the memory has, for all sequences together."""
         return self._memory.positions
 
-    def open(self, size: int) -> Slot | None:
-        """A part for a sequence of up to `size` tokens; None where there is no room for it now."""
-        needed, start = align(size, KEY_BLOCK), 0
-        if len(self._open) == self._most:
-            return None
-        for index, behind in enumerate([*self._open, None]):
-            if (behind.start if behind else self._memory.positions) - start >= needed:
-                cache = KVCache(self._decoder.arch, size, self._memory.dtype, self._memory, start)
-                self._open.insert(index, slot := Slot(start, cache))
-                return slot
-            start = behind.end if behind else 0
-        return None
+    def __contains__(self, sequence: object) -> bool:
+        """Whether it is still there."""
+        return sequence in self._all
 
-    def close(self, slot: Slot) -> None:
-        """Make room for another sequence."""
-        self._open.remove(slot)
+    def open(self, ids: Sequence[int], capacity: int) -> SequenceCache | None:
+        """A sequence for up to `capacity` tokens that begins with as many of `ids` but the last as another one has.
 
-    def step(self, parts: Sequence[tuple[Slot, Sequence[int]]]) -> Tensor:
-        """Run tokens of each sequence behind those already there: float32 logits [R, V], of the last token of each.
-
-        They are, to the byte, those that each sequence would get alone. An error or Ctrl-C leaves all sequences as they
-        were.
+        Where that one was kept only for what the two share, or must make room, its part is taken over; else its keys
+        and values are copied. Of those that are kept, the least recently used make room. None where those that are
+        computed leave none: then nothing has changed.
         """
-        for slot, _ in parts:
-            slot.cache.truncate(len(slot.tokens))
-        runs = [(torch.tensor(tokens), slot.cache) for slot, tokens in parts]
-        step = self._decoder.together(runs, self._most_together)
-        for (slot, tokens), route in zip(parts, step.routes, strict=True):
-            slot.tokens += tokens
-            slot.route = route
-        return step.logits
+        size = align(capacity, KEY_BLOCK)
+        if self._gap(size, [s for s in self._all if s.running]) is None:
+            return None
+        shared, best = 0, None
+        for sequence in self._all:
+            length = common_prefix(sequence.tokens, ids[:-1])
+            if length > shared or (length == shared and best is not None and best.running and not sequence.running):
+                shared, best = length, sequence
+        if not shared or best is None:
+            return self._add(self._make_room(size), size, capacity, [])
+        best.used = next(self._clock)
+        tokens = best.tokens[:shared]
+        if best.running or (len(best.tokens) - shared >= KEY_BLOCK and self._gap(size) is not None):
+            start = self._make_room(size)
+            self._memory.copy((best.start, best.size), (start, size), shared)
+        elif best.size >= size:
+            self._all.remove(best)
+            start, size = best.start, best.size
+        else:
+            self._all.remove(best)
+            start = self._make_room(size)
+            self._memory.copy((best.start, best.size), (start, size), shared)
+        return self._add(start, size, capacity, tokens)
+
+    def close(self, sequence: SequenceCache) -> None:
+        """Keep a sequence that is not computed any more for those that begin alike."""
+        sequence.running, sequence.used = False, next(self._clock)
+        if not sequence.tokens:
+            self._all.remove(sequence)
+
+    def clear(self) -> None:
+        """Forget those that are kept."""
+        self._all = [s for s in self._all if s.running]
+
+    def _add(self, start: int, size: int, capacity: int, tokens: list[int]) -> SequenceCache:
+        sequence = SequenceCache(start, size, self._cache(start, size, capacity), tokens, used=next(self._clock))
+        sequence.cache.advance(len(tokens))
+        self._all = sorted([*self._all, sequence], key=lambda s: s.start)
+        return sequence
+
+    def _cache(self, start: int, size: int, capacity: int) -> KVCache:
+        cache = KVCache(self._arch, size, self._memory.dtype, self._memory, start)
+        cache.ctx_size = capacity
+        return cache
+
+    def _gap(self, size: int, taken: Sequence[SequenceCache] | None = None) -> int | None:
+        """Where `size` positions begin that none of `taken`, else of all, has."""
+        start = 0
+        for sequence in self._all if taken is None else taken:
+            if sequence.start - start >= size:
+                return start
+            start = sequence.end
+        return start if self._memory.positions - start >= size else None
+
+    def _make_room(self, size: int) -> int:
+        """Where so many positions are free, once those that are kept have given up what they need not have."""
+        yielding: list[Callable[[], None]] = [self._shrink]
+        for sequence in sorted((s for s in self._all if not s.running), key=lambda s: s.used):
+            yielding.append(lambda sequence=sequence: self._all.remove(sequence))  # type: ignore[misc]
+        while (start := self._gap(size)) is None:
+            yielding.pop(0)()
+        return start
+
+    def _shrink(self) -> None:
+        """Let those that are kept have no more than they use."""
+        for sequence in (s for s in self._all if not s.running):
+            size = align(len(sequence.tokens), KEY_BLOCK)
+            if size < sequence.size:
+                start, used = sequence.start, len(sequence.tokens)
+                self._memory.copy((start, sequence.size), (start, size), used)
+                sequence.size, sequence.cache = size, self._cache(start, size, size)
+                sequence.cache.advance(used)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with that are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,13 +1,15 @@
-"""What an answer took: times, bytes, hits."""
+"""Figures of an answer: times, bytes, hits; and whose the figures of a step that several share are."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from moert.engine.model_runner import Engine
+from moert.runtime.budget import Budget
 from moert.runtime.telemetry import Counters, peak_rss_bytes
+from moert.scheduler.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,69 +55,44 @@ class GenerationStats:
         return asdict(self)
 
 
+class Measured(Protocol):
+    """What a timer asks of the model that runs."""
+
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+
+
 class RequestTimer:
-    """Times and counts of one answer that has the engine for itself."""
+    """Times and counts of one request: of the steps that it took part in, and its tokens' share of times and bytes.
 
-    def __init__(self, engine: Engine, seed: int, prompt_tokens: int) -> None:
-        self._engine, self._seed, self._prompt_tokens = engine, seed, prompt_tokens
-        self._start = self._begun = self._first = time.perf_counter()
-        self._before = engine.counters.copy()
+    came: when it was made, by `time.perf_counter`.
+    """
+
+    def __init__(self, runner: Measured, seed: int, prompt_tokens: int, came: float) -> None:
+        self._runner, self._seed, self._prompt_tokens = runner, seed, prompt_tokens
+        self._came = came
+        self._begun = self._first = time.perf_counter()
         self._cached = 0
-        self._after_prefill: Counters = self._before
-
-    def prefilled(self, cached: int) -> None:
-        """The first token can be drawn; so many of the prompt were in the KV cache."""
-        self._first = time.perf_counter()
-        self._cached = cached
-        self._after_prefill = self._engine.counters.copy()
-
-    def _counted(self, decoded: bool) -> tuple[Counters, float, int]:
-        """Of the phase that the figures are about: what was counted, and bytes read; and bytes read from the start."""
-        counters = self._engine.counters
-        phase = counters.since(self._after_prefill if decoded else self._before)
-        return phase, phase.bytes_read, counters.bytes_read - self._before.bytes_read
-
-    def stats(self, completion_tokens: int) -> GenerationStats:
-        """After so many tokens of the answer."""
-        steps = max(completion_tokens - 1, 0)  # the first token comes out of the prompt's forward pass
-        phase, phase_bytes, bytes_read = self._counted(steps > 0)
-        prefill_s = self._first - self._begun
-        return GenerationStats(
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached,
-            completion_tokens=completion_tokens,
-            ttft_s=self._first - self._start,
-            prefill_tokens_per_s=(self._prompt_tokens - self._cached) / prefill_s if prefill_s else None,
-            decode_tokens_per_s=steps / (time.perf_counter() - self._first) if steps else None,
-            hit_ratio=phase.hit_ratio,
-            bytes_read=bytes_read,
-            bytes_read_per_token=phase_bytes / max(steps, 1),
-            peak_rss_bytes=peak_rss_bytes(),
-            budget_bytes=self._engine.budget.total,
-            precision=str(self._engine.precision),
-            mean_width=phase.mean_width,
-            seed=self._seed,
-            **phase.per_token(steps, self._engine.widths),
-        )
-
-
-class SharedRequestTimer(RequestTimer):
-    """The same for an answer among several: counts of the steps that it was in, and its tokens' share of the bytes."""
-
-    def __init__(self, engine: Engine, seed: int, prompt_tokens: int) -> None:
-        super().__init__(engine, seed, prompt_tokens)
-        self._phases = [Counters(), Counters()]  # prompt, decoding
+        self._phases = (Counters(), Counters())  # prompt, decoding
         self._bytes = [0.0, 0.0]
 
-    def begin(self) -> None:
-        """It leaves the queue."""
+    def begin(self, cached: int) -> None:
+        """It leaves the queue; so many tokens of its prompt are in the KV cache."""
         self._begun = self._first = time.perf_counter()
+        self._cached = cached
 
-    def prefilled(self, cached: int = 0) -> None:
+    def prefilled(self) -> None:
+        """The first token can be drawn."""
         self._first = time.perf_counter()
 
     def add(self, step: Counters, share: float, decoding: bool) -> None:
-        """A step that it took part in with this share of the tokens."""
+        """Count steps that it took part in with this share of the tokens."""
         phase = self._phases[decoding]
         phase.expert_uses += step.expert_uses
         phase.expert_hits += step.expert_hits
@@ -128,5 +105,59 @@ class SharedRequestTimer(RequestTimer):
             setattr(phase, name, getattr(phase, name) + round(share * getattr(step, name)))
         self._bytes[decoding] += share * step.bytes_read
 
-    def _counted(self, decoded: bool) -> tuple[Counters, float, int]:
-        return self._phases[decoded], self._bytes[decoded], round(sum(self._bytes))
+    def stats(self, completion_tokens: int) -> GenerationStats:
+        """The figures after so many tokens of the answer."""
+        steps = max(completion_tokens - 1, 0)  # the first token comes out of the prompt's forward pass
+        decoded = steps > 0
+        phase = self._phases[decoded]
+        prefill_s = self._first - self._begun
+        return GenerationStats(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached,
+            completion_tokens=completion_tokens,
+            ttft_s=self._first - self._came,
+            prefill_tokens_per_s=(self._prompt_tokens - self._cached) / prefill_s if prefill_s else None,
+            decode_tokens_per_s=steps / (time.perf_counter() - self._first) if steps else None,
+            hit_ratio=phase.hit_ratio,
+            bytes_read=round(sum(self._bytes)),
+            bytes_read_per_token=self._bytes[decoded] / max(steps, 1),
+            peak_rss_bytes=peak_rss_bytes(),
+            budget_bytes=self._runner.budget.total,
+            precision=str(self._runner.precision),
+            mean_width=phase.mean_width,
+            seed=self._seed,
+            **phase.per_token(steps, self._runner.widths),
+        )
+
+
+Share = tuple[RequestTimer, float, bool]  # of a step's tokens, and whether these are decoded
+
+
+class StepLedger:
+    """Divides what the runtime counts among the requests of each step.
+
+    As long as the same requests take the same shares, counting is put off: copying counters takes time.
+    """
+
+    def __init__(self, counters: Callable[[], Counters]) -> None:
+        self._counters = counters
+        self._shares: list[Share] = []
+        self._before = Counters()
+
+    def begin(self, shares: list[Share]) -> None:
+        """Count what comes from now on for these; for nobody, if there are none."""
+        if shares == self._shares:
+            return
+        self.settle()
+        if not self._shares and shares:
+            self._before = self._counters().copy()
+        self._shares = shares
+
+    def settle(self) -> None:
+        """Count what was put off."""
+        if not self._shares:
+            return
+        now = self._counters().copy()
+        counted, self._before = now.since(self._before), now
+        for timer, share, decoding in self._shares:
+            timer.add(counted, share, decoding)

@@ -39,7 +39,7 @@ def load_device(name: str | Path) -> Profile:
     known = devices()
     path = known.get(str(name), Path(name).expanduser())
     if not path.exists():
-        raise UsageError(f"device {str(name)!r} is neither a file nor one of {', '.join(known)}.")
+        raise UsageError(f"device profile {str(name)!r} is neither a file nor one of {', '.join(known)}.")
     try:
         return read_profile(path)
     except ValueError as error:
@@ -74,7 +74,7 @@ def this_machine() -> tuple[Profile, str]:
     profile = replace(load_device(name), memory_bytes=float(memory))
     if profile.gpu_integrated:
         profile = replace(profile, gpu_memory_bytes=float(memory))
-    return profile, f"default figures, those of {name} (moert profile measures this machine's){wrong}"
+    return profile, f"default figures for {name} (moert profile measures this machine){wrong}"
 
 
 def device_or_this(name: str | Path | None) -> tuple[Profile, str]:

@@ -87,7 +87,7 @@ def resolve(
     """
     say = on_status or (lambda text: None)
     if model is None:
-        say("No model named with -m: using the small one that comes with moert.")
+        say("No model is named with -m: using the small one that comes with moert.")
     folder = shipped_model() if model is None else Path(model).expanduser()
     if is_store(folder):
         if any(setting is not None for setting in (widths, group_size, dense_bits)):
@@ -171,7 +171,7 @@ def _download(repo: str, offline: bool, say: Status) -> Path:
     from moert.models import registry
 
     if not offline:
-        say(f"Downloading {repo} from the Hugging Face hub (what is here already is not loaded again).")
+        say(f"Downloading {repo} from the Hugging Face hub (files that are here already are kept).")
     try:
         # The small file first: a model that cannot be used is refused before its gigabytes come.
         config = Path(hub.hf_hub_download(repo, _CONFIG_FILE, local_files_only=offline))

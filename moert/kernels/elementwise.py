@@ -1,4 +1,4 @@
-"""What a forward pass does with its tokens between the products: norms, rotation, the weighted sum of experts.
+"""Work on tokens between the products of a forward pass: norms, rotation, the weighted sum of experts.
 
 Compiled where the module is in use: torch would write several temporary tensors for each.
 """

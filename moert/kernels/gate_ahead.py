@@ -50,7 +50,7 @@ class GateAheadRouters:
 
     @cached_property
     def native(self) -> Any:
-        """What the compiled module takes; points into the routers."""
+        """Return what the compiled module takes; it points into the routers."""
         hidden = self.routers[0].layout.cols
         return loaded().GateAheadRouters([router.native for router in self.routers], hidden, self.eps, self.count)
 

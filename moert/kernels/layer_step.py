@@ -1,4 +1,4 @@
-"""What a layer does with its tokens up to the experts, in one call, where the compiled module is in use."""
+"""A layer up to its experts in one call, where the compiled module is in use."""
 
 # T tokens, D hidden, H query heads, J key/value heads, d head size, C context size, E experts, K experts per token
 
@@ -38,7 +38,7 @@ class LayerCache:
 
     @cached_property
     def native(self) -> Any:
-        """What the compiled module takes; points into the cache."""
+        """Return what the compiled module takes; it points into the cache."""
         scales = (0, 0) if self.scales is None else tuple(s.data_ptr() for s in self.scales)
         bits = 8 * self.values.itemsize
         return loaded().LayerCache(self.keys.data_ptr(), self.values.data_ptr(), bits, *scales, self.values.shape[1])
@@ -60,7 +60,7 @@ class Place:
 
     @cached_property
     def native(self) -> Any:
-        """What the compiled module takes; points into the rotation."""
+        """Return what the compiled module takes; it points into the rotation."""
         cos, sin = self.rotation
         window = _EVERYTHING if self.window is None else self.window
         return loaded().Place(cos.data_ptr(), sin.data_ptr(), len(cos), self.position, window)
@@ -85,7 +85,7 @@ class Router:
 
 @dataclass(frozen=True, eq=False)
 class LayerStep:
-    """What a layer does with some tokens before its experts: norm, attention, residual, norm, router.
+    """A layer before its experts, for some tokens: norm, attention, residual, norm, router.
 
     norms: float32 [D], before attention and behind it. qkvo: the four projections of attention. qk_norm: None, or
     whether q and k are normed per head ([d] each) or as a whole ([H * d] and [J * d]). clip: largest magnitude of q, k
@@ -114,7 +114,7 @@ class LayerStep:
 
     @cached_property
     def native(self) -> Any:
-        """What the compiled module takes; points into the weights."""
+        """Return what the compiled module takes; it points into the weights."""
         kind, *qk_norms = self.qk_norm or ("none", None, None)
         router = self.router
         return loaded().Layer(
@@ -156,7 +156,7 @@ class LayerStep:
     def many(
         self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]], bonus: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for tokens x [T, D], in place: what the experts see [T, D], indices int64 and weights [T, K].
+        """Run tokens x [T, D] in place: what the experts see [T, D], indices int64 and weights [T, K].
 
         runs: the tokens of one sequence after those of another, with the cache of each. What becomes of a token does
         not depend on the tokens beside it. ValueError where a place lies beyond its cache.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from moert.config import PREFILL_CHUNK
-from moert.engine.model_runner import Engine
+from moert.engine.model_runner import ModelRunner
 from moert.errors import UsageError
 from moert.measure.bench_kernels import expert_bytes, load_average, matrix_bytes, timestamp
 from moert.models.architecture import Architecture
@@ -138,7 +138,7 @@ def positions_read(arch: Architecture, steps: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def bytes_touched(store: Store, engine: Engine, case: Case, counts: Counters) -> float:
+def bytes_touched(store: Store, runner: ModelRunner, case: Case, counts: Counters) -> float:
     """Bytes of weights and KV cache that the passes of a case must read from memory, divided by its tokens.
 
     Besides those of `bytes_without_experts` the experts that were in fact routed to, as `counts` has them over all
@@ -150,10 +150,10 @@ def bytes_touched(store: Store, engine: Engine, case: Case, counts: Counters) ->
     if layout.num_slices > 1:  # every bit more is as many bytes more: the scales are those of one width
         more = counts.width_sum - counts.expert_uses * layout.widths[0]
         experts += more * (last - first) // (layout.widths[-1] - layout.widths[0])
-    return bytes_without_experts(store, engine, case) + experts / case.n_tokens
+    return bytes_without_experts(store, runner, case) + experts / case.n_tokens
 
 
-def bytes_without_experts(store: Store, engine: Engine, case: Case) -> float:
+def bytes_without_experts(store: Store, runner: ModelRunner, case: Case) -> float:
     """Bytes of dense weights and KV cache that the passes of a case must read from memory, divided by its tokens.
 
     Counted for each pass (decode: a token; prefill: a chunk): all dense weights with head, norms and routers but of the
@@ -162,14 +162,14 @@ def bytes_without_experts(store: Store, engine: Engine, case: Case) -> float:
     """
     arch, steps = store.architecture, case.steps()
     every_pass, row = dense_bytes(store.meta.dense)
-    per_position = engine.kv_bytes_per_position / arch.num_layers
+    per_position = runner.kv_bytes_per_position / arch.num_layers
     total = len(steps) * every_pass + case.n_tokens * row
     return (total + positions_read(arch, steps) * per_position) / case.n_tokens
 
 
-def model_bytes(store: Store, engine: Engine) -> int:
+def model_bytes(store: Store, runner: ModelRunner) -> int:
     """Bytes of the whole model at the width in use."""
-    return store.dense_bytes + store.experts_bytes(engine.precision.slices(store.layout.widths))
+    return store.dense_bytes + store.experts_bytes(runner.precision.slices(store.layout.widths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +214,10 @@ class Row:
 
 
 class Measurement:
-    """Times one case on an engine. `row()` is right after any repetition, so what is interrupted is not lost."""
+    """Times one case on a model. `row()` is right after any repetition, so what is interrupted is not lost."""
 
-    def __init__(self, store: Store, engine: Engine, case: Case, tokens: Tokens, bandwidth: float) -> None:
-        self._store, self._engine, self._case, self._tokens = store, engine, case, tokens
+    def __init__(self, store: Store, runner: ModelRunner, case: Case, tokens: Tokens, bandwidth: float) -> None:
+        self._store, self._runner, self._case, self._tokens = store, runner, case, tokens
         self._bandwidth = bandwidth
         self._load, self._time = load_average(), timestamp()
         self._seconds: list[float] = []
@@ -226,36 +226,36 @@ class Measurement:
 
     def run(self, repetitions: int, warmup: bool, on_progress: Callable[[str], None]) -> None:
         """Fill the depth, warm up with one repetition that does not count, and measure."""
-        engine, case = self._engine, self._case
+        runner, case = self._runner, self._case
         depth = self._tokens.depth(case.n_depth)
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(engine.tokens, depth, strict=False))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(runner.tokens, depth, strict=False))
         there = sum(1 for _ in same)  # those of an earlier row
         if there < len(depth):
             on_progress(f"{case.name}: filling a depth of {case.n_depth} tokens")
-            engine.rewind(there)
-            engine.forward(depth[there:])
+            runner.rewind(there)
+            runner.forward(depth[there:])
         if warmup:
             on_progress(f"{case.name}: warming up")
-            engine.preload()
+            runner.preload()
             self._once(self._tokens.timed(case, repetitions))
         for i in range(repetitions):
             so_far = f", {case.n_tokens / self._seconds[-1]:.1f} tokens/s" if self._seconds else ""
             on_progress(f"{case.name}: repetition {i + 1} of {repetitions}{so_far}")
-            before, kernels = engine.counters.copy(), kernel_seconds()
+            before, kernels = runner.counters.copy(), kernel_seconds()
             seconds = self._once(self._tokens.timed(case, i))
             kernels = kernel_seconds() - kernels
-            counts = engine.counters.since(before)
+            counts = runner.counters.since(before)
             self._seconds.append(seconds)
             self._outside.append(seconds - kernels - counts.waited_s)
             self._counts.append(counts)
 
     def _once(self, ids: list[int]) -> float:
-        engine = self._engine
-        engine.rewind(self._case.n_depth)
+        runner = self._runner
+        runner.rewind(self._case.n_depth)
         passes = [ids] if self._case.n_prompt else [[token] for token in ids]
         start = time.perf_counter()
         for part in passes:
-            engine.forward(part)
+            runner.forward(part)
         return time.perf_counter() - start
 
     def _overhead(self) -> float | None:
@@ -265,28 +265,28 @@ class Measurement:
 
     def row(self) -> Row | None:
         """Return the figures measured so far; None before the first repetition has ended."""
-        counts, store, engine, case = self._counts, self._store, self._engine, self._case
+        counts, store, runner, case = self._counts, self._store, self._runner, self._case
         if not counts:
             return None
         # Ctrl-C may have fallen between the two lists.
         samples = [case.n_tokens / seconds for seconds in self._seconds[: len(counts)]]
         average = statistics.fmean(samples)
         uses = sum(c.expert_uses for c in counts)
-        touched = statistics.fmean(bytes_touched(store, engine, case, c) for c in counts)
+        touched = statistics.fmean(bytes_touched(store, runner, case, c) for c in counts)
         return Row(
             model=store.path.name,
             model_type=store.meta.model_type,
-            size_bytes=model_bytes(store, engine),
+            size_bytes=model_bytes(store, runner),
             test=case.name,
             n_prompt=case.n_prompt,
             n_gen=case.n_gen,
             n_depth=case.n_depth,
             tokens=self._tokens.origin,
-            threads=engine.threads,
+            threads=runner.threads,
             kernel=kernel_name(),
-            precision=str(engine.precision),
-            ctx_size=engine.ctx_size,
-            kv_bytes_per_position=engine.kv_bytes_per_position,
+            precision=str(runner.precision),
+            ctx_size=runner.ctx_size,
+            kv_bytes_per_position=runner.kv_bytes_per_position,
             repetitions=len(counts),
             avg_ts=average,
             stddev_ts=statistics.stdev(samples) if len(samples) > 1 else 0.0,
@@ -298,7 +298,7 @@ class Measurement:
             hit_ratio=sum(c.expert_hits for c in counts) / uses if uses else None,
             bytes_read_per_token=sum(c.bytes_read for c in counts) / (len(counts) * case.n_tokens),
             peak_rss_bytes=peak_rss_bytes(),
-            budget_bytes=engine.budget.total,
+            budget_bytes=runner.budget.total,
             load_average=self._load,
             timestamp=self._time,
         )

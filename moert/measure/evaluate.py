@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from moert.config import EngineConfig
-from moert.engine.model_runner import Engine, needs_of, read_precision, say_what_is_kept
+from moert.engine.model_runner import ModelRunner, read_precision, say_what_is_kept
+from moert.engine.needs import needs_of
+from moert.engine.worker import Worker
 from moert.errors import UsageError
 from moert.hardware.memory import available_bytes, library_bytes
 from moert.measure.bench import Case, bytes_without_experts
@@ -166,7 +168,7 @@ class Sums:
 class Evaluation:
     """A store at several precisions beside the lossless store, both loaded under one memory budget.
 
-    window: tokens, the context of both. config: the settings of the store's engine but for context and precision.
+    window: tokens, the context of both. config: the settings of the store's runner but for context and precision.
     one_by_one: the store computes a window token by token, as an answer is, so that a precision that goes by what is
     in memory costs what it costs there; errors of layers are not measured then.
     on_status gets lines that say what was chosen. `rows()` is right at every moment: an interrupted window does not
@@ -185,7 +187,7 @@ class Evaluation:
     ) -> None:
         limit = store.architecture.max_position_embeddings
         if window > limit:
-            raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was made for.")
+            raise UsageError(f"A window of {window} tokens is more than the {limit} that the model was trained for.")
         self._store, self._against, self._window, self._one_by_one = store, against, window, one_by_one
         self._on_status = on_status
         widths = store.layout.widths
@@ -195,11 +197,12 @@ class Evaluation:
         self.budget, arena = self._split(config, widest.slices(widths))
         say_what_is_kept(store, widest.slices(widths), on_status)
         on_status(self.budget.line())
-        self._engine = self._open(store, config, str(widest), arena)
-        self._lossless: Engine | None = None
+        self._runner = self._open(store, config, str(widest), arena)
+        self._lossless: ModelRunner | None = None
         if against is not None:
             plain = replace(config, kv_bits=None, device="cpu", device_budget=None)
             self._lossless = self._open(against, plain, None, self.budget.arena - arena)
+        self._worker = Worker(self._runner, Tokenizer(store.path))
         self._sums = [Sums() for _ in self._precisions]
         self._lossless_sums = Sums()
 
@@ -226,19 +229,22 @@ class Evaluation:
         arena = min(own.all_experts, budget.arena - both.one_expert + own.one_expert)
         return budget, arena if config.expert_budget is None else min(arena, config.expert_budget)
 
-    def _open(self, store: Store, config: EngineConfig, precision: str | None, arena: int) -> Engine:
+    def _open(self, store: Store, config: EngineConfig, precision: str | None, arena: int) -> ModelRunner:
         changed = replace(config, memory_budget=None, expert_budget=arena, precision=precision, ctx_size=self._window)
-        engine = Engine(store, changed, lambda line: None)
-        if engine.offload is not None:
-            self._on_status(engine.offload.line(self._window))
-        return engine
+        runner = ModelRunner(store, changed, lambda line: None)
+        if runner.offload is not None:
+            self._on_status(runner.offload.line(self._window))
+        return runner
 
     @property
     def threads(self) -> int:
-        return self._engine.threads
+        return self._runner.threads
 
     def run(self, windows: Sequence[Sequence[int]], on_progress: Callable[[str], None]) -> None:
         """Measure windows of token ids, each at least 2 and at most `window` long."""
+        self._worker.call(lambda runner: self._run(windows, on_progress))
+
+    def _run(self, windows: Sequence[Sequence[int]], on_progress: Callable[[str], None]) -> None:
         measured = 0
         for number, ids in enumerate(windows, 1):
             so_far = [f"{p} {math.exp(s.loss / s.scored):.3f}" for p, s in self._results() if s.scored]
@@ -248,17 +254,17 @@ class Evaluation:
             true, lossless = None, Sums()
             if self._lossless is not None:
                 # What a layer on a device makes of something is not to be had apart from the others.
-                apart = measured < LAYER_TOKENS and not self._one_by_one and self._engine.offload is None
+                apart = measured < LAYER_TOKENS and not self._one_by_one and self._runner.offload is None
                 with self._layers(new) if apart else _nothing():
                     true = self._logits(self._lossless, ids, lossless)
                 lossless.score(true, targets, None)
             for sums, precision in zip(new, self._precisions, strict=True):
-                self._engine.use(precision)
+                self._runner.use(precision)
                 if self._one_by_one:
                     at = f"window {number} of {len(windows)}, {precision}, token"
                     logits = self._decoded(ids, sums, lambda token, at=at: on_progress(f"{at} {token}"))  # type: ignore[misc]
                 else:
-                    logits = self._logits(self._engine, ids, sums)
+                    logits = self._logits(self._runner, ids, sums)
                 sums.score(logits, targets, true)
             measured += len(ids)
             for total, sums in zip([*self._sums, self._lossless_sums], [*new, lossless], strict=True):
@@ -268,23 +274,23 @@ class Evaluation:
         yield from zip(self._precisions, self._sums, strict=True)
 
     @staticmethod
-    def _logits(engine: Engine, ids: Sequence[int], sums: Sums) -> Tensor:
+    def _logits(runner: ModelRunner, ids: Sequence[int], sums: Sums) -> Tensor:
         """Logits [T - 1, V] of all tokens but the last."""
-        engine.rewind(0)
-        before = engine.counters.copy()
-        logits = engine.forward(ids, all_logits=True)[:-1]
-        sums.count(engine.counters.since(before), len(ids))
+        runner.rewind(0)
+        before = runner.counters.copy()
+        logits = runner.forward(ids, all_logits=True)[:-1]
+        sums.count(runner.counters.since(before), len(ids))
         return logits
 
     def _decoded(self, ids: Sequence[int], sums: Sums, report: Callable[[int], None]) -> Tensor:
         """The same, token by token."""
-        self._engine.rewind(0)
-        before, rows = self._engine.counters.copy(), []
+        self._runner.rewind(0)
+        before, rows = self._runner.counters.copy(), []
         for i, token in enumerate(ids[:-1]):
             if i % 32 == 0:
                 report(i)
-            rows.append(self._engine.forward([token]))
-        sums.count(self._engine.counters.since(before), len(rows))
+            rows.append(self._runner.forward([token]))
+        sums.count(self._runner.counters.since(before), len(rows))
         return torch.stack(rows)
 
     @contextmanager
@@ -298,8 +304,8 @@ class Evaluation:
             def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
                 differences.clear()
                 for precision in self._precisions:
-                    self._engine.use(precision)
-                    other = _layer(self._engine, layer).mlp(inputs[0])
+                    self._runner.use(precision)
+                    other = _layer(self._runner, layer).mlp(inputs[0])
                     differences.append(torch.stack([_square(other - y), _square(y)]))
 
             return hook
@@ -330,10 +336,10 @@ class Evaluation:
         for precision, sums in self._results():
             if sums.scored:
                 reference = lossless if lossless.scored else None
-                result.append(self._row(self._store, self._engine, precision, sums, reference))
+                result.append(self._row(self._store, self._runner, precision, sums, reference))
         return result
 
-    def _row(self, store: Store, engine: Engine, precision: Precision, sums: Sums, reference: Sums | None) -> Row:
+    def _row(self, store: Store, runner: ModelRunner, precision: Precision, sums: Sums, reference: Sums | None) -> Row:
         layout, n = store.layout, sums.scored
         # A token uses top-k experts in every layer, each with so many slices: their share among all uses.
         uses = sums.token_uses.total()
@@ -354,7 +360,7 @@ class Evaluation:
             mean_width=sum(part * layout.widths[slices - 1] for slices, part in share.items() if slices),
             bits_per_weight=8 * stored / weights,
             expert_bytes_per_token=per_token * stored,
-            bytes_touched_per_token=bytes_without_experts(store, engine, Case(0, self._window, 0))
+            bytes_touched_per_token=bytes_without_experts(store, runner, Case(0, self._window, 0))
             + per_token * touched,
             bytes_read_per_token=sums.bytes_read / sums.tokens,
             layer_errors=[
@@ -365,7 +371,7 @@ class Evaluation:
 
     def close(self) -> None:
         """End the reading threads."""
-        self._engine.close()
+        self._worker.close()
         if self._lossless is not None:
             self._lossless.close()
 
@@ -375,8 +381,8 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _layer(engine: Engine, number: int) -> DecoderLayer:
-    return cast(DecoderLayer, engine.decoder.layers[number])
+def _layer(runner: ModelRunner, number: int) -> DecoderLayer:
+    return cast(DecoderLayer, runner.decoder.layers[number])
 
 
 def _square(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moert.api import LLM
 from moert.config import EngineConfig, format_bytes, parse_bytes
-from moert.engine.model_runner import Engine
+from moert.engine.model_runner import ModelRunner
 from moert.errors import ProfileError
 from moert.hardware.memory import available_bytes
 from moert.measure.figure import Measured, Progress, measured
@@ -165,15 +165,22 @@ def measure_answer(threads: int, progress: Progress) -> Measured:
     times = []
     with LLM(threads=threads) as llm:
         params = llm.default_params.replace(max_tokens=ANSWER_TOKENS, ignore_eos=True, seed=0)
+        prompt = llm.tokenizer.encode("import")
         for _ in range(ANSWERS):
             done = llm.generate("import", params)[0]
-            llm.engine.rewind(done.stats.prompt_tokens)
-            start = time.perf_counter()
-            for token in done.token_ids[:-1]:
-                llm.engine.forward([token])
-            decoding = (time.perf_counter() - start) / (ANSWER_TOKENS - 1)
+            decoding = llm.call(lambda runner: _decoding_s(runner, prompt, done.token_ids[:-1]))  # noqa: B023
             times.append(max(1 / (done.stats.decode_tokens_per_s or 1.0) - decoding, 0.0))
     return measured(times[1:])  # the first has experts to read
+
+
+def _decoding_s(runner: ModelRunner, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Seconds that each of `tokens` takes behind a prompt."""
+    runner.rewind(0)
+    runner.forward(prompt)
+    start = time.perf_counter()
+    for token in tokens:
+        runner.forward([token])
+    return (time.perf_counter() - start) / len(tokens)
 
 
 @dataclass(frozen=True)
@@ -221,31 +228,31 @@ def fit(reads: Array, seconds: Array) -> tuple[float, float]:
 
 
 class _Run:
-    """An engine that decodes one token after the other."""
+    """A model that decodes one token after the other."""
 
-    def __init__(self, engine: Engine, sweeper: _Sweeper) -> None:
-        self._engine, self._sweeper = engine, sweeper
+    def __init__(self, runner: ModelRunner, sweeper: _Sweeper) -> None:
+        self._runner, self._sweeper = runner, sweeper
 
     def kernel_s(self, progress: Progress) -> float:
         """Seconds in kernels for a token."""
         progress("decoding: kernels in the caches")
         busy = kernel_seconds()
         for _ in range(TOKENS):
-            self._engine.forward([0])
+            self._runner.forward([0])
         return (kernel_seconds() - busy) / TOKENS
 
     def decode(self, ids: Sequence[int], progress: Progress, what: str) -> _Decoded:
-        engine, sweeper = self._engine, self._sweeper
+        runner, sweeper = self._runner, self._sweeper
         tokens: list[float] = []
         layers: list[tuple[float, int]] = []
         for number, token in enumerate(ids):
             progress(f"decoding: {what}, {number} of {len(ids)} tokens")
-            before = {layer: counters.copy() for layer, counters in engine.layer_counters(True).items()}
+            before = {layer: counters.copy() for layer, counters in runner.layer_counters(True).items()}
             sweeper.begin()
             start, busy = time.perf_counter(), kernel_seconds()
-            engine.forward([token])
+            runner.forward([token])
             seconds = time.perf_counter() - start - (kernel_seconds() - busy) - sweeper.swept_s
-            counts = [c.since(before[layer]) for layer, c in engine.layer_counters(True).items()]
+            counts = [c.since(before[layer]) for layer, c in runner.layer_counters(True).items()]
             reads = [c.reads for c in counts]
             if not any(reads):
                 tokens.append(seconds)
@@ -260,13 +267,13 @@ def _decoding(store: Store, threads: int, arena: int, sweep: int) -> Iterator[_R
     """Runs with so many bytes of experts in memory; the first tokens are decoded already."""
     context = 64 + (_PARTS + 2) * max(TOKENS, LARGE_TOKENS)
     config = EngineConfig(expert_budget=arena, ctx_size=context, threads=threads, prefetch="off", device="cpu")
-    engine = Engine(store, config, lambda text: None)
+    runner = ModelRunner(store, config, lambda text: None)
     try:
-        engine.preload()
+        runner.preload()
         for token in random.Random(1).choices(range(store.architecture.vocab_size), k=4):
-            engine.forward([token])
+            runner.forward([token])
         sweeper = _Sweeper(sweep)
-        engine.draw(sweeper)
-        yield _Run(engine, sweeper)
+        runner.draw(sweeper)
+        yield _Run(runner, sweeper)
     finally:
-        engine.close()
+        runner.close()

@@ -1,12 +1,12 @@
 """The decoder: embedding, layers, head. One sequence in chunks of any length, or several together, over KV caches."""
 
-# T tokens, V vocabulary, D hidden, R sequences, L layers with experts, K experts per token
+# T tokens, V vocabulary, D hidden, R sequences
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -70,22 +70,10 @@ class DecoderLayer(nn.Module):
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
 
-    def together(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> Tensor:
-        """Tokens x [T, D] of several sequences in place, as `LayerStep.many` takes them; returns the experts chosen."""
+    def together(self, x: Tensor, runs: Sequence[tuple[LayerCache, Place]]) -> None:
+        """Tokens x [T, D] of several sequences in place, as `LayerStep.many` takes them."""
         normed, indices, weights = self.step.many(x, runs, self.routing_bias(len(x)))
         x += self.mlp(normed, (indices, weights)) if self.step.router else self.mlp(normed)
-        return indices
-
-
-class Step(NamedTuple):
-    """The results of one step for several sequences.
-
-    logits: float32 [R, V], of the last token of each. routes: the experts of that token, int64 [L, K], or None for a
-    sequence that was computed alone.
-    """
-
-    logits: Tensor
-    routes: list[Tensor | None]
 
 
 class Decoder(nn.Module):
@@ -165,30 +153,28 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(self.norm(x if all_logits else x[-1:]))
         return logits if all_logits else logits[0]
 
-    def together(self, runs: Sequence[tuple[Tensor, KVCache]], most_tokens: float = math.inf) -> Step:
+    def together(self, runs: Sequence[tuple[Tensor, KVCache]], most_tokens: float = math.inf) -> Tensor:
         """`forward` of several sequences, to the byte: tokens int64 [T] each behind those in a cache of its own.
 
+        Returns float32 logits [R, V], of the last token of each.
         Weights are read once for all tokens where these are at most `most_tokens` and the compiled module can do it;
         else for groups of sequences, or for each alone. An error leaves the tokens of whole groups in the caches.
         """
         logits: list[Tensor] = []
-        routes: list[Tensor | None] = []
         group: list[tuple[Tensor, KVCache]] = []
         most, size = min(most_tokens, self._most_tokens if runs[0][1].steppable else 0), 0
         for run in [*runs, None]:
             count = len(run[0]) if run else 0
             if group and (run is None or size + count > most):
-                step = self._joint(group) if len(group) > 1 else Step(self(*group[0])[None], [None])
-                logits.append(step.logits)
-                routes += step.routes
+                logits.append(self._joint(group) if len(group) > 1 else self(*group[0])[None])
                 group, size = [], 0
             if run:
                 group.append(run)
                 size += count
-        return Step(torch.cat(logits) if len(logits) > 1 else logits[0], routes)
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     @torch.inference_mode()
-    def _joint(self, runs: Sequence[tuple[Tensor, KVCache]]) -> Step:
+    def _joint(self, runs: Sequence[tuple[Tensor, KVCache]]) -> Tensor:
         windows, places = self.arch.sliding_windows, []
         for tokens, cache in runs:
             cache.check_room(len(tokens))
@@ -197,13 +183,11 @@ class Decoder(nn.Module):
         for told in self.on_pass:
             told(runs)
         x = gather_rows(self.embed_tokens.weight, torch.cat([tokens for tokens, _ in runs]))
-        indices = []
         for i, (layer, window) in enumerate(zip(self._layers, windows, strict=True)):
             parts = [(cache.layers[i], at[window]) for (_, cache), at in zip(runs, places, strict=True)]
-            chosen = layer.together(x, parts)
-            if layer.step.router:
-                indices.append(chosen)
+            layer.together(x, parts)
         for tokens, cache in runs:
             cache.advance(len(tokens))
         last = torch.tensor([len(tokens) for tokens, _ in runs]).cumsum(0) - 1
-        return Step(self.lm_head(self.norm(x[last])), list(torch.stack(indices)[:, last].unbind(1)))
+        result: Tensor = self.lm_head(self.norm(x[last]))
+        return result

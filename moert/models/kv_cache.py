@@ -20,6 +20,8 @@ from moert.models.architecture import Architecture, kv_bytes
 from moert.quant.format import KEY_BLOCK, align
 
 FlatLayer = tuple[Tensor, Tensor, Tensor]  # keys, values and scales of a layer, each in one dimension
+Region = tuple[int, int]  # the position of the memory that it begins at, and how many it has
+RegionParts = list[tuple[int, Tensor]]  # keys, values or scales of a region, with the position that each part begins at
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,27 @@ class KVMemory:
     def _layer(self, flat: FlatLayer, start: int, count: int) -> LayerCache:
         keys, values, scales = self._cut(flat, start, count)
         return LayerCache(keys.view(len(keys), count // KEY_BLOCK, self._shape[1], KEY_BLOCK), values, scales)
+
+    def copy(self, source: Region, target: Region, count: int) -> None:
+        """Copy the first `count` positions of one region into another, which may overlap it.
+
+        A region begins at a multiple of a block and is as many blocks long; what the two share is overwritten.
+        """
+        count = align(count, KEY_BLOCK)  # of keys in blocks, whole blocks are whole rows
+        for index in range(len(self._host)):
+            for old, new in zip(self._parts(index, *source), self._parts(index, *target), strict=True):
+                copy_rows(old, new, count)
+
+    def _parts(self, index: int, start: int, size: int) -> list[RegionParts]:
+        """Return the keys, the values, and the scales of both of a layer in a region, heads first."""
+        return self._with_positions([(0, self._cut(self._host[index], start, size))])
+
+    @staticmethod
+    def _with_positions(parts: Sequence[tuple[int, tuple[Tensor, Tensor, Tensor | None]]]) -> list[RegionParts]:
+        """Sort what `_cut` gave of parts of a region, each with the position that it begins at, by kind."""
+        both = [[(first, tensors[kind]) for first, tensors in parts] for kind in (0, 1)]
+        scales = [(first, tensors[2].flatten(0, 1)) for first, tensors in parts if tensors[2] is not None]
+        return [*both, scales] if scales else both
 
     def _cut(self, flat: FlatLayer, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [J, C, d] and scales [2, J, C] in some positions of a layer's."""
@@ -147,3 +170,23 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
+
+
+def copy_rows(source: RegionParts, target: RegionParts, count: int) -> None:
+    """Copy the first `count` rows of each head from parts of a region into those of another, which may overlap it."""
+    if len(source) > 1 or len(target) > 1:  # in two memories, where no order of the heads suits both
+        for first, old in [(first, old.clone()) for first, old in source]:
+            for begin, new in target:
+                low, high = max(first, begin), min(first + old.shape[1], begin + new.shape[1], count)
+                if low < high:
+                    new[:, low - begin : high - begin] = old[:, low - first : high - first]
+        return
+    (_, old), (_, new) = source[0], target[0]
+    # Heads whose rows move up go from the last to the first, and the others the other way round: so none is overwritten
+    # before it is copied.
+    shifts = [new[head].data_ptr() - old[head].data_ptr() for head in range(len(old))]
+    rising = [head for head in reversed(range(len(old))) if shifts[head] > 0]
+    for head in [*rising, *(head for head in range(len(old)) if shifts[head] < 0)]:
+        rows = old[head, :count]
+        overlapping = abs(shifts[head]) < rows.numel() * rows.element_size()
+        new[head, :count] = rows.clone() if overlapping else rows

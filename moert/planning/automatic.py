@@ -40,8 +40,8 @@ class Automatic:
         """Describe what was chosen, with the budget that came of it, and what for."""
         p = self.prediction
         return (
-            f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(budget_bytes)}; predicted are "
-            f"{p.decode_tokens_per_s:.1f} tokens/s and {p.hit_ratio:.0%} hits, by {self.device}"
+            f"plan: {p.precision}, context {p.ctx_size}, {format_bytes(budget_bytes)}: predicts "
+            f"{p.decode_tokens_per_s:.1f} tokens/s and {p.hit_ratio:.0%} cache hits, from {self.device}"
         )
 
     def add(self, stats: GenerationStats) -> None:
@@ -62,10 +62,10 @@ class Automatic:
         """Predicted and achieved, a line each."""
         p, speed = self.prediction, self.achieved
         lines = [f"memory: {format_bytes(p.peak_rss_bytes)} predicted, {format_bytes(self.peak_rss_bytes)} at the peak"]
-        achieved = "the first answer does not count"  # its experts are read for the first time
+        achieved = "not measured yet"  # of the first answer experts are read for the first time
         if speed is not None:
             off = f"{speed / p.decode_tokens_per_s - 1:+.0%}, {self.tokens} tokens"
-            achieved = f"{speed:.1f} achieved ({off})"
+            achieved = f"{speed:.1f} measured ({off})"
         return [f"speed: {p.decode_tokens_per_s:.1f} tokens/s predicted, {achieved}", *lines]
 
     def warning(self) -> str | None:
@@ -75,8 +75,8 @@ class Automatic:
             return None
         self._said = True
         return (
-            f"The plan is {speed / p.decode_tokens_per_s - 1:+.0%} off: {p.decode_tokens_per_s:.1f} tokens/s were "
-            f"predicted, {speed:.1f} achieved; it went by {self.device}"
+            f"{speed:.1f} tokens/s were measured, but {p.decode_tokens_per_s:.1f} planned "
+            f"({speed / p.decode_tokens_per_s - 1:+.0%}), from {self.device}"
         )
 
 

@@ -34,7 +34,7 @@ def recorded(trace: Trace, shape: ModelShape) -> RoutingSample:
     fit(trace, shape, None, 1)
     tokens = sum(step.phase == DECODE for step in trace.steps)
     if not tokens:
-        raise UsageError(f"The trace of {trace.model} decodes nothing: record one of a run that answers.")
+        raise UsageError(f"The trace of {trace.model} decodes nothing: record one while answers are generated.")
     statistics = statistics_for(shape.model_type, shape.name)
     about = f"as recorded with {trace.model}, the first {min(tokens, MOST_TOKENS)} of {tokens} tokens decoded"
     return RoutingSample(trace, statistics.recalls, f"{about} (routers one layer early: {statistics.recall_source})")

@@ -1,1 +1,1 @@
-"""Executes the plans of the scheduler: arena, reading threads, experts."""
+"""Experts out of memory and disk: where every slice is, its reads, and plans carried out; knows no model."""

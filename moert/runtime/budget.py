@@ -91,7 +91,7 @@ class Split(Protocol):
 
 def split_line(split: Split, *names: str) -> str:
     """The total and the parts of these names, for people."""
-    how = " (chosen: 80% of what is available, or all that the model can use)" if split.automatic else ""
+    how = " (80% of the available memory, or less if the model cannot use it)" if split.automatic else ""
     parts = (f"{name.replace('_', ' ')} {format_bytes(getattr(split, name))}" for name in names)
     return f"{format_bytes(split.total)}{how}: {', '.join(parts)}"
 
@@ -132,9 +132,10 @@ def split_budget(needs: Needs, memory_budget: int | None, expert_budget: int | N
     least = needs.fixed + (arena if expert_budget is not None else needs.one_expert)
     if limit < least:
         short = format_bytes(least - limit)
-        origin = "The memory budget" if memory_budget is not None else "80% of the memory available,"
+        size = f"{limit} bytes ({format_bytes(limit)})"
+        what = f"80% of the available memory, {size}," if memory_budget is None else f"The memory budget of {size}"
         raise BudgetError(
-            f"{origin} of {limit} bytes ({format_bytes(limit)}) is {short} too small: libraries "
+            f"{what} is {short} too small: libraries "
             f"{format_bytes(needs.libraries)}, dense weights {format_bytes(needs.dense)}, KV cache "
             f"{format_bytes(needs.kv_cache)}, workspace {format_bytes(needs.workspace)} and experts "
             f"{format_bytes(least - needs.fixed)} need at least {least} bytes ({format_bytes(least)}).",

@@ -297,7 +297,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the model is given: the system prompt, if any, and all turns."""
+        """Return what the model is given: the system prompt, if any, and all turns."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(self, text: str) -> None:
