@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -144,6 +145,13 @@ def test_the_page_on_internals_is_that_of_the_code(part):
         page.write_text(before + begin + wanted + end + after)
     else:
         assert drawn == wanted, "MOERT_REDRAW=1 pytest tests/test_project.py draws it anew"
+
+
+def test_a_token_passes_through_few_files():
+    page = (ROOT / "moert" / "docs" / "internals.md").read_text().split("## One token", 1)[1].split("\n## ", 1)[0]
+    hops = re.findall(r"^\d+\. `([^`]+)`", page, re.MULTILINE)
+    assert 10 < len(hops) <= 20
+    assert not [hop for hop in hops if not (ROOT / hop).is_file()]
 
 
 def test_every_package_says_what_it_is():
