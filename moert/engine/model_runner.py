@@ -273,6 +273,13 @@ class ModelRunner:
         """Of the KV cache, over all layers."""
         return KVCache.bytes_per_position(self._decoder.arch, self._memory.dtype)
 
+    def enter_thread(self) -> None:
+        """Let this thread compute from now on, and no other."""
+        set_num_threads(self.threads)  # of torch, each thread has a number of its own
+        if self.offload is not None:
+            with self.offload.device.guard():
+                self.offload.device.enter_thread()
+
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
         self._experts.preload()

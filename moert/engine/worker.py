@@ -17,7 +17,6 @@ from moert.engine.engine import Engine, Output
 from moert.engine.model_runner import ModelRunner, TaskCancelled
 from moert.engine.sequence import Chunk, Request
 from moert.errors import ClosedError, MoertError, UsageError
-from moert.quant.dispatch import set_num_threads
 from moert.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -175,7 +174,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            set_num_threads(self._runner.threads)  # of torch, each thread has a number of its own
+            self._runner.enter_thread()
             while not self._closing:
                 self._receive()
                 self._begin()
