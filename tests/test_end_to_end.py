@@ -254,4 +254,4 @@ def test_what_was_chosen_is_said(store):
     with LLM(store("qwen3_moe"), expert_budget=100_000, ctx_size=1024) as llm:
         text = "\n".join(llm.description)
     assert "read from disk when needed" in text
-    assert "longer than the 512" in text
+    assert "exceeds the 512" in text

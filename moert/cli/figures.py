@@ -49,7 +49,7 @@ class Figures:
                 layers = runner.layer_counters(decoding)
                 for line in table(what, layers, runner.widths, top_k):
                     self._status.show(line, style="default")
-            if line := runner.foresight():
+            if line := runner.lookahead():
                 self._status.show(line, style="default")
 
 

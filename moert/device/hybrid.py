@@ -41,7 +41,7 @@ Stages: TypeAlias = Iterator[tuple[Wave, Iterator[Wave]]]  # for each, the host'
 
 
 class HybridRunner:
-    """Computes what an `ExpertRunner` does, on a device and on the host, whose part is one.
+    """Computes what an `ExpertRunner` does, on a device and on the host; the host's side is an `ExpertRunner`.
 
     x may lie on the host or on the device, and so does what it makes of it. slots: of the host's arena; device_slots:
     of the device's, None where both have one memory. cost_model: what computing, moving and reading take. hybrid:
@@ -214,8 +214,8 @@ class HybridRunner:
         """Return with how many slices the host computes each expert; 0: it does not."""
         return dict.fromkeys(division.device, 0) | division.host
 
-    def _part(self, layer: int, x: Tensor, entries: Entries) -> tuple[DeviceWork, bool]:
-        """Return the device's part, and whether x lies there."""
+    def _work(self, layer: int, x: Tensor, entries: Entries) -> tuple[DeviceWork, bool]:
+        """Return the device's work, and whether x lies there."""
         device, there = self._device, x.device == self._device.torch_device
         sent = x if there or not entries else device.send(x)
         return DeviceWork(layer, sent, torch.zeros_like(sent, dtype=device.sum_dtype), entries), there
@@ -223,13 +223,13 @@ class HybridRunner:
     def _compute_at_once(self, layer: int, x: Tensor, entries: Entries, seconds: float) -> Tensor:
         """Return what the device makes of x [1, D] out of what it has."""
         slices = {e: n for e, [(n, _, _)] in entries.items()}
-        part, there = self._part(layer, x, entries)
-        self._tier.launch(part, list(entries))
+        work, there = self._work(layer, x, entries)
+        self._tier.launch(work, list(entries))
         self._look_ahead(layer, list(slices))
-        self._tier.watch(part, seconds, 0.0)
+        self._tier.watch(work, seconds, 0.0)
         self.telemetry.planned(layer, slices, len(slices), ((n, 1) for n in slices.values()))
         self.telemetry.of(layer).device_uses += len(slices)
-        return (part.out if there else self._device.fetch(part.out)).float()
+        return (work.out if there else self._device.fetch(work.out)).float()
 
     def _compute_both(
         self,
@@ -241,27 +241,27 @@ class HybridRunner:
         meanwhile: Callable[[], None],
     ) -> Tensor:
         """Return what both sides make of x [T, D], where it lies. on_host: the host's side, given what is brought."""
-        device, (part, there) = self._device, self._part(division.layer, x, entries)
-        works = any(division.host.values()) or not there
+        device, (work, there) = self._device, self._work(division.layer, x, entries)
+        host_computes = any(division.host.values()) or not there
 
         def more() -> Tensor | None:
-            self._tier.watch(part, division.predicted["device"], division.predicted["move"])
-            return device.fetch(part.out).double() if works and division.device else None
+            self._tier.watch(work, division.predicted["device"], division.predicted["move"])
+            return device.fetch(work.out).double() if host_computes and division.device else None
 
-        bring = functools.partial(self._bring, division, stages, part, meanwhile)
-        sums = on_host(device.fetch(x) if there and works else x, bring, more)
+        bring = functools.partial(self._bring, division, stages, work, meanwhile)
+        sums = on_host(device.fetch(x) if there and host_computes else x, bring, more)
         if there:
-            return device.send(sums) if works else part.out.float()
+            return device.send(sums) if host_computes else work.out.float()
         return sums
 
     def _bring(
-        self, division: Division, stages: Stages, part: DeviceWork, meanwhile: Callable[[], None], compute: Compute
+        self, division: Division, stages: Stages, work: DeviceWork, meanwhile: Callable[[], None], compute: Compute
     ) -> None:
         """Carry out the stages of a plan, the device beside the host, for which `compute` computes."""
         layer, table, by_host = division.layer, self._residency.table, division.host
         began = self.telemetry.of(layer).computed_s
         for host_wave, device_waves in stages:
-            moves = Moves(self._tier, part, device_waves, functools.partial(_held, table, layer))
+            moves = Moves(self._tier, work, device_waves, functools.partial(_held, table, layer))
             moves.advance()  # what the device has computes while the host does
 
             def use(ready: dict[int, int], moves: Moves = moves) -> None:

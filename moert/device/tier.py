@@ -147,11 +147,11 @@ class DeviceTier:
             if copy is not None:
                 copy.wait()
 
-    def launch(self, part: DeviceWork, experts: Iterable[int]) -> None:
+    def launch(self, work: DeviceWork, experts: Iterable[int]) -> None:
         """Let the device compute these, as soon as what is moved of them is there."""
-        layer, offsets, tokens, weights, copies = part.layer, [], [], [], []
+        layer, offsets, tokens, weights, copies = work.layer, [], [], [], []
         for e in experts:
-            for n, of, weight in part.entries.pop(e, ()):
+            for n, of, weight in work.entries.pop(e, ()):
                 offsets.append(self.arena.offsets(layer, e, n))
                 tokens.append(of)
                 weights.append(weight)
@@ -163,8 +163,8 @@ class DeviceTier:
         if copies:
             self.device.after(copies)
         before = self.device.mark()
-        self._experts.add(ExpertBatches(offsets, tokens, weights), part.x, part.out)
-        part.marks.append((before, self.device.mark()))
+        self._experts.add(ExpertBatches(offsets, tokens, weights), work.x, work.out)
+        work.marks.append((before, self.device.mark()))
         self._launched = True
 
     def prepare(self) -> None:
@@ -176,28 +176,28 @@ class DeviceTier:
             self._experts.add(ExpertBatches([[0]], [torch.arange(count)], [torch.zeros(count)]), x, out)
         self.device.synchronise()
 
-    def watch(self, part: DeviceWork, device_s: float, move_s: float) -> None:
-        """Note that all of `part` is on its way: learn later what it takes, of which so much was predicted."""
-        self._watched.append((part, device_s, move_s))
+    def watch(self, work: DeviceWork, device_s: float, move_s: float) -> None:
+        """Note that all of `work` is on its way: learn later what it takes, of which so much was predicted."""
+        self._watched.append((work, device_s, move_s))
 
     def measured(self) -> list[tuple[Measurable, float, float]]:
         """Return what was watched and has ended since the last time: what it was, predicted and measured seconds."""
         self._copies = {key: copy for key, copy in self._copies.items() if not copy.done}
         found: list[tuple[Measurable, float, float]] = []
         while self._watched:
-            part, device_s, move_s = self._watched[0]
-            times = [(self.device.when(first), self.device.when(last)) for first, last in part.marks]
+            work, device_s, move_s = self._watched[0]
+            times = [(self.device.when(first), self.device.when(last)) for first, last in work.marks]
             computed = [(first, last) for first, last in times if first is not None and last is not None]
-            copied = [copy.span for _, copy in part.copies if copy.span is not None]
-            if len(computed) < len(times) or len(copied) < len(part.copies):
+            copied = [copy.span for _, copy in work.copies if copy.span is not None]
+            if len(computed) < len(times) or len(copied) < len(work.copies):
                 break
             self._watched.popleft()
             if computed:
                 found.append(("device", device_s, _total(computed)))
             if copied:
                 found.append(("move", move_s, _total(copied)))
-            spans = [(key, copy.span) for key, copy in part.copies]
-            self._telemetry.on_device(part.layer, computed, [(key, span) for key, span in spans if span is not None])
+            spans = [(key, copy.span) for key, copy in work.copies]
+            self._telemetry.on_device(work.layer, computed, [(key, span) for key, span in spans if span is not None])
         return found
 
     def close(self) -> None:
@@ -210,15 +210,15 @@ class Moves:
     held: how many slices of an expert are in host memory.
     """
 
-    def __init__(self, tier: DeviceTier, part: DeviceWork, waves: Iterator[Wave], held: Callable[[int], int]) -> None:
-        self._tier, self._part, self._waves, self._held = tier, part, waves, held
+    def __init__(self, tier: DeviceTier, work: DeviceWork, waves: Iterator[Wave], held: Callable[[int], int]) -> None:
+        self._tier, self._work, self._waves, self._held = tier, work, waves, held
         self._loads: list[Load] = []  # of the wave that has begun, those that are not copied yet
         self._waiting: list[int] = []  # and experts that compute without a move
         self.done = False
 
     def advance(self) -> None:
         """Do what can be done now."""
-        tier, part, held = self._tier, self._part, self._held
+        tier, work, held = self._tier, self._work, self._held
         while not self.done:
             if not self._loads and not self._waiting:
                 wave = next(self._waves, None)
@@ -228,15 +228,15 @@ class Moves:
                 tier.let_go()
                 self._loads, moved = list(wave.loads), {load.expert for load in wave.loads}
                 self._waiting = [e for e in (*wave.resident, *wave.awaited) if e not in moved]
-            ready = [e for e in self._waiting if not tier.unified or held(e) >= part.slices(e)]
+            ready = [e for e in self._waiting if not tier.unified or held(e) >= work.slices(e)]
             self._waiting = [e for e in self._waiting if e not in ready]
-            tier.launch(part, ready)
+            tier.launch(work, ready)
             now = [load for load in self._loads if held(load.expert) >= load.last]
             for load in now:
-                part.copies += tier.move(load)
+                work.copies += tier.move(load)
             self._loads = [load for load in self._loads if load not in now]
             behind = {load.expert for load in self._loads}
-            tier.launch(part, dict.fromkeys(load.expert for load in now if load.expert not in behind))
+            tier.launch(work, dict.fromkeys(load.expert for load in now if load.expert not in behind))
             if self._loads or self._waiting:
                 return
 

@@ -247,7 +247,7 @@ class ModelRunner:
         """The same for each layer with experts, of decoding or of prompts."""
         return self._experts.layer_counters(decoding)
 
-    def foresight(self) -> str:
+    def lookahead(self) -> str:
         """What looking ahead came to, in a line; empty where nobody looked."""
         return self._experts.lookahead.line()
 

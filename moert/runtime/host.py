@@ -32,14 +32,14 @@ class _Step:
     """One layer of one step on its way.
 
     places: for each expert and each number of slices that it is wanted with, where it stands in the flattened [T, K]
-    indices. parts: float32 [T * K, D], filled from the front, `filled` rows so far. computed: the places of these rows.
+    indices. outputs: float32 [T * K, D], filled from the front, `filled` rows so far. computed: the places of these.
     """
 
     layer: int
     slices: Mapping[int, int]
     x: Tensor
     places: TokenGroups
-    parts: Tensor
+    outputs: Tensor
     filled: int = 0
     computed: list[Tensor] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class HostExperts:
 
     def __init__(self, table: ExpertTable, telemetry: Telemetry) -> None:
         self._table, self._telemetry = table, telemetry
-        self._parts = torch.empty(0)
+        self._outputs = torch.empty(0)
 
     def sum_tokens(
         self,
@@ -74,7 +74,7 @@ class HostExperts:
         if step.computed:
             order = torch.cat(step.computed)
             rows[order] = torch.arange(len(order))
-        return combine(step.parts[: step.filled], rows, weights, more())
+        return combine(step.outputs[: step.filled], rows, weights, more())
 
     def sum_token(
         self,
@@ -88,7 +88,7 @@ class HostExperts:
         more: More = nothing_more,
     ) -> None:
         """Add the weighted sum of a single token to `out`, without a tensor for each expert: x, out float32 [1, D]."""
-        parts = self._room(len(experts), x.shape[1])
+        outputs = self._room(len(experts), x.shape[1])
         waiting = {e: rank for rank, e in enumerate(experts) if slices[e]}
         rows = list(waiting.values())
 
@@ -97,11 +97,11 @@ class HostExperts:
             if now:
                 before = time.perf_counter()
                 ranks = [waiting.pop(e) for e in now]
-                self._table.compute_one(layer, now, [slices[e] for e in now], ranks, x, parts)
+                self._table.compute_one(layer, now, [slices[e] for e in now], ranks, x, outputs)
                 self._telemetry.computed(layer, len(now), before)
 
         bring(compute)
-        add_rows(parts, rows, [weights[rank] for rank in rows], out, more())
+        add_rows(outputs, rows, [weights[rank] for rank in rows], out, more())
 
     def _compute(self, step: _Step, ready: dict[int, int]) -> None:
         """Compute what waits for experts of which so many slices are there by now."""
@@ -114,9 +114,9 @@ class HostExperts:
             return
         before = time.perf_counter()
         experts, slices, at = zip(*groups, strict=True)
-        K = step.parts.shape[0] // step.x.shape[0]
+        K = step.outputs.shape[0] // step.x.shape[0]
         rows = sum(map(len, at))
-        out = step.parts[step.filled : step.filled + rows]
+        out = step.outputs[step.filled : step.filled + rows]
         tokens_of = [places // K for places in at]
         self._table.compute(step.layer, experts, slices, tokens_of, step.x, out)
         step.computed += at
@@ -125,6 +125,6 @@ class HostExperts:
 
     def _room(self, rows: int, size: int) -> Tensor:
         """Return float32 [rows, size], valid until the next call: kept, because new pages cost more than writing."""
-        if self._parts.numel() < rows * size:
-            self._parts = torch.empty(rows * size)
-        return self._parts[: rows * size].view(rows, size)
+        if self._outputs.numel() < rows * size:
+            self._outputs = torch.empty(rows * size)
+        return self._outputs[: rows * size].view(rows, size)
