@@ -115,7 +115,7 @@ def test_a_second_run_begins_with_what_the_first_had(path):
     assert len(held) == 15
     assert run(path, 48)[0] == cold  # more room than was written for
     assert len(run(path, 48)[3]) > 36
-    assert "none yet" in run(path, precision="fixed:3")[1][0], "each precision has its own"
+    assert "from the next run on" in run(path, precision="fixed:3")[1][0], "each precision has its own"
 
 
 def change(**values):
