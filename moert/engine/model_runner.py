@@ -309,7 +309,9 @@ class ModelRunner:
     @property
     def tokens(self) -> list[int]:
         """Those behind which `forward` computes; requests that run meanwhile may take their place."""
-        return self._own.tokens if self._own is not None and self._own in self.caches else []
+        own = self._own
+        there = own is not None and own in self.caches and own.cache.ctx_size == self.ctx_size
+        return own.tokens if own is not None and there else []
 
     def rewind(self, length: int) -> None:
         """Forget all tokens of `forward` from position `length` on."""
@@ -329,8 +331,7 @@ class ModelRunner:
                     "encode the text with the model's own tokenizer."
                 )
         own = self._own
-        if own is None or own not in self.caches:
-            self.caches.clear()
+        if own is None or self.tokens is not own.tokens:
             own = self._own = self.caches.open([], self.ctx_size)
             assert own is not None, "a request runs"
             own.running = False  # whoever needs the room may have it
