@@ -79,7 +79,7 @@ class TaskCancelled(BaseException):
 class ModelRunner:
     """A loaded model with the KV cache of its sequences: `step` computes some of them, `forward` one for measuring.
 
-    caches: the sequences. cancelled: asked before each chunk of `forward`, whether to raise TaskCancelled. Raises
+    caches: the sequences. cancelled: asked before each chunk of `forward` whether to raise TaskCancelled. Raises
     BudgetError where memory does not suffice, UsageError for settings that do not fit the model, StoreError where the
     store is damaged.
     """
@@ -282,7 +282,11 @@ class ModelRunner:
 
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
-        self._experts.preload()
+        self._experts.preload(self._stop_if_cancelled)
+
+    def _stop_if_cancelled(self) -> None:
+        if self.cancelled():
+            raise TaskCancelled
 
     def warm(self, path: Path, on_status: Callable[[str], None]) -> None:
         """Begin with the experts that `path` names, where a run before wrote it: see `remember`."""
@@ -339,8 +343,7 @@ class ModelRunner:
         own.cache.check_room(len(ids))
         logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
-            if self.cancelled():
-                raise TaskCancelled
+            self._stop_if_cancelled()
             chunk = list(ids[start : start + PREFILL_CHUNK])
             with self._experts.begin(len(ids) == 1, len(chunk), len(own.tokens)):
                 self._experts.tokens(chunk)
