@@ -26,6 +26,8 @@ import torch
 
 from moert import LLM
 from moert.config import parse_bytes
+from moert.engine.model_runner import ModelRunner
+from moert.engine.sequence_cache import SequenceCache, StepInput
 
 Decode = Callable[[int], None]  # a step of so many sequences
 PROMPT = 512
@@ -88,31 +90,39 @@ def of_transformers(
     return [median_rate(call, rounds, wait) for call in (decode(1), decode(8), prompt)]
 
 
-def of_moert(llm: LLM, draw: random.Random, tokens: int, rounds: int, wait: Callable[[], object]) -> list[float]:
-    engine, V = llm.runner, llm.store.architecture.vocab_size
-    engine.preload()
+def of_moert(
+    runner: ModelRunner, draw: random.Random, tokens: int, rounds: int, wait: Callable[[], object]
+) -> list[float]:
+    V = runner.decoder.arch.vocab_size
+    runner.preload()
 
     def ids(T: int) -> list[int]:
         return [draw.randrange(V) for _ in range(T)]
 
     def decode(R: int) -> Callable[[], int]:
-        slots = engine.slots()
-        open_ones = [slot for slot in (slots.open(8 + (rounds + 1) * tokens) for _ in range(R)) if slot is not None]
-        slots.step([(slot, ids(8)) for slot in open_ones])
+        for old in open_ones:
+            runner.caches.close(old)
+        room = [runner.caches.open([], 8 + (rounds + 1) * tokens) for _ in range(R)]
+        open_ones[:] = [cache for cache in room if cache is not None]
+        runner.step([StepInput(cache, ids(8)) for cache in open_ones], False)
 
         def some() -> int:
             for _ in range(tokens):
-                slots.step([(slot, ids(1)) for slot in open_ones])
+                runner.step([StepInput(cache, ids(1)) for cache in open_ones], True)
             return len(open_ones) * tokens
 
         return some
 
     def prompt() -> int:
-        engine.rewind(0)
-        engine.forward(ids(PROMPT))
+        runner.rewind(0)
+        runner.forward(ids(PROMPT))
         return PROMPT
 
-    return [median_rate(call(), rounds, wait) for call in (lambda: decode(1), lambda: decode(8), lambda: prompt)]
+    open_ones: list[SequenceCache] = []
+    rates = [median_rate(decode(R), rounds, wait) for R in (1, 8)]
+    for old in open_ones:
+        runner.caches.close(old)
+    return [*rates, median_rate(prompt, rounds, wait)]
 
 
 def main() -> None:
@@ -142,7 +152,7 @@ def main() -> None:
         with LLM(
             args.store, device=args.device, precision=args.precision, ctx_size=room, on_status=print, **options
         ) as llm:
-            rows[name] = of_moert(llm, random.Random(1), args.tokens, args.rounds, wait)
+            rows[name] = llm.call(lambda runner: of_moert(runner, random.Random(1), args.tokens, args.rounds, wait))
     whole = rows["moert, all on the device"]
     print("| tokens/s (share of all on the device) | batch 1 | batch 8 | prompt 512 |\n|---|---:|---:|---:|")
     for name, found in rows.items():

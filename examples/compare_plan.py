@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moert.config import format_bytes, parse_bytes
 from moert.hardware.devices import load_device, this_machine
@@ -44,7 +45,6 @@ GOALS = FIGURES[:4]  # of which the errors are summed up
 def measure(args: argparse.Namespace, budget: int | None, precision: str, seed: int) -> dict[str, float]:
     """One run in this process."""
     from moert import LLM
-    from moert.runtime.telemetry import peak_rss_bytes
 
     store = None if args.store == "-" else args.store
     llm = LLM(
@@ -54,26 +54,35 @@ def measure(args: argparse.Namespace, budget: int | None, precision: str, seed: 
         return {"library_bytes": llm.runner.budget.libraries}
     long = 512  # the prompt whose speed counts, at the end
     ids = _tokens(llm, args, args.prompt_tokens + args.warm_up + args.tokens + long, seed)
-    engine, at = llm.runner, args.prompt_tokens
     if args.record:
-        engine.preload()
+        llm.call(lambda runner: runner.preload())
         llm.record_trace(args.record)
+    try:
+        return llm.call(lambda runner: _feed(runner, args, ids, long))
+    finally:
+        llm.close()
+
+
+def _feed(runner: Any, args: argparse.Namespace, ids: list[int], long: int) -> dict[str, float]:
+    """Feed these tokens to a model, the last `long` as a prompt, and return what it took."""
+    from moert.runtime.telemetry import peak_rss_bytes
+
+    at = args.prompt_tokens
     start = time.perf_counter()
-    engine.forward(ids[:at])
+    runner.forward(ids[:at])
     ttft = time.perf_counter() - start
     for token in ids[at : at + args.warm_up]:
-        engine.forward([token])
+        runner.forward([token])
     at += args.warm_up
-    before, start = engine.counters.copy(), time.perf_counter()
+    before, start = runner.counters.copy(), time.perf_counter()
     for token in ids[at : at + args.tokens]:
-        engine.forward([token])
-    seconds, counts = time.perf_counter() - start, engine.counters.since(before)
+        runner.forward([token])
+    seconds, counts = time.perf_counter() - start, runner.counters.since(before)
     peak = peak_rss_bytes()
-    engine.rewind(0)
+    runner.rewind(0)
     start = time.perf_counter()
-    engine.forward(ids[-long:])
+    runner.forward(ids[-long:])
     prefill = time.perf_counter() - start
-    llm.close()
     return {
         "decode_tokens_per_s": args.tokens / seconds,
         "hit_ratio": counts.hit_ratio or 0.0,

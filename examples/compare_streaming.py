@@ -21,6 +21,7 @@ from typing import Any
 
 from moert import LLM
 from moert.config import parse_bytes
+from moert.engine.model_runner import ModelRunner
 from moert.quant.dispatch import kernel_seconds
 from moert.runtime.telemetry import Counters
 
@@ -39,12 +40,16 @@ def run(llm: LLM, tokens: int, seed: int) -> tuple[float, float, Counters]:
     """Seconds, seconds in kernels, and counters of `tokens` random tokens behind one that is not timed."""
     draw = random.Random(seed)
     ids = [draw.randrange(llm.store.architecture.vocab_size) for _ in range(tokens + 1)]
-    llm.runner.forward(ids[:1])
-    counters, kernels, start = llm.runner.counters.copy(), kernel_seconds(), time.perf_counter()
-    for token in ids[1:]:
-        llm.runner.forward([token])
-    seconds = time.perf_counter() - start
-    return seconds, kernel_seconds() - kernels, llm.runner.counters.since(counters)
+
+    def feed(runner: ModelRunner) -> tuple[float, float, Counters]:
+        runner.forward(ids[:1])
+        counters, kernels, start = runner.counters.copy(), kernel_seconds(), time.perf_counter()
+        for token in ids[1:]:
+            runner.forward([token])
+        seconds = time.perf_counter() - start
+        return seconds, kernel_seconds() - kernels, runner.counters.since(counters)
+
+    return llm.call(feed)
 
 
 def main() -> None:
@@ -62,7 +67,7 @@ def main() -> None:
     settings |= {text: {"expert_budget": budget, **read_setting(text)} for text in args.settings}
     settings["plain streaming"] = {"expert_budget": budget, **PLAIN}
     open_ones = {name: LLM(args.store, ctx_size=4096, **options) for name, options in settings.items()}
-    open_ones["all in memory"].runner.preload()
+    open_ones["all in memory"].call(lambda runner: runner.preload())
     for llm in open_ones.values():
         run(llm, args.warm_up, 0)
     results: dict[str, list[list[float]]] = {name: [] for name in settings}

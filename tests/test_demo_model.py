@@ -68,5 +68,5 @@ def test_chat_as_a_newcomer_calls_it(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert not left.value.code
     assert out.strip()
-    assert "small one that comes with moert" in err
+    assert "the small built-in model" in err
     assert "tokens/s" in err

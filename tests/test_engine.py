@@ -368,3 +368,21 @@ def test_the_real_engine_shares_prefixes_and_changes_no_token(store):
             done = llm.generate(prompts, params)
             assert [d.token_ids for d in done] == [d.token_ids for d in alone]
         assert all(d.stats.cached_tokens == d.stats.prompt_tokens - 1 for d in done[1:])
+
+
+def test_requests_and_measuring_may_take_the_room_of_one_another(store):
+    ids, params = [5, 77, 140, 9], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for batch_size in (None, 2):
+        with LLM(store(), ctx_size=64, batch_size=batch_size) as llm:
+            want = llm.generate([ids], params)[0].token_ids
+            logits = llm.call(lambda runner: runner.forward(ids))
+            assert llm.call(lambda runner: list(runner.tokens)) == ids
+            for length in (10, 58):
+                assert len(llm.generate([[7] * length] * 2, params)) == 2
+                left = llm.call(lambda runner: list(runner.tokens))
+                assert left in ([], ids)
+                again = llm.call(lambda runner, left=left: runner.forward(ids[-1:] if left else ids))
+                assert left or torch.equal(again, logits)
+                llm.call(lambda runner: (runner.rewind(0), runner.forward(ids)))
+            assert torch.equal(llm.logits(ids)[-1], logits)
+            assert llm.generate([ids], params)[0].token_ids == want

@@ -264,9 +264,9 @@ def test_a_budget_that_is_too_small_or_too_large_for_the_device(monkeypatch):
 
 
 def test_a_device_that_does_not_exist():
-    with pytest.raises(UsageError, match="device 'tpu' is none of auto, cpu, cuda"):
+    with pytest.raises(UsageError, match="device 'tpu' is not known; it can be auto, cpu, cuda"):
         texts(device="tpu")
-    with pytest.raises(UsageError, match="dense-quant 'int3' is none of 16"):
+    with pytest.raises(UsageError, match="dense-quant 'int3' is not known; it can be 16"):
         texts(dense_quant="int3")
 
 

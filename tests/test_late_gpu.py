@@ -3,6 +3,7 @@
 Unlike the emulated device's, its computing is not done when it was asked for.
 """
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,10 @@ class LateGpu(CudaDevice):
         # Another device than the host's, for whoever asks where a tensor lies.
         super().__init__(replace(fake.api(), device=torch.device("cpu", 0)))
         self.fake = fake
+
+    def enter_thread(self):
+        if threading.current_thread() is not threading.main_thread():
+            self.fake.__enter__()  # a mode is one thread's; the main thread is in it already
 
     def experts(self, layout, activation, memory):
         return LateExperts(self.fake, layout, activation, memory)

@@ -231,7 +231,7 @@ def test_reads_end_where_the_device_is_lost(device, monkeypatch):
         monkeypatch.setattr(EmulatedDevice, "synchronise", lost)
         with pytest.raises(DeviceError, match="was lost"):
             llm.generate("import os\n", GREEDY)
-        reads = list(llm.runner._experts.residency._reads.values())
+        reads = list(llm.runner._experts._residency._reads.values())
     assert all(read.done for read in reads), "closing waits for them"
 
 

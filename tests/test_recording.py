@@ -121,7 +121,7 @@ def test_commands_record(moert, store, tmp_path):
 def test_a_trace_that_cannot_be_written_is_said_before_the_model_is_loaded(moert, tmp_path):
     result = moert("generate", "-m", "nowhere", "-p", "x", "--record-trace", str(tmp_path / "no" / "t.csv"))
     assert (result.code, result.out) == (2, "")
-    assert "no, which does not exist: name a file that can be written" in result.err
+    assert "no, which does not exist." in result.err
     result = moert("bench", "-m", "nowhere", "--record-trace", str(tmp_path))
     assert result.code == 2
-    assert "is a folder: name a file that can be written" in result.err
+    assert "is a folder" in result.err

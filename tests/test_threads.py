@@ -302,3 +302,20 @@ def test_ctrl_c_ends_what_is_waited_for_and_leaves_a_model_that_can_be_used():
 def test_a_program_that_ends_without_closing_ends_cleanly():
     done = child('llm = LLM(); print(llm.generate("def f", GREEDY)[0].finish_reason)')
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_cancelled_computes_no_further():
+    with LLM() as llm:
+        asked = []
+
+        def cancelled_in_between(runner):
+            runner.cancelled = lambda: len(asked.append(1) or asked) > 2
+            try:
+                runner.preload()
+            finally:
+                runner.cancelled = lambda: False
+
+        with pytest.raises(ClosedError):
+            llm.call(cancelled_in_between)
+        assert len(asked) == 3
+        assert llm.generate("def", GREEDY)[0].error is None

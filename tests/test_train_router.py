@@ -89,7 +89,7 @@ def test_it_gets_better_from_a_bad_start_and_the_same_each_time(stores, monkeypa
         trainer = Trainer(store, lossless, short, seed=3)
         # As if the conversion had been wrong about layers and widths: that is what there is to learn.
         trainer._sensitivity._measured *= torch.tensor([[[1.0, 20.0, 1.0]], [[100.0, 100.0, 100.0]]])
-        sensitivity = {layer: trainer._sensitivity.sensitivity[layer].tolist() for layer in (0, 1)}
+        sensitivity = {layer: trainer._sensitivity.sensitivity()[layer].tolist() for layer in (0, 1)}
         trainer._before = replace(trainer._before, sensitivity=sensitivity)
         assert trainer.train(16, 1e9, silent) == 16
         result = trainer.result("about")

@@ -81,6 +81,9 @@ class Device(Protocol):
     def guard(self) -> AbstractContextManager[object]:
         """Around anything that uses the device: its errors become DeviceError."""
 
+    def enter_thread(self) -> None:
+        """Let this thread use the device from now on, and no other."""
+
     def limit(self, nbytes: int) -> None:
         """Let all that is allocated from here on take no more. Raises DeviceError where nothing would be left."""
 
@@ -210,6 +213,9 @@ class EmulatedDevice:
 
     def guard(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def enter_thread(self) -> None:
+        pass
 
     def limit(self, nbytes: int) -> None:
         self._capacity = nbytes + self._taken

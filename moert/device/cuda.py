@@ -132,8 +132,7 @@ class CudaDevice:
         self.name = "the GPU"
         with self.guard():
             torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan for each length anew, at every token
-            if cuda.device.type == "cuda":  # Triton launches on the current one
-                self._module.set_device(cuda.device)
+            self.enter_thread()
             found = self._module.get_device_properties(cuda.device.index or 0)
             self.name, self.integrated = str(found.name), bool(found.is_integrated)
             # On an integrated device CUDA reports less than there is, and its memory is the host's, counted there.
@@ -158,6 +157,11 @@ class CudaDevice:
     def guard(self) -> AbstractContextManager[None]:
         """Turn torch's errors on this device into DeviceError."""
         return translated(self.name, self._left)
+
+    def enter_thread(self) -> None:
+        """Make it the thread's current device, which Triton launches on."""
+        if self.torch_device.type == "cuda":
+            self._module.set_device(self.torch_device)
 
     def limit(self, nbytes: int) -> None:
         """Let what is allocated, before and from here on, and CUDA itself take no more than this of a discrete device.

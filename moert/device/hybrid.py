@@ -297,9 +297,12 @@ class HybridRunner:
         cache = (self._tiers.device or self._tiers.host).cache
         return [i for i, (e, n) in enumerate(zip(experts, slices, strict=True)) if cache.resident(layer, e) < n]
 
-    def preload(self) -> None:
-        """Read all experts, if the host's arena holds all of them, and move all, if the device's does."""
-        self.host.preload()
+    def preload(self, before_layer: Callable[[], None] = lambda: None) -> None:
+        """Read all experts, if the host's arena holds all of them, and move all, if the device's does.
+
+        before_layer: called before each layer is read; may raise, to read no more.
+        """
+        self.host.preload(before_layer)
         slots, host = self._device_slots, self.host
         if slots is None or not (host.holds_all(self._slots) and host.holds_all(slots)):
             return

@@ -47,10 +47,12 @@ class Engine:
 
     Up to `runner.batch_size` are decoded in a step, and beside them prompts are read in chunks; `scheduler.batching`
     says who takes part. Where a step fails, its requests are tried alone, and those that fail again end with an error.
+    interval: seconds between two pieces of an answer at least: to hand over each of thousands of tokens a second would
+    slow them down.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer) -> None:
-        self._runner, self._tokenizer = runner, tokenizer
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, interval: float = 0.0) -> None:
+        self._runner, self._tokenizer, self._interval = runner, tokenizer, interval
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ids = itertools.count()
@@ -137,7 +139,7 @@ class Engine:
                 continue
             if finish:
                 outputs.append(self._end(sequence, finish))
-            elif sequence.request.stream and sequence.has_text:
+            elif sequence.request.stream and sequence.has_news(self._interval):
                 self._ledger.settle()
                 outputs.append(Output(sequence.number, sequence.chunk(None)))
         return outputs

@@ -79,7 +79,7 @@ class TaskCancelled(BaseException):
 class ModelRunner:
     """A loaded model with the KV cache of its sequences: `step` computes some of them, `forward` one for measuring.
 
-    caches: the sequences. cancelled: asked before each chunk of `forward`, whether to raise TaskCancelled. Raises
+    caches: the sequences. cancelled: asked before each chunk of `forward` whether to raise TaskCancelled. Raises
     BudgetError where memory does not suffice, UsageError for settings that do not fit the model, StoreError where the
     store is damaged.
     """
@@ -273,9 +273,20 @@ class ModelRunner:
         """Of the KV cache, over all layers."""
         return KVCache.bytes_per_position(self._decoder.arch, self._memory.dtype)
 
+    def enter_thread(self) -> None:
+        """Let this thread compute from now on, and no other."""
+        set_num_threads(self.threads)  # of torch, each thread has a number of its own
+        if self.offload is not None:
+            with self.offload.device.guard():
+                self.offload.device.enter_thread()
+
     def preload(self) -> None:
         """Read all experts, if the arena holds all of them: what follows waits for no disk."""
-        self._experts.preload()
+        self._experts.preload(self._stop_if_cancelled)
+
+    def _stop_if_cancelled(self) -> None:
+        if self.cancelled():
+            raise TaskCancelled
 
     def warm(self, path: Path, on_status: Callable[[str], None]) -> None:
         """Begin with the experts that `path` names, where a run before wrote it: see `remember`."""
@@ -302,7 +313,9 @@ class ModelRunner:
     @property
     def tokens(self) -> list[int]:
         """Those behind which `forward` computes; requests that run meanwhile may take their place."""
-        return self._own.tokens if self._own is not None and self._own in self.caches else []
+        own = self._own
+        there = own is not None and own in self.caches and own.cache.ctx_size == self.ctx_size
+        return own.tokens if own is not None and there else []
 
     def rewind(self, length: int) -> None:
         """Forget all tokens of `forward` from position `length` on."""
@@ -322,8 +335,7 @@ class ModelRunner:
                     "encode the text with the model's own tokenizer."
                 )
         own = self._own
-        if own is None or own not in self.caches:
-            self.caches.clear()
+        if own is None or self.tokens is not own.tokens:
             own = self._own = self.caches.open([], self.ctx_size)
             assert own is not None, "a request runs"
             own.running = False  # whoever needs the room may have it
@@ -331,8 +343,7 @@ class ModelRunner:
         own.cache.check_room(len(ids))
         logits: list[Tensor] = []
         for start in range(0, len(ids), PREFILL_CHUNK):
-            if self.cancelled():
-                raise TaskCancelled
+            self._stop_if_cancelled()
             chunk = list(ids[start : start + PREFILL_CHUNK])
             with self._experts.begin(len(ids) == 1, len(chunk), len(own.tokens)):
                 self._experts.tokens(chunk)

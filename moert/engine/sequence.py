@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import abc
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class Sequence:
         self._detokenizer, self._matcher = tokenizer.detokenizer(), StopMatcher(params.stop)
         self._text, self._new, self._latest = "", list[int](), -1
         self.count = 0  # tokens of the answer
+        self._told = -math.inf  # when the last chunk was made
         self.timer = RequestTimer(runner, self._sampler.seed, len(self.prompt_ids), request.came)
 
     def begin(self, cache: SequenceCache) -> None:
@@ -132,15 +134,14 @@ class Sequence:
             stop = stop or self._matcher.stopped
         return "stop" if stop else "length"
 
-    @property
-    def has_text(self) -> bool:
-        """Whether there is text that no chunk had yet."""
-        return bool(self._text)
+    def has_news(self, interval: float) -> bool:
+        """Whether there is text that no chunk had yet, and the last chunk is so many seconds ago."""
+        return bool(self._text) and time.perf_counter() - self._told >= interval
 
     def chunk(self, finish: str | None, error: MoertError | None = None) -> Chunk:
         """What is new since the last chunk."""
         text, new = self._text, self._new
-        self._text, self._new = "", []
+        self._text, self._new, self._told = "", [], time.perf_counter()
         return Chunk(text, new, finish, self.timer.stats(self.count), error)
 
 

@@ -17,10 +17,10 @@ from moert.engine.engine import Engine, Output
 from moert.engine.model_runner import ModelRunner, TaskCancelled
 from moert.engine.sequence import Chunk, Request
 from moert.errors import ClosedError, MoertError, UsageError
-from moert.quant.dispatch import set_num_threads
 from moert.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+INTERVAL = 0.005  # 200 pieces of an answer a second are more than anybody can tell apart
 CLOSED = "This model is closed: load it again to use it."
 Deliver = Callable[[int, Chunk], object]
 
@@ -86,7 +86,7 @@ class Worker:
     """
 
     def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, at_end: Sequence[Callable[[], object]] = ()) -> None:
-        self._runner, self._engine, self.at_end = runner, Engine(runner, tokenizer), [*at_end]
+        self._runner, self._engine, self.at_end = runner, Engine(runner, tokenizer, INTERVAL), [*at_end]
         self._inbox: SimpleQueue[_Message | None] = SimpleQueue()  # None: look what has changed
         self._backlog: deque[_Message] = deque()
         self._owners: dict[int, tuple[Submission, int]] = {}
@@ -175,7 +175,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            set_num_threads(self._runner.threads)  # of torch, each thread has a number of its own
+            self._runner.enter_thread()
             while not self._closing:
                 self._receive()
                 self._begin()

@@ -116,11 +116,15 @@ class ExpertRunner:
         self.precision, self.chooser = precision, precision.chooser(widths, kept)
         self.scheduler.error_budget = precision.error_budget(widths, kept, self._layout.slice_sizes)
 
-    def preload(self) -> None:
-        """Read all experts, if the arena holds all of them at the width in use; else nothing happens."""
+    def preload(self, before_layer: Callable[[], None] = lambda: None) -> None:
+        """Read all experts, if the arena holds all of them at the width in use; else nothing happens.
+
+        before_layer: called before each layer is read; may raise, to read no more.
+        """
         if not self.holds_all(self._slots):
             return
         for layer, routed in self.every_expert().items():
+            before_layer()
             self._tell_used(layer, routed)
             self.residency.update()
             for wave in self.scheduler.waves(layer, routed, [r.slices for r in routed]):
