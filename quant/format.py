@@ -5,14 +5,19 @@ A matrix [N, K] is used at a width of b bits per weight as
     w[n, k] = s_b[n, g] * (c_b[n, k] - (2**b - 1) / 2),    g = k // group_size
 
 where the code c_b (unsigned, b bits) is the prefix of the code of every larger width, and the scale s_b (fp16) is
-fitted for each width. The slice that raises the width from a to b holds bits a..b of the codes and the scales s_b, so
+fitted for each width. That is the linear code. In the trellis code, that of calibrated experts,
+
+    sum over k of w[n, k] x[k] = s_b[n] * sum over k of level_b[n, k] * (H x)[k]
+
+with one scale for a row, levels that windows of codes stand for (`trellis.py`), and H a Hadamard transform of every
+group of columns, which a product applies to its inputs. The slice that raises the width from a to b holds bits a..b of the codes and the scales s_b, so
 slices 0..i together are the matrix at widths[i].
 
 Slice of a matrix, in bytes (every part starts on 64 bytes)
     codes   [N/16 tiles][K/G groups][planes of the slice][16 rows x G columns, packed]
-    scales  [N/16 tiles][K/G groups][16 rows] fp16, little endian
+    scales  [N/16 tiles][K/G groups, or 1][16 rows] fp16, little endian
 Planes hold 8, 4, 2 or 1 bits of every code; a slice has as few as its bits allow, most significant first (7 bits: 4,
-2 and 1): each plane costs work to unpack, one of 8 bits none. 64 bytes of a plane are 16 little-endian 32-bit words,
+2 and 1): each plane costs work to unpack, one of 8 bits none. Of the trellis code they hold 2 bits or 1. 64 bytes of a plane are 16 little-endian 32-bit words,
 one for each row of the tile. In a plane of p bits, byte j of a word holds, at bit p * i, the bits of column 4 * i + j
 of the 32 / p columns that the 64 bytes cover: shifting by p * i and masking leaves four consecutive columns of one
 row in each 32-bit lane, the operand of a 4-way dot product. Rows are padded to 16 and columns to the group size with
@@ -38,6 +43,8 @@ RAW_WIDTH = 16
 MIN_WIDTH, MAX_WIDTH = 2, 8
 GROUP_SIZES = (32, 64, 128)
 KEY_BLOCK = 16  # positions of a KV cache whose keys lie side by side, so that a register holds a number of each
+LINEAR, TRELLIS = CODES = "linear", "trellis"
+MAX_TRELLIS_WIDTH = 6
 RAW_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -60,9 +67,19 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     return result
 
 
-def slice_planes(widths: Sequence[int], index: int) -> tuple[int, ...]:
+def check_code(code: str, widths: Sequence[int]) -> None:
+    """Raise ValueError, with the reason, where experts of these widths cannot have this code."""
+    if code not in CODES:
+        raise ValueError(f"the code {code!r} is not one of {', '.join(CODES)}")
+    if code == TRELLIS and widths[-1] > MAX_TRELLIS_WIDTH:
+        raise ValueError(f"width {widths[-1]} is more than the {MAX_TRELLIS_WIDTH} bits of the trellis code")
+
+
+def slice_planes(widths: Sequence[int], index: int, code: str = LINEAR) -> tuple[int, ...]:
     """Bits of each plane of slice `index`, most significant plane first."""
     bits = widths[index] - (widths[index - 1] if index else 0)
+    if code == TRELLIS:
+        return (2,) * (bits // 2) + (1,) * (bits % 2)
     return tuple(p for p in (8, 4, 2, 1) if bits & p)
 
 
@@ -79,9 +96,11 @@ class MatrixLayout:
     cols: int
     group_size: int
     widths: tuple[int, ...]
+    code: str = LINEAR
 
     def __post_init__(self) -> None:
         check_widths(self.widths)
+        check_code(self.code, self.widths)
         if self.widths == (RAW_WIDTH,):
             raise ValueError("raw matrices have no nested layout")
         if self.group_size not in GROUP_SIZES:
@@ -97,9 +116,14 @@ class MatrixLayout:
     def groups(self) -> int:
         return align(self.cols, self.group_size) // self.group_size
 
+    @cached_property
+    def scale_groups(self) -> int:
+        """Scales of a row at each width."""
+        return 1 if self.code == TRELLIS else self.groups
+
     def planes(self, index: int) -> tuple[int, ...]:
         """Bits of each plane of slice `index`."""
-        return slice_planes(self.widths, index)
+        return slice_planes(self.widths, index, self.code)
 
     def group_bytes(self, index: int) -> int:
         """Bytes of codes that slice `index` holds for one tile and one group."""
@@ -111,7 +135,7 @@ class MatrixLayout:
 
     def scales_bytes(self) -> int:
         """Bytes of the scales of any slice, unpadded."""
-        return self.tiles * self.groups * TILE_ROWS * 2
+        return self.tiles * self.scale_groups * TILE_ROWS * 2
 
     def slice_bytes(self, index: int) -> int:
         """Bytes of slice `index`, padded to 64."""
@@ -134,9 +158,12 @@ class ExpertLayout:
     group_size: int
     widths: tuple[int, ...]
     raw_dtype: str = "bfloat16"
+    code: str = LINEAR
 
     def __post_init__(self) -> None:
         check_widths(self.widths)
+        if not self.raw:
+            check_code(self.code, self.widths)
         if self.raw_dtype not in RAW_DTYPE_BYTES:
             raise ValueError(f"dtype {self.raw_dtype} is not one of {', '.join(RAW_DTYPE_BYTES)}")
         if not self.raw:
@@ -158,7 +185,7 @@ class ExpertLayout:
     @cached_property
     def matrices(self) -> tuple[MatrixLayout, ...]:
         """Layouts of gate, up and down (not for raw experts)."""
-        return tuple(MatrixLayout(n, k, self.group_size, self.widths) for n, k in self.shapes)
+        return tuple(MatrixLayout(n, k, self.group_size, self.widths, self.code) for n, k in self.shapes)
 
     def offsets(self, index: int) -> tuple[int, ...]:
         """Offsets of gate, up and down in slice `index`, and the end of down."""

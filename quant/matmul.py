@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from moert.quant import reference
 from moert.quant.dispatch import Kernel, available_kernels, compiled, kernel_name, loaded, set_kernel, set_num_threads
-from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout
+from moert.quant.format import RAW_DTYPE_BYTES, TRELLIS, ExpertLayout, MatrixLayout
+from moert.quant.trellis import kernel_tables
 
 __all__ = [
     "ACTIVATIONS",
@@ -60,7 +61,7 @@ def placed_planes(layout: MatrixLayout, places: Sequence[tuple[int, int]]) -> tu
     """A matrix as the compiled module describes it, of which the i-th slice lies at places[i]: (number, offset).
 
     Returns planes (number, offset, stride, bits, shift) from the most significant, (number, offset) of the scales,
-    rows, groups and group size.
+    rows, groups, group size, and the address of the tables of the trellis code (0: the linear code).
     """
     last = len(places) - 1
     shift = layout.widths[last]
@@ -73,7 +74,8 @@ def placed_planes(layout: MatrixLayout, places: Sequence[tuple[int, int]]) -> tu
             offset += 2 * layout.group_size * bits
     number, begin = places[last]
     scales = (number, begin + layout.codes_bytes(last))
-    return planes, scales, layout.rows, layout.groups, layout.group_size
+    tables = kernel_tables(layout, len(places)).data_ptr() if layout.code == TRELLIS else 0
+    return planes, scales, layout.rows, layout.groups, layout.group_size, tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,19 +171,18 @@ def linear(x: Tensor, w: Tensor | PackedMatrix) -> Tensor:
     if isinstance(w, Tensor):
         return _linear_raw(x, w, module)
     if module is None:
-        return functional.linear(_round_inputs(x, w.layout), w.rows(0, rows))
+        return functional.linear(_round_inputs(x, w.layout), reference.rotated(w.slices, w.layout, len(w.slices)))
     return linear_many(x, [w])[0]
 
 
 def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
-    """Round x as the integer kernels see it, x [T, K]: int8 per group of columns, as float32."""
-    padded = functional.pad(x, (0, layout.groups * layout.group_size - layout.cols))
-    groups = padded.view(x.shape[0], layout.groups, layout.group_size)
+    """Round x [T, K] as the integer kernels see it: int8 per group of columns, as float32 [T, K padded]."""
+    groups = reference.rotated_inputs(x, layout).view(x.shape[0], layout.groups, layout.group_size)
     peak = groups.abs().amax(-1, keepdim=True)
     # Groups without a usable scale (zeros, subnormals) become 0; what is not finite stays so through the scale.
     # A tensor over a tensor: torch multiplies a number by the reciprocal, which rounds twice.
     rounded = (groups * (torch.full_like(peak, 127) / peak)).round().nan_to_num(0).clamp(-127, 127) * (peak / 127)
-    return rounded.view(x.shape[0], -1)[:, : layout.cols]
+    return rounded.view(x.shape[0], -1)
 
 
 def streamable(w: Tensor | PackedMatrix) -> bool:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from moert.quant.format import PART_ALIGN, TILE_ROWS, MatrixLayout, align, midpoint
+from moert.quant import trellis
+from moert.quant.format import PART_ALIGN, TILE_ROWS, TRELLIS, MatrixLayout, align, midpoint
 
 
 def _columns_per_chunk(bits: int) -> int:
@@ -37,12 +39,13 @@ def _unpack_plane(data: Tensor, bits: int, cols: int) -> Tensor:
 def pack(codes: Tensor, scales: Sequence[Tensor], layout: MatrixLayout) -> list[Tensor]:
     """Pack codes of the largest width into slices.
 
-    codes: uint8 [N, K], values below 2**widths[-1]. scales: for each width, float [N, ceil(K/G)].
+    codes: uint8 [N, K], values below 2**widths[-1]; of the trellis code with the padded columns, which count there.
+    scales: for each width, float [N, scale_groups].
     Returns one uint8 tensor [layout.slice_bytes(i)] per slice.
     """
     tiles, groups, G = layout.tiles, layout.groups, layout.group_size
     padded = codes.new_zeros(tiles * TILE_ROWS, groups * G)
-    padded[: layout.rows, : layout.cols] = codes
+    padded[: layout.rows, : codes.shape[1]] = codes
     tiled = padded.reshape(tiles, TILE_ROWS, groups, G).transpose(1, 2)
     remaining = layout.widths[-1]
     slices = []
@@ -60,16 +63,20 @@ def pack(codes: Tensor, scales: Sequence[Tensor], layout: MatrixLayout) -> list[
 
 
 def put_scales(piece: Tensor, layout: MatrixLayout, index: int, scales: Tensor) -> None:
-    """Write scales, float [N, groups], into slice `index`, whose bytes are `piece`."""
-    scale = torch.zeros(layout.tiles * TILE_ROWS, layout.groups, dtype=torch.float16)
+    """Write scales, float [N, scale_groups], into slice `index`, whose bytes are `piece`."""
+    scale = torch.zeros(layout.tiles * TILE_ROWS, layout.scale_groups, dtype=torch.float16)
     scale[: layout.rows] = scales
     start = layout.codes_bytes(index)
-    scale_bytes = scale.reshape(layout.tiles, TILE_ROWS, layout.groups).transpose(1, 2).contiguous().view(torch.uint8)
+    scale_bytes = scale.reshape(layout.tiles, TILE_ROWS, layout.scale_groups).transpose(1, 2).contiguous().view(torch.uint8)
     piece[start : start + layout.scales_bytes()] = scale_bytes.reshape(-1)
 
 
 def unpack_codes(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:
     """Codes at widths[num_slices - 1]: uint8 [N, K]."""
+    return _padded_codes(slices, layout, num_slices)[:, : layout.cols].contiguous()
+
+
+def _padded_codes(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:
     G = layout.group_size
     codes = torch.zeros(layout.tiles, layout.groups, TILE_ROWS, G, dtype=torch.uint8)
     for index in range(num_slices):
@@ -80,24 +87,40 @@ def unpack_codes(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int
             codes = codes << bits | _unpack_plane(data[..., start:end], bits, G)
             start = end
     matrix = codes.transpose(1, 2).reshape(layout.tiles * TILE_ROWS, layout.groups * G)
-    return matrix[: layout.rows, : layout.cols].contiguous()
+    return matrix[: layout.rows]
 
 
 def unpack_scales(piece: Tensor, layout: MatrixLayout, index: int) -> Tensor:
-    """Scales of slice `index`, whose bytes are `piece`: float32 [N, groups]."""
+    """Scales of slice `index`, whose bytes are `piece`: float32 [N, scale_groups]."""
     start = layout.codes_bytes(index)
     assert start % PART_ALIGN == 0
     raw = piece[start : start + layout.scales_bytes()].clone().view(torch.float16)
-    scales = raw.reshape(layout.tiles, layout.groups, TILE_ROWS).transpose(1, 2)
-    return scales.reshape(layout.tiles * TILE_ROWS, layout.groups)[: layout.rows].float()
+    scales = raw.reshape(layout.tiles, layout.scale_groups, TILE_ROWS).transpose(1, 2)
+    return scales.reshape(layout.tiles * TILE_ROWS, layout.scale_groups)[: layout.rows].float()
 
 
 def dequantise(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:
     """The matrix at widths[num_slices - 1] from its first `num_slices` slices (1-D uint8): float32 [N, K]."""
+    matrix = rotated(slices, layout, num_slices)
+    if layout.code == TRELLIS:
+        matrix = trellis.rotate(matrix, layout.group_size)
+    return matrix[:, : layout.cols].contiguous()
+
+
+def rotated(slices: Sequence[Tensor], layout: MatrixLayout, num_slices: int) -> Tensor:
+    """Return the matrix, float32 [N, K padded], for inputs as `rotated_inputs` has them."""
     last = num_slices - 1
-    codes = unpack_codes(slices, layout, num_slices).float() - midpoint(layout.widths[last])
-    scales = unpack_scales(slices[last], layout, last).repeat_interleave(layout.group_size, dim=1)
-    return codes.mul_(scales[:, : layout.cols])
+    codes = _padded_codes(slices, layout, num_slices)
+    scales = unpack_scales(slices[last], layout, last)
+    if layout.code == TRELLIS:
+        return trellis.levels(codes, layout, num_slices).float() * scales
+    return (codes.float() - midpoint(layout.widths[last])).mul_(scales.repeat_interleave(layout.group_size, dim=1))
+
+
+def rotated_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
+    """Return the inputs [T, K] of a product as its code wants them, in float32 [T, K padded]."""
+    padded = functional.pad(x.float(), (0, padded_columns(layout) - layout.cols))
+    return trellis.rotate(padded, layout.group_size) if layout.code == TRELLIS else padded
 
 
 def padded_columns(layout: MatrixLayout) -> int:

@@ -11,17 +11,18 @@ uint64_t key(int layer, int expert, int slices) {
 }
 
 NestedMatrix placed(const PlacedMatrix& matrix, const std::vector<uintptr_t>& slices) {
-  const auto& [planes, scales, rows, groups, group_size] = matrix;
+  const auto& [planes, scales, rows, groups, group_size, tables] = matrix;
   std::vector<PlaneTuple> at_addresses;
   for (const auto& [slice, offset, stride, bits, shift] : planes)
     at_addresses.emplace_back(slices.at(slice) + offset, stride, bits, shift);
-  return nested_matrix(at_addresses, slices.at(std::get<0>(scales)) + std::get<1>(scales), rows, groups, group_size);
+  return nested_matrix(at_addresses, slices.at(std::get<0>(scales)) + std::get<1>(scales), rows, groups, group_size,
+                       tables);
 }
 
 }  // namespace
 
 NestedMatrix nested_matrix(const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
-                           int group_size) {
+                           int group_size, uintptr_t tables) {
   if (planes.empty() || planes.size() > size_t(kMaxPlanes)) throw std::invalid_argument("1 to 8 planes are needed");
   if (group_size != 32 && group_size != 64 && group_size != 128) throw std::invalid_argument("bad group size");
   NestedMatrix m{};
@@ -37,7 +38,9 @@ NestedMatrix nested_matrix(const std::vector<PlaneTuple>& planes, uintptr_t scal
   m.tiles = (rows + kTileRows - 1) / kTileRows;
   m.groups = groups;
   m.group_size = group_size;
-  m.levels = (1 << width) - 1;
+  m.tables = reinterpret_cast<const uint8_t*>(tables);
+  m.scale_groups = tables ? 1 : int(groups);
+  m.levels = tables ? 2 * kTrellisBias : (1 << width) - 1;
   m.midpoint = float(m.levels) / 2;
   return m;
 }

@@ -16,12 +16,12 @@ using PlaneTuple = std::tuple<uintptr_t, size_t, int, int>;
 
 // Throws std::invalid_argument where no kernel knows such a matrix.
 NestedMatrix nested_matrix(const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
-                           int group_size);
+                           int group_size, uintptr_t tables);
 
 // Where a matrix lies in the slices of an expert: planes as (slice, offset, stride, bits, shift) from the most
-// significant, (slice, offset) of its scales, rows, groups, group size.
+// significant, (slice, offset) of its scales, rows, groups, group size, tables of the trellis code or 0.
 using PlacedPlane = std::tuple<size_t, size_t, size_t, int, int>;
-using PlacedMatrix = std::tuple<std::vector<PlacedPlane>, std::tuple<size_t, size_t>, int64_t, int64_t, int>;
+using PlacedMatrix = std::tuple<std::vector<PlacedPlane>, std::tuple<size_t, size_t>, int64_t, int64_t, int, uintptr_t>;
 
 // Its functions are called under the interpreter's lock.
 class ExpertTable {

@@ -15,6 +15,7 @@ namespace moert {
 
 constexpr int kTileRows = 16;
 constexpr int kMaxPlanes = 8;
+constexpr int kTrellisBias = 128;  // added to a level, so that it is an unsigned byte like a code
 
 struct Plane {
   const uint8_t* data;  // first byte of this plane in tile 0, group 0
@@ -30,7 +31,14 @@ struct NestedMatrix {
   int64_t tiles, groups, rows;
   int group_size;
   float midpoint;
-  int levels;  // 2^b - 1, twice the midpoint
+  int levels;  // 2^b - 1, twice the midpoint; of the trellis code 2 * kTrellisBias
+  const uint8_t* tables;  // of the trellis code, as kernel_tables of quant/trellis.py has them: 64 bytes for each plane
+  int scale_groups;  // scales of a row: one for each group, or of the trellis code a single one
+
+  // The scales of 16 rows for a cell (one group of one tile).
+  const uint8_t* scales_of(int64_t cell) const {
+    return scales + (scale_groups == 1 ? cell / groups : cell) * kTileRows * 2;
+  }
 };
 
 // Asks for the bytes of a cell (one group of one tile). A tile's planes and scales are short streams, a few pages each,
@@ -40,7 +48,7 @@ inline void prefetch(const NestedMatrix& w, int64_t cell) {
   for (int p = 0; p < w.num_planes; p++)
     for (int line = 0; line < w.group_size * w.planes[p].bits / 32; line++)
       __builtin_prefetch(w.planes[p].data + cell * w.planes[p].stride + 64 * line, 0, 2);
-  __builtin_prefetch(w.scales + cell * kTileRows * 2, 0, 2);
+  __builtin_prefetch(w.scales_of(cell), 0, 2);
 }
 
 enum class RawType { kBf16, kHalf, kFloat };

@@ -101,8 +101,8 @@ V* at(uintptr_t address) {
 }
 
 void set_matrix(Matrix* self, const std::vector<PlaneTuple>& planes, uintptr_t scales, int64_t rows, int64_t groups,
-                int group_size) {
-  new (self) Matrix{nested_matrix(planes, scales, rows, groups, group_size)};
+                int group_size, uintptr_t tables) {
+  new (self) Matrix{nested_matrix(planes, scales, rows, groups, group_size, tables)};
 }
 
 void set_raw_matrix(Matrix* self, uintptr_t weights, const std::string& dtype, int64_t rows) {

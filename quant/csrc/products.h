@@ -51,7 +51,8 @@ inline void check_alike(const std::vector<const Matrix*>& matrices) {
   for (const Matrix* m : matrices) {
     if (m->raw != nullptr) continue;
     if (first != nullptr &&
-        (m->nested.groups != first->nested.groups || m->nested.group_size != first->nested.group_size))
+        (m->nested.groups != first->nested.groups || m->nested.group_size != first->nested.group_size ||
+         !m->nested.tables != !first->nested.tables))
       throw std::invalid_argument("the matrices differ in their inputs");
     first = m;
   }
