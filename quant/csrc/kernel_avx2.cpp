@@ -17,8 +17,9 @@ template <int... Bits>
 struct FixedPlanes : PlaneList<Bits...> {
   using PlaneList<Bits...>::kCount, PlaneList<Bits...>::bits, PlaneList<Bits...>::shift;
 
-  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block, int half,
-                                                           __m256i codes[8]) {
+  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t tile, int64_t group,
+                                                           int block, int half, __m256i codes[8]) {
+    const int64_t cell = tile * w.groups + group;
     const uint8_t* chunks[kCount];
     for (int p = 0; p < kCount; p++) chunks[p] = PlaneList<Bits...>::chunk(w, cell, block, p) + 32 * half;
 #pragma GCC unroll 8
@@ -45,8 +46,9 @@ inline __m256i select(uint32_t mask, __m256i yes, __m256i no) {
 // kernel_avx512.h.
 template <>
 struct FixedPlanes<2, 1, 1> : PlaneList<2, 1, 1> {
-  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block, int half,
-                                                           __m256i codes[8]) {
+  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t tile, int64_t group,
+                                                           int block, int half, __m256i codes[8]) {
+    const int64_t cell = tile * w.groups + group;
     const __m256i top = load256(chunk(w, cell, block, 0) + 32 * half);
     const __m256i rest = load256(chunk(w, cell, block, 0) + 32 * half + 64);
     const __m256i middle = load256(chunk(w, cell, block, 1) + 32 * half);
@@ -72,9 +74,10 @@ struct FixedPlanes<2, 1, 1> : PlaneList<2, 1, 1> {
 // The same for any planes, slower; their codes may have 8 bits.
 struct AnyPlanes {
   static constexpr int kWidth = 8;
-  static void prefetch(const NestedMatrix& w, int64_t cell) { moert::prefetch(w, cell); }
+  static void prefetch(const NestedMatrix& w, int64_t tile, int64_t group) { moert::prefetch(w, tile, group); }
 
-  static void unpack(const NestedMatrix& w, int64_t cell, int block, int half, __m256i codes[8]) {
+  static void unpack(const NestedMatrix& w, int64_t tile, int64_t group, int block, int half, __m256i codes[8]) {
+    const int64_t cell = tile * w.groups + group;
     for (int quad = 0; quad < 8; quad++) {
       __m256i code = _mm256_setzero_si256();
       for (int p = 0; p < w.num_planes; p++) {
@@ -149,9 +152,9 @@ inline __m256i middle(const NestedMatrix& w, const Activations& x, int64_t token
 
 // The end of a group for T tokens and 16 rows, dot[t] and dot[T + t] being its halves.
 template <int T>
-inline void add_group(const NestedMatrix& w, const Activations& x, int64_t cell, int64_t start, int count,
+inline void add_group(const NestedMatrix& w, const Activations& x, int64_t tile, int64_t start, int count,
                       int64_t group, const __m256i* dot, __m256* total) {
-  const uint8_t* place = w.scales + cell * kTileRows * 2;
+  const uint8_t* place = w.scales_of(tile, group);
   const __m256 scale[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(place))),
                            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(place + 16)))};
 #pragma GCC unroll 4
@@ -182,8 +185,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
   for (int64_t tile = first; tile < last; tile++) {
     __m256 total[2 * T] = {};
     for (int64_t group = 0; group < w.groups; group++) {
-      const int64_t cell = tile * w.groups + group;
-      if (tile + 1 < last) Planes::prefetch(w, cell + w.groups);
+      if (tile + 1 < last) Planes::prefetch(w, tile + 1, group);
       __m256i dot[2 * T];
       for (int t = 0; t < T; t++) dot[t] = dot[T + t] = middle(w, x, t, group);
       for (int block = 0; block < w.group_size / 32; block++) {
@@ -191,11 +193,11 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
         for (int t = 0; t < T; t++) q[t] = x.q + x.at(t, group) * w.group_size + 32 * block;
         for (int half = 0; half < 2; half++) {
           __m256i codes[8];
-          Planes::unpack(w, cell, block, half, codes);
+          Planes::unpack(w, tile, group, block, half, codes);
           add_products<Planes, T>(codes, q, dot + half * T);
         }
       }
-      add_group<T>(w, x, cell, 0, T, group, dot, total);
+      add_group<T>(w, x, tile, 0, T, group, dot, total);
     }
     store_rows<T>(w, tile, T, total, out, out_stride);
   }
@@ -207,11 +209,11 @@ template <class Planes>
 inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, bool ahead, __m256i* panel) {
   constexpr int kParts = Sums<Planes>::kParts;
   for (int64_t group = begin; group < end; group++) {
-    if (ahead) Planes::prefetch(w, (tile + 1) * w.groups + group);
+    if (ahead) Planes::prefetch(w, tile + 1, group);
     for (int block = 0; block < w.group_size / 32; block++, panel += 16 * kParts)
       for (int half = 0; half < 2; half++) {
         __m256i codes[8];
-        Planes::unpack(w, tile * w.groups + group, block, half, codes);
+        Planes::unpack(w, tile, group, block, half, codes);
         for (int i = 0; i < 8; i++) split<Planes>(codes[i], panel + (2 * i + half) * kParts);
       }
   }
@@ -270,7 +272,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
                 for (int part = 0; part < kParts; part++)
                   dot[half * T + t] = _mm256_add_epi32(dot[half * T + t], widen(sum[half][t][part], part));
           }
-          add_group<T>(w, x, tile * w.groups + group, start, count, group, dot, total);
+          add_group<T>(w, x, tile, start, count, group, dot, total);
         }
         store_rows<T>(w, tile, count, total, place, out_stride);
       }

@@ -60,8 +60,8 @@ inline void unpack32(const NestedMatrix& w, int64_t cell, int block, int quarter
   }
 }
 
-inline float32x4_t load_scales(const NestedMatrix& w, int64_t cell, int quarter) {
-  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(w.scales + (cell * kTileRows + 4 * quarter) * 2)));
+inline float32x4_t load_scales(const NestedMatrix& w, int64_t tile, int64_t group, int quarter) {
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(w.scales_of(tile, group) + 8 * quarter)));
 }
 
 // total + (2 * dot - levels * sum) * (scale * input scale), the end of a group for one token and 4 rows. A dot product
@@ -107,7 +107,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
       for (int t = 0; t < T; t++) total[quarter][t] = vdupq_n_f32(0);
     for (int64_t group = 0; group < w.groups; group++) {
       const int64_t cell = tile * w.groups + group;
-      if (tile + 1 < last) prefetch(w, cell + w.groups);
+      if (tile + 1 < last) prefetch(w, tile + 1, group);
       const int8_t* q = x.q + x.at(0, group) * w.group_size;
       for (int quarter = 0; quarter < kQuarters; quarter++) {
         int32x4_t dot[T][2];  // two, so that the sums do not wait for each other
@@ -124,7 +124,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
             dot_quad<3, T>(&dot[0][1], 2, codes[4 * half + 3], columns);
           }
         }
-        const float32x4_t scale = load_scales(w, cell, quarter);
+        const float32x4_t scale = load_scales(w, tile, group, quarter);
         for (int t = 0; t < T; t++)
           total[quarter][t] = add_group(total[quarter][t], vaddq_s32(dot[t][0], dot[t][1]), scale, w, x, t, group);
       }
@@ -231,7 +231,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
             int32x4_t dots[kTokens][2];
             dots_of(panel + ((group - begin) * 2 + half) * w.group_size * 8, q, w.group_size, dots);
             for (int i = 0; i < 2; i++) {
-              const float32x4_t scale = load_scales(w, tile * w.groups + group, 2 * half + i);
+              const float32x4_t scale = load_scales(w, tile, group, 2 * half + i);
               for (int t = 0; t < count; t++)
                 total[t][i] = add_group(total[t][i], dots[t][i], scale, w, x, start + t, group);
             }
