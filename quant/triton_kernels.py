@@ -174,11 +174,11 @@ def _vector_product(
             if slices > M.planes[p][0]:  # a whole program goes the same way
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += cell * (M.planes[p][2] // 4) + (n % 16)[None, :]
-                q = row + group * M.group
                 if M.trellis:
-                    dot += level_dots(q, words, there, group > 0, tables, p, M)
+                    dot += level_dots(row + group * M.group, words, there, group > 0, tables, p, M)
                 else:
-                    dot = (dot << M.planes[p][3]) + _dots(q, words, there, M.planes[p][3], M.group, C)
+                    part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, C)
+                    dot = (dot << M.planes[p][3]) + part
         level, at = dot.to(tl.float32), tl.broadcast_to(n[None, :], [C.S, C.R])
         if not M.trellis:
             level, at = level - (tl.load(side + M.groups + group) * middle)[:, None], cell * 16 + (n % 16)[None, :]

@@ -61,7 +61,7 @@ def level_dots(
     before = tl.load(last, mask=there & later[:, None], other=0)
     for chunk in range(CHUNKS):
         word = tl.load(words + chunk * 16, mask=there, other=0)
-        for byte in tl.static_range(4):
+        for byte in range(4):  # unrolled here it would take a minute to compile
             pair = _pairs(word, before, 8 * byte)
             for place in tl.static_range(8 // BITS):
                 inputs = tl.load(q + (chunk * (32 // BITS) + 4 * place + byte)).to(tl.int32)
