@@ -1,8 +1,8 @@
 """Levels of the trellis code for the kernels of `triton_kernels.py`, in the place of codes.
 
 A level is a load from a table of 64 bytes, by a window of a plane and of what lies before it (`trellis.py`). It takes
-some six instructions for a weight and a plane, where the linear code takes less than one, so that products with vectors
-may be bound by instructions. None of it has run on a device.
+some seven instructions for a weight and a plane, where the linear code takes less than one, so that instructions may
+bound products with vectors, not memory. None of it has run on a device.
 """
 
 # T tokens, R rows of a program, S groups of a program, G group size
