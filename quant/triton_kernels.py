@@ -44,7 +44,7 @@ from moert.quant.format import TILE_ROWS, TRELLIS, ExpertLayout
 from moert.quant.matmul import placed_planes
 from moert.quant.placed import PlacedExperts, Work, plan_work, starts_of
 from moert.quant.triton_inputs import put_rounded
-from moert.quant.triton_trellis import device_tables, level_block, level_dots
+from moert.quant.triton_trellis import device_tables, level_dots, levels_of
 
 GATE, UP, DOWN = range(3)
 
@@ -55,8 +55,7 @@ _SUM_ROWS = 32  # of a program of the second product with many tokens
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """The constants that kernels know of a matrix when they are compiled. There is one object for each matrix of a
-    layout.
+    """The constants that kernels know of a matrix when they are compiled, one object for each matrix of a layout.
 
     planes: of each, the most significant first, its slice, offset there, bytes for a group of a tile, and bits.
     scales: where those of each width begin in its slice. row_bytes: of a row of inputs, as `_round_kernel` has them.
@@ -76,7 +75,7 @@ class _Matrix:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """The part of a matrix that a program takes at once: tokens, rows, with one token groups; whether it has dp4a."""
+    """The part of a matrix that a program takes at once: tokens, rows, and with one token groups, in loops if DP4A."""
 
     B: int
     R: int
@@ -91,7 +90,7 @@ def _matrix(layout: ExpertLayout, matrix: int) -> _Matrix:
     scales = tuple(at[matrix] + m.codes_bytes(index) for index, at in enumerate(starts))
     G, kept = m.group_size, tuple(plane[:4] for plane in planes)
     sizes = m.rows, m.cols, m.tiles, m.groups, G, m.groups * (G + 8)
-    return _Matrix(kept, scales, m.widths, *sizes, trellis=m.code == TRELLIS)
+    return _Matrix(kept, scales, m.widths, *sizes, m.code == TRELLIS)
 
 
 @triton.jit
@@ -175,7 +174,7 @@ def _vector_product(
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += cell * (M.planes[p][2] // 4) + (n % 16)[None, :]
                 if M.trellis:
-                    dot += level_dots(row + group * M.group, words, there, group > 0, tables, p, M)
+                    dot += level_dots(row + group * M.group, words, there, group, tables, p, M, C)
                 else:
                     part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, C)
                     dot = (dot << M.planes[p][3]) + part
@@ -213,7 +212,8 @@ def _block_product(
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += (cell * (M.planes[p][2] // 4) + n % 16)[None, :]
                 if M.trellis:
-                    code += level_block(words, there, group > 0, tables, p, M)
+                    levels = levels_of(words, there[None, :], tl.full([1], group, tl.int32), tables, p, M)
+                    code += tl.reshape(levels, [G, C.R])
                 else:
                     chunk = tl.arange(0, G * M.planes[p][3] // 32)
                     word = tl.load(words + (chunk * 16)[:, None], mask=there[None, :], other=0)

@@ -46,43 +46,49 @@ def _levels(pair: tensor, place: tensor, table: tensor, BITS: constexpr) -> tens
 
 
 @triton.jit
-def level_dots(
-    q: tensor, words: tensor, there: tensor, later: tensor, tables: tensor, p: constexpr, M: constexpr
-) -> tensor:
-    """Products of the levels of plane p of a matrix and the inputs over some groups, exactly: int32 [S, R].
+def levels_of(words: tensor, there: tensor, group: tensor, tables: tensor, p: constexpr, M: constexpr) -> tensor:
+    """The levels that plane p of a matrix adds to some groups of rows: int32 [S, G, R].
 
-    q [S]: where int8 inputs begin. words [S, R]: where the groups of rows begin; there [S, R]: which exist. later [S]:
-    which groups are not the first of their rows.
+    words [S, R]: where the groups of rows begin in the plane; there [S, R]: which exist. group [S]: their numbers.
     """
     BITS: tl.constexpr = M.planes[p][3]
     CHUNKS: tl.constexpr = M.group * BITS // 32
-    total = tl.zeros(words.shape, tl.int32)
-    last = words - (M.planes[p][2] // 4 - 16 * (CHUNKS - 1))  # of the group before
-    before = tl.load(last, mask=there & later[:, None], other=0)
-    for chunk in range(CHUNKS):
-        word = tl.load(words + chunk * 16, mask=there, other=0)
-        for byte in range(4):  # unrolled here it would take a minute to compile
-            pair = _pairs(word, before, 8 * byte)
-            for place in tl.static_range(8 // BITS):
-                inputs = tl.load(q + (chunk * (32 // BITS) + 4 * place + byte)).to(tl.int32)
-                total += _levels(pair, place, tables + p * 64, BITS) * inputs[:, None]
-        before = word
-    return total
+    S: tl.constexpr = words.shape[0]
+    R: tl.constexpr = words.shape[1]
+    chunk = tl.arange(0, CHUNKS)[None, :, None]
+    word = tl.load(words[:, None, :] + chunk * 16, mask=there[:, None, :], other=0)
+    back = tl.where(chunk > 0, 16 * (chunk - 1), 16 * (CHUNKS - 1) - M.planes[p][2] // 4)
+    later = (chunk > 0) | (group > 0)[:, None, None]
+    before = tl.load(words[:, None, :] + back, mask=there[:, None, :] & later, other=0)
+    lane = tl.arange(0, 32 // BITS)[None, :, None]
+    word, before = (tl.reshape(word, [S * CHUNKS, 1, R]), tl.reshape(before, [S * CHUNKS, 1, R]))
+    pair = _pairs(word, before, lane % 4 * 8)
+    return tl.reshape(_levels(pair, lane // 4, tables + p * 64, BITS), [S, M.group, R])
 
 
 @triton.jit
-def level_block(words: tensor, there: tensor, later: tensor, tables: tensor, p: constexpr, M: constexpr) -> tensor:
-    """The levels that plane p of a matrix adds to one group of rows: int32 [G, R].
+def level_dots(
+    q: tensor, words: tensor, there: tensor, group: tensor, tables: tensor, p: constexpr, M: constexpr, C: constexpr
+) -> tensor:
+    """Products of the levels of plane p of a matrix and the inputs over some groups, exactly: int32 [S, R].
 
-    words [1, R]: where the group begins in the plane; there [R]: which rows exist. later: whether the group is not the
-    first of its rows.
+    q [S]: where int8 inputs begin. The others as for `levels_of`.
     """
-    BITS: tl.constexpr = M.planes[p][3]
-    CHUNKS: tl.constexpr = M.group * BITS // 32
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    word = tl.load(words + chunk * 16, mask=there[None, :], other=0)
-    back = tl.where(chunk > 0, 16 * (chunk - 1), 16 * (CHUNKS - 1) - M.planes[p][2] // 4)
-    before = tl.load(words + back, mask=there[None, :] & ((chunk > 0) | later), other=0)
-    lane = tl.arange(0, 32 // BITS)[None, :, None]
-    pair = _pairs(word[:, None, :], before[:, None, :], lane % 4 * 8)
-    return tl.reshape(_levels(pair, lane // 4, tables + p * 64, BITS), [M.group, words.shape[1]])
+    if C.DP4A:
+        BITS: tl.constexpr = M.planes[p][3]
+        CHUNKS: tl.constexpr = M.group * BITS // 32
+        total = tl.zeros(words.shape, tl.int32)
+        last = words - (M.planes[p][2] // 4 - 16 * (CHUNKS - 1))  # of the group before
+        before = tl.load(last, mask=there & (group > 0)[:, None], other=0)
+        for chunk in range(CHUNKS):
+            word = tl.load(words + chunk * 16, mask=there, other=0)
+            for byte in range(4):  # unrolled here it would take a minute to compile
+                pair = _pairs(word, before, 8 * byte)
+                for place in tl.static_range(8 // BITS):
+                    inputs = tl.load(q + (chunk * (32 // BITS) + 4 * place + byte)).to(tl.int32)
+                    total += _levels(pair, place, tables + p * 64, BITS) * inputs[:, None]
+            before = word
+        return total
+    else:
+        inputs = tl.load(q[:, None] + tl.arange(0, M.group)[None, :]).to(tl.int32)
+        return tl.sum(levels_of(words, there, group, tables, p, M) * inputs[:, :, None], axis=1)

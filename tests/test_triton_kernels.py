@@ -319,6 +319,9 @@ def test_products_by_the_instruction_that_takes_four(kernels, monkeypatch):
     check_products(kernels, layout, [2, 4], x, [torch.tensor([0])] * 2)
     check_products(kernels, ExpertLayout(40, 20, 32, (8,)), [1], x, [torch.tensor([0])])
     check_products(kernels, ExpertLayout(40, 140, 128, (3,)), [1], inputs(1, 140), [torch.tensor([0])])
+    for group_size in (32, 64):
+        layout = ExpertLayout(70, 20, group_size, (2, 3, 5), code="trellis")
+        check_products(kernels, layout, [3, 1], inputs(1, 70), [torch.tensor([0])] * 2)
 
 
 @case
