@@ -182,7 +182,7 @@ def _round_inputs(x: Tensor, layout: MatrixLayout) -> Tensor:
     # Groups without a usable scale (zeros, subnormals) become 0; what is not finite stays so through the scale.
     # A tensor over a tensor: torch multiplies a number by the reciprocal, which rounds twice.
     rounded = (groups * (torch.full_like(peak, 127) / peak)).round().nan_to_num(0).clamp(-127, 127) * (peak / 127)
-    return rounded.view(x.shape[0], -1)
+    return rounded.flatten(1)
 
 
 def streamable(w: Tensor | PackedMatrix) -> bool:

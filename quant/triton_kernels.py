@@ -10,7 +10,8 @@ Up to four tokens of each expert are products with vectors. They are bound by me
 weight: a 32-bit word holds four columns of a row for each shift, which `dp4a` multiplies at once. Each thread asks for
 16 bytes of a plane at a time, two (1 bit) to 16 times (8 bits) before it needs the first, and takes at most 64
 registers at usual widths, so that a processor has room for four such programs of 256 threads. More tokens are
-multiplied in float16 by tensor cores: codes up to 127 and levels, half-integers below 128, are exact there.
+multiplied in float16 by tensor cores: codes up to 127 and levels, half-integers below 128, are exact there. The trellis
+code has levels of its own, and loads them one by one (`triton_trellis.py`).
 
 Programs of the first product take the rows of a whole group of the second's columns, so that they can round them. OLMoE
 has 128 of them for a token (8 experts, 1024 rows in groups of 64), which is for the 8 to 24 processors of a Jetson or a
@@ -39,9 +40,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from moert.quant.format import TILE_ROWS, ExpertLayout
+from moert.quant.format import TILE_ROWS, TRELLIS, ExpertLayout
 from moert.quant.matmul import placed_planes
 from moert.quant.placed import PlacedExperts, Work, plan_work, starts_of
+from moert.quant.triton_inputs import put_rounded
+from moert.quant.triton_trellis import device_tables, level_dots, levels_of
 
 GATE, UP, DOWN = range(3)
 
@@ -52,8 +55,7 @@ _SUM_ROWS = 32  # of a program of the second product with many tokens
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """The constants that kernels know of a matrix when they are compiled. There is one object for each matrix of a
-    layout.
+    """The constants that kernels know of a matrix when they are compiled, one object for each matrix of a layout.
 
     planes: of each, the most significant first, its slice, offset there, bytes for a group of a tile, and bits.
     scales: where those of each width begin in its slice. row_bytes: of a row of inputs, as `_round_kernel` has them.
@@ -68,13 +70,12 @@ class _Matrix:
     groups: int
     group: int
     row_bytes: int
+    trellis: bool
 
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """The part of a matrix that a program takes at once: tokens, rows, and with one token groups; whether the device
-    has dp4a.
-    """
+    """The part of a matrix that a program takes at once: tokens, rows, and with one token groups, in loops if DP4A."""
 
     B: int
     R: int
@@ -88,34 +89,8 @@ def _matrix(layout: ExpertLayout, matrix: int) -> _Matrix:
     planes, *_ = placed_planes(m, [(index, at[matrix]) for index, at in enumerate(starts)])
     scales = tuple(at[matrix] + m.codes_bytes(index) for index, at in enumerate(starts))
     G, kept = m.group_size, tuple(plane[:4] for plane in planes)
-    return _Matrix(kept, scales, m.widths, m.rows, m.cols, m.tiles, m.groups, G, m.groups * (G + 8))
-
-
-@triton.jit
-def _rounded(x: tensor) -> tl.tuple:
-    """Groups x [., G] as int8 per group: codes, their scale and their sum, all float32.
-
-    Products must not be fused with sums here, or ties would fall differently: launch with enable_fp_fusion=False.
-    """
-    size = tl.abs(x)
-    finite = size < float("inf")
-    peak = tl.max(tl.where(finite, size, 0), axis=1)
-    usable = peak > 1e-36  # 127 / 1e-37 is infinite
-    inverse = tl.div_rn(tl.where(usable, 127.0, 0.0), tl.where(usable, peak, 1.0))
-    code = (tl.where(finite, x, 0) * inverse[:, None] + 12582912.0) - 12582912.0  # to the nearest, ties to even
-    bad = tl.max(tl.where(finite, 0, 1), axis=1) > 0
-    return code, tl.where(bad, float("nan"), tl.div_rn(peak, 127.0)), tl.sum(code, axis=1)
-
-
-@triton.jit
-def _put_rounded(x: tensor, row: tensor, group: tensor, used: tensor, M: constexpr) -> None:
-    """Rounds x [., G] and makes it groups `group` of the rows of inputs that begin at `row`, where `used`."""
-    code, scale, total = _rounded(x)
-    k = group[:, None] * M.group + tl.arange(0, M.group)[None, :]
-    tl.store(row[:, None] + k, code.to(tl.int8), mask=used[:, None])
-    side = (row + M.groups * M.group).to(tl.pointer_type(tl.float32)) + group
-    tl.store(side, scale, mask=used)
-    tl.store(side + M.groups, total, mask=used)
+    sizes = m.rows, m.cols, m.tiles, m.groups, G, m.groups * (G + 8)
+    return _Matrix(kept, scales, m.widths, *sizes, m.code == TRELLIS)
 
 
 @triton.jit
@@ -125,7 +100,7 @@ def _round_kernel(x: tensor, out: tensor, M: constexpr, S: constexpr) -> None:
     group = tl.program_id(1) * S + tl.arange(0, S)
     k = group[:, None] * M.group + tl.arange(0, M.group)[None, :]
     row = out + token * M.row_bytes + tl.full([S], 0, tl.int32)
-    _put_rounded(tl.load(x + token * M.cols + k, mask=k < M.cols, other=0), row, group, group < M.groups, M)
+    put_rounded(tl.load(x + token * M.cols + k, mask=k < M.cols, other=0), row, group, group < M.groups, M)
 
 
 @triton.jit
@@ -176,7 +151,9 @@ def _place(item: tensor, index: constexpr, offset: constexpr) -> tensor:
 
 
 @triton.jit
-def _vector_product(row: tensor, item: tensor, arena: tensor, n: tensor, M: constexpr, C: constexpr) -> tensor:
+def _vector_product(
+    row: tensor, item: tensor, arena: tensor, tables: tensor, n: tensor, M: constexpr, C: constexpr
+) -> tensor:
     """Rows n [R] of a matrix of an item's expert times the inputs that begin at `row`: float32 [R]."""
     slices = tl.load(item)
     scales, middle = arena, tl.full([], 0, tl.float32)
@@ -196,17 +173,30 @@ def _vector_product(row: tensor, item: tensor, arena: tensor, n: tensor, M: cons
             if slices > M.planes[p][0]:  # a whole program goes the same way
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += cell * (M.planes[p][2] // 4) + (n % 16)[None, :]
-                part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, C)
-                dot = (dot << M.planes[p][3]) + part
-        level = dot.to(tl.float32) - (tl.load(side + M.groups + group) * middle)[:, None]
-        scale = tl.load(halves + (cell * 16 + (n % 16)[None, :]), mask=there, other=0).to(tl.float32)
+                if M.trellis:
+                    dot += level_dots(row + group * M.group, words, there, group, tables, p, M, C)
+                else:
+                    part = _dots(row + group * M.group, words, there, M.planes[p][3], M.group, C)
+                    dot = (dot << M.planes[p][3]) + part
+        level, at = dot.to(tl.float32), tl.broadcast_to(n[None, :], [C.S, C.R])
+        if not M.trellis:
+            level, at = level - (tl.load(side + M.groups + group) * middle)[:, None], cell * 16 + (n % 16)[None, :]
+        scale = tl.load(halves + at, mask=there, other=0).to(tl.float32)
         total += level * (scale * tl.load(side + group)[:, None])
     return tl.sum(total, axis=0)
 
 
 @triton.jit
 def _block_product(
-    row: tensor, used: tensor, item: tensor, arena: tensor, n: tensor, c: constexpr, M: constexpr, C: constexpr
+    row: tensor,
+    used: tensor,
+    item: tensor,
+    arena: tensor,
+    tables: tensor,
+    n: tensor,
+    c: constexpr,
+    M: constexpr,
+    C: constexpr,
 ) -> tensor:
     """Rows n [R] of a matrix at width c times the inputs that begin at `row` [B], where `used`: float32 [B, R]."""
     G: tl.constexpr = M.group
@@ -221,14 +211,19 @@ def _block_product(
             if M.planes[p][0] <= c:
                 words = (arena + _place(item, M.planes[p][0], M.planes[p][1])).to(tl.pointer_type(tl.int32))
                 words += (cell * (M.planes[p][2] // 4) + n % 16)[None, :]
-                chunk = tl.arange(0, G * M.planes[p][3] // 32)
-                word = tl.load(words + (chunk * 16)[:, None], mask=there[None, :], other=0)
-                codes = tl.reshape(_codes(word, M.planes[p][3]), [G, C.R])
-                code = (code << M.planes[p][3]) + codes
-        level = code.to(tl.float16) - ((1 << M.widths[c]) - 1) / 2
+                if M.trellis:
+                    levels = levels_of(words, there[None, :], tl.full([1], group, tl.int32), tables, p, M)
+                    code += tl.reshape(levels, [G, C.R])
+                else:
+                    chunk = tl.arange(0, G * M.planes[p][3] // 32)
+                    word = tl.load(words + (chunk * 16)[:, None], mask=there[None, :], other=0)
+                    codes = tl.reshape(_codes(word, M.planes[p][3]), [G, C.R])
+                    code = (code << M.planes[p][3]) + codes
+        level = code.to(tl.float16) - (0 if M.trellis else ((1 << M.widths[c]) - 1) / 2)
         k = group * G + tl.arange(0, G)
         inputs = tl.load(row[:, None] + k[None, :], mask=used[:, None], other=0).to(tl.float16)
-        scale = tl.load(scales + cell * 16, mask=there, other=0).to(tl.float32)
+        place = n // 16 if M.trellis else cell
+        scale = tl.load(scales + place * 16, mask=there, other=0).to(tl.float32)
         scale = tl.load(side + group, mask=used, other=0)[:, None] * scale[None, :]
         total += tl.dot(inputs, level) * scale
     return total
@@ -236,18 +231,26 @@ def _block_product(
 
 @triton.jit
 def _product(
-    x: tensor, index: tensor, used: tensor, item: tensor, arena: tensor, n: tensor, M: constexpr, C: constexpr
+    x: tensor,
+    index: tensor,
+    used: tensor,
+    item: tensor,
+    arena: tensor,
+    tables: tensor,
+    n: tensor,
+    M: constexpr,
+    C: constexpr,
 ) -> tensor:
     """Rows n [R] of a matrix of an item's expert times rows `index` [B] of the inputs, where `used`: float32 [B, R]."""
     if C.B == 1:
         row = x + tl.sum(index, axis=0) * M.row_bytes
-        return _vector_product(row, item, arena, n, M, C)[None, :]
+        return _vector_product(row, item, arena, tables, n, M, C)[None, :]
     else:
         slices = tl.load(item)
         total = tl.full([C.B, C.R], 0, tl.float32)
         for c in tl.static_range(len(M.widths)):
             if slices == c + 1:  # a loop for each width, so that its planes are known and asked for ahead
-                total = _block_product(x + index * M.row_bytes, used, item, arena, n, c, M, C)
+                total = _block_product(x + index * M.row_bytes, used, item, arena, tables, n, c, M, C)
         return total
 
 
@@ -255,6 +258,7 @@ def _product(
 def _forward_kernel(
     x: tensor,
     arena: tensor,
+    tables: tensor,
     work: tensor,
     out: tensor,
     num_pairs: tensor,
@@ -272,20 +276,21 @@ def _forward_kernel(
     token = tl.load(work + position, mask=used, other=0).to(tl.int64)
     position = position.to(tl.int64)
     n = tl.program_id(1) * C.R + tl.arange(0, C.R)
-    result = _product(x, token, used, item, arena, n, FIRST, C)
+    result = _product(x, token, used, item, arena, tables, n, FIRST, C)
     if SECOND is None:
         target = out + position[:, None] * FIRST.rows + n[None, :]
         tl.store(target, result, mask=used[:, None] & (n < FIRST.rows)[None, :])
     else:
-        result = result / (1 + tl.exp(-result)) * _product(x, token, used, item, arena, n, SECOND, C)
+        result = result / (1 + tl.exp(-result)) * _product(x, token, used, item, arena, tables, n, SECOND, C)
         group = tl.program_id(1) + tl.full([C.B], 0, tl.int32)
-        _put_rounded(result, out + position * NEXT.row_bytes, group, used, NEXT)
+        put_rounded(result, out + position * NEXT.row_bytes, group, used, NEXT)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_items"])
 def _sum_kernel(
     h: tensor,
     arena: tensor,
+    tables: tensor,
     work: tensor,
     out: tensor,
     num_pairs: tensor,
@@ -309,7 +314,7 @@ def _sum_kernel(
         token = tl.load(work + position, mask=used, other=0).to(tl.int64)
         weights = (work + num_pairs).to(tl.pointer_type(tl.float32))
         weight = tl.load(weights + position, mask=used, other=0)
-        result = _product(h, position.to(tl.int64), used, item, arena, n, M, C)
+        result = _product(h, position.to(tl.int64), used, item, arena, tables, n, M, C)
         target = out + token[:, None] * M.rows + n[None, :]
         mask = used[:, None] & (n < M.rows)[None, :]
         tl.store(target, tl.load(target, mask=mask, other=0) + weight[:, None] * result, mask=mask)
@@ -348,8 +353,9 @@ def _forward(
     x: Tensor, experts: PlacedExperts, matrices: Sequence[_Matrix], then: _Matrix | None, work: Work, out: Tensor
 ) -> None:
     first, second = matrices[0], matrices[1] if then else None
+    tables = device_tables(experts.layout, experts.arena.device)
     _forward_kernel[work.num_items, triton.cdiv(first.rows, first.group)](
-        _round(x, first), experts.arena, work.numbers, out, work.num_pairs,
+        _round(x, first), experts.arena, tables, work.numbers, out, work.num_pairs,
         FIRST=first, SECOND=second, NEXT=then, **_launch(first, work.block, first.group), enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -389,5 +395,6 @@ def add_experts(
     _forward(x, experts, (gate, up), down, work, h)
     rows = TILE_ROWS if work.block == 1 else _SUM_ROWS
     _sum_kernel[triton.cdiv(down.rows, rows), work.num_ranges](
-        h, experts.arena, work.numbers, out, work.num_pairs, work.num_items, M=down, **_launch(down, work.block, rows)
-    )
+        h, experts.arena, device_tables(experts.layout, experts.arena.device), work.numbers, out, work.num_pairs,
+        work.num_items, M=down, **_launch(down, work.block, rows),
+    )  # fmt: skip

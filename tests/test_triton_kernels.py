@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moert.quant import matmul, placed, reference
-from moert.quant.format import ExpertLayout, align
+from moert.quant import matmul, placed, reference, trellis
+from moert.quant.format import TRELLIS, ExpertLayout, align
 from moert.quant.nested import join_parts
 
 from .child import ENVIRONMENT, PYTHON
@@ -44,6 +44,14 @@ def kernels():
     return triton_kernels
 
 
+@pytest.fixture
+def reference_kernel():
+    """The torch reference in the place of compiled kernels."""
+    matmul.set_kernel("reference")
+    yield
+    matmul.set_kernel(matmul.available_kernels()[0])
+
+
 @outside
 def test_in_the_interpreter():
     pytest.importorskip(
@@ -56,6 +64,27 @@ def test_in_the_interpreter():
     assert "no CUDA device" not in result.stdout
 
 
+def make_weights(layout, count, seed):
+    """All slices of a matrix of random codes, and it at the width of `count` of them in float64, for inputs as they are
+    `seen`.
+    """
+    if layout.code != TRELLIS:
+        *parts, slices = make_matrix(layout.rows, layout.cols, layout.group_size, layout.widths, seed, scale=0.1)
+        return slices, weights_of(*parts, count - 1)
+    g = torch.Generator().manual_seed(seed)
+    shape = layout.rows, reference.padded_columns(layout)
+    codes = torch.randint(0, 2 ** layout.widths[-1], shape, generator=g, dtype=torch.uint8)
+    scales = [torch.rand(layout.rows, 1, generator=g) * 0.01 + 0.001 for _ in layout.widths]
+    slices = reference.pack(codes, scales, layout)
+    return slices, reference.rotated(slices, layout, count).double()
+
+
+def seen(x, layout):
+    """x as the products with a matrix see it, float64."""
+    cols = None if layout.code == TRELLIS else layout.cols
+    return int8_inputs(reference.rotated_inputs(x, layout), layout.group_size)[:, :cols]
+
+
 def make_experts(layout, counts, device=DEVICE):
     """PlacedExperts with counts[e] slices of random codes in any order in an arena, and their matrices in float64.
 
@@ -63,12 +92,9 @@ def make_experts(layout, counts, device=DEVICE):
     """
     matrices, pieces = [], {}
     for e, count in enumerate(counts):
-        made = [
-            make_matrix(rows, cols, layout.group_size, layout.widths, seed=3 * e + m, scale=0.1)
-            for m, (rows, cols) in enumerate(layout.shapes)
-        ]
-        matrices.append([weights_of(*parts[:3], count - 1) for parts in made])
-        slices = join_parts([parts[3] for parts in made], layout)
+        made = [make_weights(matrix, count, seed=3 * e + m) for m, matrix in enumerate(layout.matrices)]
+        matrices.append([weights for _, weights in made])
+        slices = join_parts([slices for slices, _ in made], layout)
         pieces |= {(e, i): slices[i][: layout.offsets(i)[-1]] for i in range(count)}
     arena = torch.full((64 + sum(len(p) + 64 for p in pieces.values()),), 255, dtype=torch.uint8)
     offsets, at = [[0] * count for count in counts], 64
@@ -106,30 +132,32 @@ def check_products(kernels, layout, counts, x, tokens_of):
         rows, cols = layout.shapes[m]
         v = x[:, :cols].contiguous()
         got = kernels.products(v.to(DEVICE), experts, m, tokens_of).cpu().double()
-        seen = int8_inputs(v, layout.group_size)
-        pairs = [(seen[t], w[m]) for t, w in zip(tokens_of, matrices, strict=True)]
+        pairs = [(seen(v, layout.matrices[m])[t], w[m]) for t, w in zip(tokens_of, matrices, strict=True)]
         want = torch.cat([a @ w.T for a, w in pairs])
         size = torch.cat([a.abs() @ w.abs().T for a, w in pairs])
         assert got.shape == (sum(map(len, tokens_of)), rows)
         assert ((got - want).abs() <= SUM_ERROR * size + 1e-30).all(), (layout, m)
 
 
-def rounded(h, error, group_size):
-    """h [P, F], known to within `error`, as int8 per group, and how far that may be from the truth.
+def rounded(h, error, layout):
+    """h [P, F], known to within `error`, as `seen` by the matrix `layout`, and how far that may be from the truth.
 
     A code may be the next one where h lies so close to the middle of two that `error` decides; else only the scale
     is not known exactly.
     """
-    rows, cols = h.shape
-    pad = (0, align(cols, group_size) - cols)
-    h, error = (functional.pad(a, pad).view(rows, (cols + pad[1]) // group_size, group_size) for a in (h, error))
+    (rows, cols), G = h.shape, layout.group_size
+    pad = (0, align(cols, G) - cols)
+    h, error = (functional.pad(a, pad).view(rows, (cols + pad[1]) // G, G) for a in (h, error))
+    if layout.code == TRELLIS:
+        error = ((error + 1e-6 * h.abs()).sum(-1, keepdim=True) / G**0.5).expand_as(h)
+        h, cols = trellis.rotate(h, G), cols + pad[1]
     peak = h.abs().amax(-1, keepdim=True) + 1e-300
     share = error.amax(-1, keepdim=True) / peak + 3e-7  # of the scale, and of what h is multiplied with
     code = h * 127 / peak
     undecided = (code - code.floor() - 0.5).abs() <= error * 127 / peak + code.abs() * share
     step, code = peak / 127, code.round()
     result = code * step, step * undecided + code.abs() * step * share
-    return [a.reshape(rows, cols + pad[1])[:, :cols] for a in result]
+    return [a.reshape(rows, align(cols, G))[:, :cols] for a in result]
 
 
 def check_sums(kernels, layout, counts, x, tokens_of, weights_of_):
@@ -143,15 +171,15 @@ def check_sums(kernels, layout, counts, x, tokens_of, weights_of_):
         on_cpu.index_add_(0, torch.cat(tokens_of), parts * torch.cat(weights_of_)[:, None])
     want = torch.ones(len(x), layout.hidden, dtype=torch.float64)
     error = SUM_ERROR * want
-    seen = int8_inputs(x, layout.group_size)
+    every = seen(x, layout.matrices[kernels.GATE])
     for t, weight, (gate, up, down) in zip(tokens_of, weights_of_, matrices, strict=True):
-        v, w = seen[t], weight.double()[:, None]
+        v, w = every[t], weight.double()[:, None]
         g, u = v @ gate.T, v @ up.T
         g_error, u_error = (SUM_ERROR * (v.abs() @ m.abs().T) for m in (gate, up))
         h = functional.silu(g) * u
         h_error = 1.1 * g_error * (u.abs() + u_error)  # silu's slope is below 1.1
         h_error += functional.silu(g).abs() * (u_error + 1e-6 * u.abs()) + 1e-35
-        h, h_error = rounded(h, h_error, layout.group_size)
+        h, h_error = rounded(h, h_error, layout.matrices[kernels.DOWN])
         want[t] += w * (h @ down.T)
         error[t] += w * ((h_error + 2 * SUM_ERROR * h.abs()) @ down.abs().T)
     for got in (out.cpu(), on_cpu):
@@ -212,6 +240,51 @@ def test_inputs_are_rounded_as_numpy_does(kernels):
 
 
 @case
+def test_inputs_of_the_trellis_code_are_rotated_before(kernels):
+    """Codes, scales and sums of x, to the bit."""
+    layout, x = ExpertLayout(60, 32, 32, (4,), code="trellis"), extremes().repeat(1, 2)[:, :60].contiguous()
+    got = kernels._round(x.to(DEVICE), kernels._matrix(layout, kernels.GATE)).cpu()
+    codes, (scales, sums) = got[:, :64].view(-1, 2, 32), got[:, 64:].contiguous().view(torch.float32).split(2, 1)
+    part = reference.rotated_inputs(x, layout.matrices[kernels.GATE]).view(-1, 2, 32)
+    finite, peak = part.isfinite().all(2), part.abs().amax(2, keepdim=True).numpy()
+    with np.errstate(all="ignore"):
+        want = np.where(peak > 1e-36, np.rint(part.numpy() * (np.float32(127) / peak)), 0)
+    assert not finite.all()
+    assert np.array_equal(codes[finite], want[finite])
+    assert np.array_equal(scales[finite], (peak[..., 0] / np.float32(127))[finite])
+    assert scales[~finite].isnan().all()
+    assert torch.equal(sums, codes.sum(2).float())
+
+
+@case
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_products_of_levels_are_exact_within_a_group(kernels, tokens):
+    layout, x = ExpertLayout(32, 19, 32, (2, 4, 5), code="trellis"), extremes()[:tokens].contiguous()
+    (m, *_), experts = layout.matrices, make_experts(layout, [3])[0]
+    got = kernels.products(x.to(DEVICE), experts, kernels.GATE, [torch.arange(tokens)]).cpu()
+    inputs = kernels._round(x.to(DEVICE), kernels._matrix(layout, kernels.GATE)).cpu()
+    slices = packed(experts)[0].gate.slices
+    levels = trellis.levels(reference.unpack_codes(slices, m, 3), m, 3).double()
+    scales = reference.unpack_scales(slices[2], m, 2).T * inputs[:, 32:36].contiguous().view(torch.float32)
+    want = (inputs[:, :32].double() @ levels.T).float() * scales
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@case
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group_size", "widths"),
+    [(70, 20, 32, (2, 3, 4)), (70, 20, 64, (2, 4, 6)), (33, 17, 32, (3, 4)), (9, 130, 128, (2, 3))],
+)
+def test_trellis_code(kernels, reference_kernel, hidden, inner, group_size, widths, tokens):
+    """Experts with different numbers of slices in one launch."""
+    layout, counts = ExpertLayout(hidden, inner, group_size, widths, code="trellis"), list(range(len(widths), 0, -1))
+    tokens_of = [torch.arange(tokens), *[torch.tensor([0])] * (len(widths) - 1)]
+    check_products(kernels, layout, counts, inputs(tokens, max(hidden, inner)), tokens_of)
+    check_sums(kernels, layout, counts, inputs(tokens, hidden), *routing(tokens, len(counts)))
+
+
+@case
 @pytest.mark.skipif(matmul.available_kernels()[0] == "reference", reason="no compiled kernels here")
 @pytest.mark.parametrize("few", [True, False])
 def test_products_of_one_group_are_those_of_the_cpu_kernels_to_the_bit(kernels, few):
@@ -246,6 +319,9 @@ def test_products_by_the_instruction_that_takes_four(kernels, monkeypatch):
     check_products(kernels, layout, [2, 4], x, [torch.tensor([0])] * 2)
     check_products(kernels, ExpertLayout(40, 20, 32, (8,)), [1], x, [torch.tensor([0])])
     check_products(kernels, ExpertLayout(40, 140, 128, (3,)), [1], inputs(1, 140), [torch.tensor([0])])
+    for group_size in (32, 64):
+        layout = ExpertLayout(70, 20, group_size, (2, 3, 5), code="trellis")
+        check_products(kernels, layout, [3, 1], inputs(1, 70), [torch.tensor([0])] * 2)
 
 
 @case
@@ -282,7 +358,7 @@ def test_the_same_bytes_as_the_reference(kernels, tokens):
     x = inputs(tokens, LAYOUT.hidden)
     got = kernels.products(x.to(DEVICE), many, kernels.UP, [torch.arange(tokens)] * 3).cpu()
     want = [
-        matmul._round_inputs(x, e.up.layout) @ reference.dequantise(e.up.slices, e.up.layout, n).T
+        matmul._round_inputs(x, e.up.layout) @ reference.rotated(e.up.slices, e.up.layout, n).T
         for n, e in enumerate(packed(many), 1)
     ]
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-5)
@@ -299,66 +375,6 @@ def test_values_that_are_not_finite_stay_with_their_token(kernels):
         kernels.add_experts(x.to(DEVICE), experts, every, [torch.ones(tokens)] * 2, out)
         assert out[1].isnan().all()
         assert out[[t for t in range(tokens) if t != 1]].isfinite().all()
-
-
-class Recorder:
-    """A kernel that notes its launches instead."""
-
-    def __init__(self, kernel):
-        self.kernel, self.calls = kernel, []
-
-    def __getitem__(self, grid):
-        return lambda *args, **constants: self.calls.append((args, constants))
-
-
-def launches(kernels, monkeypatch, layout, tokens):
-    """Plan what the feed-forward of two experts would launch, on the CPU."""
-    recorders = [Recorder(getattr(kernels, name)) for name in ("_round_kernel", "_forward_kernel", "_sum_kernel")]
-    for recorder in recorders:
-        monkeypatch.setattr(kernels, recorder.kernel.__name__, recorder)
-    experts, _ = make_experts(layout, [1, 2], device="cpu")
-    x = torch.zeros(tokens, layout.hidden)
-    kernels.add_experts(x, experts, *routing(tokens, 2), torch.zeros(tokens, layout.hidden))
-    assert [len(recorder.calls) for recorder in recorders] == [1, 1, 1]
-    return [(recorder.kernel, *recorder.calls[0]) for recorder in recorders]
-
-
-@outside
-@pytest.mark.parametrize(("tokens", "capability"), [(FEW, 87), (20, 80), (70, 90)])
-def test_three_launches_that_compile_without_a_device(monkeypatch, tmp_path, tokens, capability):
-    """To machine code that fits, with the instructions that are meant; for an A100, a Jetson Orin and an H100."""
-    triton = pytest.importorskip(
-        "triton", minversion="3.4", reason="triton 3.4 or newer is not installed: it is in moert[cuda]"
-    )
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from moert.quant import triton_kernels
-
-    try:
-        tool = triton.knobs.nvidia.cuobjdump.path, triton.knobs.nvidia.ptxas.path
-    except RuntimeError:
-        pytest.skip("triton comes without ptxas here")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
-    layout = ExpertLayout(96, 40, 32, (2, 3))
-    for kernel, args, keywords in launches(triton_kernels, monkeypatch, layout, tokens):
-        constants = {name: value for name, value in keywords.items() if name in kernel.arg_names}
-        options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
-        kinds = (types[a.dtype] if isinstance(a, torch.Tensor) else "i32" for a in args)
-        signature = dict(zip(kernel.arg_names, kinds, strict=False)) | dict.fromkeys(constants, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
-        source = ASTSource(kernel, signature, constants, aligned)
-        made = triton.compile(source, GPUTarget("cuda", capability, 32), options)
-        (tmp_path / "cubin").write_bytes(made.asm["cubin"])
-        command = [tool[0], "-res-usage", tmp_path / "cubin"]
-        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0" in used, "registers are spilled"
-        assert made.metadata.shared <= 48 << 10
-        name = kernel.__name__
-        assert ("dp4a" in made.asm["ptx"]) == (tokens <= placed.FEW_TOKENS and name != "_round_kernel")
-        assert ("mma" in made.asm["ptx"]) == (tokens > placed.FEW_TOKENS and name != "_round_kernel")
-        assert "fma." not in made.asm["ptx"] or name == "_sum_kernel", "ties would be rounded otherwise"
 
 
 @case
