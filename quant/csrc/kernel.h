@@ -7,7 +7,8 @@
 //     y = sum over groups of (2 * dot - (2^b - 1) * sum(q)) * (s * t / 2)
 // in float32, groups in ascending order. One token or many, the sums are the same.
 // Of the trellis code the byte in the place of c is the sum over planes of tables[64 * plane + window] modulo 256, where
-// the window of a weight is its bits in the plane, at the top, and those of the weights 4, 8, ... columns before.
+// the window of a weight is its bits in the plane, at the top, and those of the weights before it in the ring of its row
+// (quant/trellis.py).
 #pragma once
 
 #include <cstddef>
@@ -41,10 +42,11 @@ struct NestedMatrix {
   const uint8_t* scales_of(int64_t tile, int64_t group) const {
     return scales + (tile * scale_groups + (scale_groups == 1 ? 0 : group)) * kTileRows * 2;
   }
-  // The 64 bytes of a plane before those at `chunk`, which begin a group; of the first group of a tile: zeros.
+  // The 64 bytes of a plane before those at `chunk`, which begin a group. Before the first group of a tile is the last
+  // one: there the byte before each is the next lower one of the lane, and before the lowest the highest.
   const uint8_t* chunk_before(const uint8_t* chunk, const Plane& plane, bool first_group) const {
-    alignas(64) static constexpr uint8_t kZeros[64] = {};
-    return first_group ? kZeros : chunk - plane.stride + 2 * group_size * plane.bits - 64;
+    const size_t stride = plane.stride;
+    return (first_group ? chunk + (groups - 1) * stride : chunk - stride) + 2 * group_size * plane.bits - 64;
   }
 };
 

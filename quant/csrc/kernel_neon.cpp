@@ -44,13 +44,12 @@ inline void add_plane(const uint8_t* chunks, int plane_shift, uint8x16_t codes[8
   }
 }
 
-// Adds the levels of a plane of Bits bits to those of 4 rows for 32 columns. before: the chunk before the first.
+// Adds the levels of a plane of Bits bits to those of 4 rows for 32 columns. last: the chunk before the first.
 template <int Bits>
-inline void add_levels(const uint8_t* chunks, const uint8_t* before, const uint8_t* table, uint8x16_t codes[8]) {
+inline void add_levels(const uint8_t* chunks, uint8x16_t last, const uint8_t* table, uint8x16_t codes[8]) {
   constexpr int kQuads = 8 / Bits, kWindow = Bits == 2 ? 6 : 4;
   const uint8x16x4_t levels = {{vld1q_u8(table), vld1q_u8(table + 16), vld1q_u8(table + 32), vld1q_u8(table + 48)}};
   const uint8x16_t mask = vdupq_n_u8((1 << kWindow) - 1);
-  uint8x16_t last = vld1q_u8(before);
   for (int chunk = 0; chunk < Bits; chunk++) {
     const uint8x16_t now = vld1q_u8(chunks + 64 * chunk), mixed = vsliq_n_u8(vshrq_n_u8(last, 4), now, 4);
     int8x16_t shift = vdupq_n_s8(kWindow - Bits - 4);  // left; to the right below 0
@@ -73,11 +72,15 @@ inline void unpack_trellis32(const NestedMatrix& w, int64_t tile, int64_t group,
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
     const uint8_t* chunk = plane.data + (tile * w.groups + group) * plane.stride + 64 * plane.bits * block;
-    const uint8_t* before = block == 0 ? w.chunk_before(chunk, plane, group == 0) : chunk - 64;
+    uint8x16_t last = vld1q_u8((block == 0 ? w.chunk_before(chunk, plane, group == 0) : chunk - 64) + 16 * quarter);
+    if (block == 0 && group == 0) {
+      const uint32x4_t lanes = vreinterpretq_u32_u8(last);
+      last = vreinterpretq_u8_u32(vsliq_n_u32(vshrq_n_u32(lanes, 24), lanes, 8));
+    }
     if (plane.bits == 2)
-      add_levels<2>(chunk + 16 * quarter, before + 16 * quarter, w.tables + 64 * p, codes);
+      add_levels<2>(chunk + 16 * quarter, last, w.tables + 64 * p, codes);
     else
-      add_levels<1>(chunk + 16 * quarter, before + 16 * quarter, w.tables + 64 * p, codes);
+      add_levels<1>(chunk + 16 * quarter, last, w.tables + 64 * p, codes);
   }
 }
 

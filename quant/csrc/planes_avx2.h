@@ -130,6 +130,7 @@ inline __attribute__((always_inline)) void add_levels(const NestedMatrix& w, int
   const uint8_t* before = block == 0 ? w.chunk_before(chunk, p, group == 0) : chunk - 64;
   const Levels<Bits> levels(w.tables + 64 * plane);
   __m256i last = load256(before + 32 * half);
+  if (block == 0 && group == 0) last = _mm256_or_si256(_mm256_slli_epi32(last, 8), _mm256_srli_epi32(last, 24));
 #pragma GCC unroll 2
   for (int c = 0; c < Bits; c++) {
     const __m256i now = load256(chunk + 64 * c + 32 * half);

@@ -47,6 +47,7 @@ inline __attribute__((always_inline)) void add_levels(const NestedMatrix& w, int
   const uint8_t* before = block == 0 ? w.chunk_before(chunk, p, group == 0) : chunk - 64;
   const Levels<Bits> levels(w.tables + 64 * plane);
   u32x16 last = u32x16(_mm512_loadu_si512(before));
+  if (block == 0 && group == 0) last = u32x16(_mm512_rol_epi32(__m512i(last), 8));
 #pragma GCC unroll 2
   for (int c = 0; c < Bits; c++) {
     const u32x16 now = u32x16(_mm512_loadu_si512(chunk + 64 * c));

@@ -65,8 +65,10 @@ inline u32x16 trellis_codes(const NestedMatrix& w, int64_t cell, int quad) {
     const uint8_t* chunk = plane.data + cell * plane.stride + 64 * (quad / quads);
     const uint8_t* before = quad < quads ? w.chunk_before(chunk, plane, cell % w.groups == 0) : chunk - 64;
     const int newest = plane.bits * (quad % quads + 1);  // the window ends there in the byte
+    const bool around = quad < quads && cell % w.groups == 0;
     for (int i = 0; i < 64; i++) {
-      const int window = (chunk[i] << 8 | before[i]) >> (newest + 8 - window_bits) & ((1 << window_bits) - 1);
+      const int place = around ? (i & ~3) | ((i - 1) & 3) : i;
+      const int window = (chunk[i] << 8 | before[place]) >> (newest + 8 - window_bits) & ((1 << window_bits) - 1);
       sum[i] += w.tables[64 * p + window];
     }
   }
