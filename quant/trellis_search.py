@@ -14,12 +14,12 @@ With H = X^T X of the inputs X, a width b costs E_b = tr((W - W_b) H (W - W_b)^T
 Then the scale of each row is fitted by least squares.
 """
 
-# N rows, K columns padded to whole groups, S states, C columns of a block
+# N rows, K columns padded to whole groups, S states, C columns of a block, D hidden, F expert inner size, n tokens
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ from torch.nn import functional
 
 from moert.quant import trellis
 from moert.quant.dispatch import compiled
-from moert.quant.format import MatrixLayout
-from moert.quant.reference import padded_columns
+from moert.quant.format import ExpertLayout, MatrixLayout
+from moert.quant.nested import join_parts
+from moert.quant.reference import pack, padded_columns
 
 DAMPING = 0.03  # of the mean of H's diagonal, added to it: less is better on the text itself, worse on another
 MOST_COLUMNS = 64
@@ -244,3 +245,28 @@ class _Block:
 
 def _half(scales: Tensor) -> Tensor:
     return scales.clamp(_LEAST_SCALE, _MOST_SCALE).half().float()
+
+
+def pack_expert(
+    matrices: tuple[Tensor, Tensor, Tensor], x: Tensor, inner: Tensor, weights: Tensor, layout: ExpertLayout
+) -> list[Tensor]:
+    """Slices of one expert, uint8 [layout.slice_sizes[i]], for the inputs x [n, D] and `inner` [n, F] of `down`.
+
+    matrices: gate, up [F, D], down [D, F]. weights: what the square root of a token's squared error counts [n]. Raises
+    ValueError for weights or inputs that are not finite or too large for fp16 scales.
+    """
+    gate, up, down = matrices
+    if not all(float(t.abs().max()) < _MOST_SCALE for t in matrices):  # also true for NaN
+        raise ValueError("the weights hold values that are not finite or above 65504")
+    x, inner = x * weights[:, None], inner * weights[:, None]
+    if not (bool(x.isfinite().all()) and bool(inner.isfinite().all())):
+        raise ValueError("the calibration text leads to inputs that are not finite")
+    both = replace(layout.matrices[0], rows=2 * len(gate))
+    first, last = choose(torch.cat([gate, up]), x.T @ x, both), choose(down, inner.T @ inner, layout.matrices[2])
+    half = len(gate)
+    parts = [
+        pack(first.codes[:half], [s[:half] for s in first.scales], layout.matrices[0]),
+        pack(first.codes[half:], [s[half:] for s in first.scales], layout.matrices[1]),
+        pack(last.codes, last.scales, layout.matrices[2]),
+    ]
+    return join_parts(parts, layout)

@@ -15,7 +15,7 @@ from moert.convert.partial import Finished
 from moert.convert.source_model import SourceModel
 from moert.errors import CheckpointError, UsageError
 from moert.quant.allocate import Allocation, allocate
-from moert.quant.format import GROUP_SIZES, ExpertLayout, check_widths
+from moert.quant.format import GROUP_SIZES, LINEAR, ExpertLayout, check_widths
 from moert.store.fileio import json_bytes, readable
 from moert.store.layout import (
     CONFIG_FILE,
@@ -86,13 +86,14 @@ class ConversionPlan:
         quantiser: str,
         source_name: str,
         max_size: int | None = None,
+        code: str = LINEAR,
     ) -> None:
         self.source, self.quantiser, self.source_name = source, quantiser, source_name
         self.group_size, self.dense_bits, self.max_size = group_size, dense_bits, max_size
         arch = source.architecture
         dtype = source.expert_dtype
         self.layout = ExpertLayout(
-            arch.hidden_size, arch.expert_inner, group_size, widths, "bfloat16" if dtype == "mixed" else dtype
+            arch.hidden_size, arch.expert_inner, group_size, widths, "bfloat16" if dtype == "mixed" else dtype, code
         )
         if self.layout.raw and dtype == "mixed":
             raise CheckpointError(
@@ -159,6 +160,7 @@ class ConversionPlan:
         return {
             "version": __version__,
             "widths": list(self.layout.widths),
+            "code": self.layout.code,
             "group_size": self.group_size,
             "dense_bits": self.dense_bits,
             "quantiser": self.quantiser,

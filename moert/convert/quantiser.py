@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moert.convert.parallel import Workers
 from moert.quant import nested
-from moert.quant.format import ExpertLayout
+from moert.quant.format import LINEAR, ExpertLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Quantiser(Protocol):
 
     name: str
     files: Sequence[str]
+
+    def code(self, widths: Sequence[int]) -> str:
+        """Return how the codes that it chooses stand for weights, for a store of these widths: see quant/format.py."""
+        ...
 
     def begin(self, folder: Path) -> None:
         """Start, or go on from what an earlier run left in `folder`, the folder of the conversion."""
@@ -68,6 +72,9 @@ class RoundToNearest:
 
     name = "round-to-nearest"
     files: Sequence[str] = ()
+
+    def code(self, widths: Sequence[int]) -> str:
+        return LINEAR
 
     def begin(self, folder: Path) -> None:
         pass

@@ -1,12 +1,13 @@
 """moert.json: everything about a store that its other files do not say, read with types and no silent default.
 
 format            "moert-store"
-format_version    1
+format_version    2; version 1, without `code`, is still read
 created_by        program and version
 source            {name, model_type} of the checkpoint
 quantiser         name of the method that chose the codes
 widths            ascending bits per weight, or [16]: experts as they are in the source
-group_size        weights that share a scale
+code              "linear" or "trellis": how codes stand for weights (quant/format.py)
+group_size        weights that share a scale in the linear code, inputs that are transformed together in the trellis code
 dense_bits        4, 6, 8 or 16
 experts           {layers: [MoE layers], count, hidden, inner, dtype of the source}
 dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from moert.errors import StoreError
-from moert.quant.format import RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout, check_widths
+from moert.quant.format import LINEAR, RAW_DTYPE_BYTES, ExpertLayout, MatrixLayout, check_widths
 from moert.store.layout import (
     CONFIG_FILE,
     DENSE_FILE,
@@ -44,7 +45,7 @@ from moert.store.layout import (
 )
 
 FORMAT = "moert-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANTILES = 16  # steps from the least router weight of an expert to the largest
 _INT32 = 1 << 32
 
@@ -109,6 +110,7 @@ class StoreMeta:
             "source": {"name": self.source_name, "model_type": self.model_type},
             "quantiser": self.quantiser,
             "widths": list(self.widths),
+            "code": self.layout.code,
             "group_size": self.group_size,
             "dense_bits": self.dense_bits,
             "experts": {
@@ -188,9 +190,9 @@ def parse(value: Any, file: Path) -> StoreMeta:
     if top.text("format") != FORMAT:
         raise top.error("format", f"is not {FORMAT}")
     version = top.number("format_version")
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise StoreError(
-            f"{file} has format version {version}, but this moert reads version {FORMAT_VERSION} only:"
+            f"{file} has format version {version}, but this moert reads versions 1 to {FORMAT_VERSION} only:"
             " update moert or convert the model again."
         )
     experts, source = top.fields("experts"), top.fields("source")
@@ -200,9 +202,10 @@ def parse(value: Any, file: Path) -> StoreMeta:
     try:
         widths = check_widths(top.numbers("widths"))
         hidden, inner = experts.number("hidden"), experts.number("inner")
-        layout = ExpertLayout(hidden, inner, group_size, widths, experts.text("dtype"))
+        code = top.text("code") if version > 1 else LINEAR
+        layout = ExpertLayout(hidden, inner, group_size, widths, experts.text("dtype"), code)
     except ValueError as error:
-        raise top.error("widths, group_size or experts", f"is wrong ({error})") from error
+        raise top.error("widths, code, group_size or experts", f"is wrong ({error})") from error
     layers, count = experts.numbers("layers"), experts.number("count")
     if list(layers) != sorted(set(layers)):
         raise experts.error("layers", "does not ascend")

@@ -67,6 +67,8 @@ class _Scaled(NestedExperts):
         return [self._times(w, c.exp()) for w, c in zip(weights, self.changes[layer, expert, n], strict=True)]
 
     def _times(self, w: Tensor, factors: Tensor) -> Tensor:
+        if factors.shape[1] == 1:  # of the trellis code
+            return w * factors
         return w * factors[..., None].expand(-1, -1, self._group_size).flatten(1)[:, : w.shape[1]]
 
     def of_width(self, n: int) -> list[nn.Parameter]:
