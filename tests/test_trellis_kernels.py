@@ -190,7 +190,9 @@ def test_experts_match_float64(kernel):
     x = torch.randn(30, 96, generator=torch.Generator().manual_seed(9)) / 100
     for count in (1, 2, 3):
         packed = [
-            matmul.PackedExpert(*(matmul.PackedMatrix(m, tuple(p[:count])) for m, p in zip(layout.matrices, e, strict=True)))
+            matmul.PackedExpert(
+                *(matmul.PackedMatrix(m, tuple(p[:count])) for m, p in zip(layout.matrices, e, strict=True))
+            )
             for e in experts
         ]
         for tokens_of in ([[0], [0], [0]], [[1, 5, 29], list(range(30)), [7]]):
