@@ -115,8 +115,8 @@ def memory_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
 class KernelRow:
     """One row. The figures are those of the median of samples_s: seconds for one expert (gate, up, down) and T tokens.
 
-    widths: those stored, in this code; width: the one in use. weights_per_s: weights times tokens. bytes_per_s: of weights at that
-    width, read once for all tokens; bandwidth_share: of the measured memory bandwidth.
+    widths: those stored, in this code; width: the one in use. weights_per_s: weights times tokens. bytes_per_s: of
+    weights at that width, read once for all tokens; bandwidth_share: of the measured memory bandwidth.
     """
 
     kernel: str
