@@ -49,9 +49,10 @@ def test_every_kernel_and_width_has_a_row(moert):
     assert result.code == 0, result.err
     rows = json.loads(result.out)
     names = [str(k) for k in bench_kernels.kernels()]
-    layouts = [(str(b), b) for b in range(2, 9)] + [("2,3,4", b) for b in (2, 3, 4)]
+    layouts = [(str(b), "linear", b) for b in range(2, 9)]
+    layouts += [("2,3,4", code, b) for code in ("linear", "trellis") for b in (2, 3, 4)]
     want = {(kernel, *layout, tokens) for kernel in names for layout in layouts for tokens in (1, 128)}
-    assert {(r["kernel"], r["widths"], r["width"], r["n_tokens"]) for r in rows} == want
+    assert {(r["kernel"], r["widths"], r["code"], r["width"], r["n_tokens"]) for r in rows} == want
     assert len(rows) == len(want)
     weights = 3 * 64 * 32
     for row in rows:
@@ -59,7 +60,7 @@ def test_every_kernel_and_width_has_a_row(moert):
         assert row["repetitions"] == 3
         assert row["weights_per_s"] == pytest.approx(weights * row["n_tokens"] / seconds)
         assert row["bandwidth_share"] == pytest.approx(row["bytes_per_s"] / BANDWIDTH)
-        layout = ExpertLayout(64, 32, 64, (row["width"],))
+        layout = ExpertLayout(64, 32, 64, (row["width"],), code=row["code"])
         assert row["bytes_per_s"] == pytest.approx(bench_kernels.expert_bytes(layout, 1) / seconds)
     assert dispatch.kernel_name() == active
 
@@ -67,12 +68,12 @@ def test_every_kernel_and_width_has_a_row(moert):
 @pytest.mark.parametrize("form", ["csv", "md"])
 def test_kernels_are_shown_in_every_form(moert, form):
     result = moert("bench", "--kernels", "--size", "1MiB", "-r", "1", "-o", form, "--no-warmup", "-q")
-    count = 20 * len(bench_kernels.kernels())
+    count = 26 * len(bench_kernels.kernels())
     if form == "csv":
         assert len(list(csv.DictReader(io.StringIO(result.out)))) == count
     else:
         lines = result.out.splitlines()
-        assert lines[0] == "| kernel | bits | stored | tokens | G weights/s | GB/s | of bandwidth |"
+        assert lines[0] == "| kernel | bits | stored | code | tokens | G weights/s | GB/s | of bandwidth |"
         assert len([line for line in lines if line.startswith("|")]) == count + 2
 
 

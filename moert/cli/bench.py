@@ -42,6 +42,7 @@ KERNEL_COLUMNS: Columns = {
     "kernel": lambda r: r["kernel"],
     "bits": lambda r: str(r["width"]),
     "stored": lambda r: r["widths"],
+    "code": lambda r: r["code"],
     "tokens": lambda r: str(r["n_tokens"]),
     "G weights/s": lambda r: f"{r['weights_per_s'] / 1e9:.2f}",
     "GB/s": lambda r: f"{r['bytes_per_s'] / 1e9:.2f}",

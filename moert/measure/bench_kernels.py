@@ -25,7 +25,7 @@ from moert.errors import MoertError, UsageError
 from moert.hardware.memory import available_bytes
 from moert.quant import dispatch
 from moert.quant.dispatch import Kernel
-from moert.quant.format import RAW_DTYPE_BYTES, SLICE_ALIGN, ExpertLayout, MatrixLayout
+from moert.quant.format import LINEAR, RAW_DTYPE_BYTES, SLICE_ALIGN, TRELLIS, ExpertLayout, MatrixLayout
 from moert.quant.matmul import PackedExpert, experts_ffn
 
 BUFFER_BYTES = 1 << 30  # read from memory, not from a last-level cache, of which some machines have hundreds of MiB
@@ -34,8 +34,9 @@ TOKENS = (1, 128)
 EXPERTS_PER_CALL = 8  # as many as a token is routed to
 SAMPLE_SECONDS = 0.1  # a sample takes at least this long
 _READS = 9
-# Each width alone, and the widths of the default store, which are read as several slices.
-WIDTHS = (*((b,) for b in range(2, 9)), (2, 3, 4))
+# Each width alone, and the widths of the default store, which are read as several slices; these in both codes.
+NESTED = (2, 3, 4)
+STORED = (*(((b,), LINEAR) for b in range(2, 9)), (NESTED, LINEAR), (NESTED, TRELLIS))
 _MIB = 1 << 20
 
 
@@ -114,13 +115,14 @@ def memory_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
 class KernelRow:
     """One row. The figures are those of the median of samples_s: seconds for one expert (gate, up, down) and T tokens.
 
-    widths: those stored; width: the one in use. weights_per_s: weights times tokens. bytes_per_s: of weights at that
-    width, read once for all tokens; bandwidth_share: of the measured memory bandwidth.
+    widths: those stored, in this code; width: the one in use. weights_per_s: weights times tokens. bytes_per_s: of
+    weights at that width, read once for all tokens; bandwidth_share: of the measured memory bandwidth.
     """
 
     kernel: str
     threads: int
     widths: str
+    code: str
     width: int
     n_tokens: int
     hidden: int
@@ -208,7 +210,8 @@ class KernelCase:
     @property
     def name(self) -> str:
         widths = ",".join(map(str, self.layout.widths))
-        return f"{self.width} bits of {widths}, {self.n_tokens} token{'s' * (self.n_tokens > 1)}"
+        code = f" ({self.layout.code})" if self.layout.code != LINEAR else ""
+        return f"{self.width} bits of {widths}{code}, {self.n_tokens} token{'s' * (self.n_tokens > 1)}"
 
 
 def kernel_cases(group_size: int) -> list[KernelCase]:
@@ -216,7 +219,7 @@ def kernel_cases(group_size: int) -> list[KernelCase]:
     return [
         KernelCase(layout, slices, tokens)
         for tokens in TOKENS
-        for layout in (ExpertLayout(HIDDEN, INNER, group_size, widths) for widths in WIDTHS)
+        for layout in (ExpertLayout(HIDDEN, INNER, group_size, widths, code=code) for widths, code in STORED)
         for slices in range(1, layout.num_slices + 1)
     ]
 
@@ -259,6 +262,7 @@ class KernelMeasurement:
                 kernel=str(kernel),
                 threads=self._threads,
                 widths=",".join(map(str, layout.widths)),
+                code=layout.code,
                 width=case.width,
                 n_tokens=case.n_tokens,
                 hidden=layout.hidden,

@@ -1,6 +1,7 @@
 // Tests of every compiled kernel, of the pool of threads and of the products, without Python, so that they can run
 // under sanitizers and emulators. Expected values are computed in double.
 // Usage: kernel_test [threads]: everything, or the threads and products only. Exit code 1 where something is wrong.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -52,7 +53,7 @@ struct Rounded {
   std::vector<float> viewed_scales;
   std::vector<int32_t> viewed_sums;
 
-  Rounded(const Kernel& kernel, const float* x, int64_t tokens, int64_t cols, int group_size)
+  Rounded(const Kernel& kernel, const float* x, int64_t tokens, int64_t cols, int group_size, bool rotated)
       : groups(blocks(cols, group_size)),
         width(groups * group_size),
         group_size(group_size),
@@ -60,7 +61,7 @@ struct Rounded {
     Memory<int8_t> row = memory<int8_t>(width);
     scales.resize(tokens * groups), sums.resize(tokens * groups);
     for (int64_t t = 0; t < tokens; t++) {
-      kernel.quantise(x + t * cols, cols, groups, group_size, false, row.get(), &scales[t * groups], &sums[t * groups]);
+      kernel.quantise(x + t * cols, cols, groups, group_size, rotated, row.get(), &scales[t * groups], &sums[t * groups]);
       q.insert(q.end(), row.get(), row.get() + width);
     }
   }
@@ -107,13 +108,13 @@ std::vector<double> check_quantised(const Rounded& in, const std::vector<float>&
 }
 
 // The arithmetic that kernel.h promises, with fused multiply-add: what every kernel but the portable one gives to the bit.
-float promised(const Packed& m, const Rounded& in, int s, int64_t t, int64_t n) {
+float promised(const Packed& m, const Rounded& in, const std::vector<int>& codes, int s, int64_t t, int64_t n) {
   float total = 0;
   for (int64_t g = 0; g < m.groups; g++) {
-    int32_t dot = 0, levels = (1 << m.widths[s]) - 1;
-    for (int64_t k = g * m.group_size; k < std::min(m.cols, (g + 1) * m.group_size); k++)
-      dot += (m.codes[n * m.cols + k] >> (m.widths.back() - m.widths[s])) * in.q[t * in.width + k];
-    const float factor = float(half_value(m.scales[s][n * m.groups + g])) * in.scales[t * m.groups + g];
+    int32_t dot = 0, levels = m.trellis ? 0 : (1 << m.widths[s]) - 1;
+    for (int64_t k = g * m.group_size; k < std::min(m.columns, (g + 1) * m.group_size); k++)
+      dot += codes[n * m.columns + k] * in.q[t * in.width + k];
+    const float factor = float(m.scale_at(n, g, s)) * in.scales[t * m.groups + g];
     total = std::fma(float(2 * dot - levels * in.sums[t * m.groups + g]), factor, total);
   }
   return total;
@@ -122,11 +123,13 @@ float promised(const Packed& m, const Rounded& in, int s, int64_t t, int64_t n) 
 void test_matrix(const Kernel& kernel, const Packed& m, const std::vector<int64_t>& counts) {
   const int64_t tokens = counts.back(), stride = m.rows + 5;
   const std::vector<float> x = inputs(tokens, m.cols);
-  Rounded in(kernel, x.data(), tokens, m.cols, m.group_size);
-  const std::vector<double> seen = check_quantised(in, x, m.cols, m.group_size);
+  Rounded in(kernel, x.data(), tokens, m.cols, m.group_size, m.trellis);
+  const std::vector<float> turned = m.trellis ? rotated(x, m.cols, m.columns, m.group_size) : x;
+  const std::vector<double> seen = check_quantised(in, turned, m.columns, m.group_size);
   const float untouched = -12345;
   for (size_t s = 0; s < m.widths.size(); s++) {
     const NestedMatrix view = m.view(int(s));
+    const std::vector<int> codes = m.codes_at(int(s));
     const std::vector<double> w = m.weights(int(s));
     std::vector<float> one(tokens * stride, untouched);
     for (int64_t t = 0; t < tokens; t++)
@@ -134,15 +137,15 @@ void test_matrix(const Kernel& kernel, const Packed& m, const std::vector<int64_
     for (int64_t t = 0; t < tokens; t++) {
       for (int64_t n = 0; n < m.rows; n++) {
         double sum = 0, size = 0;
-        for (int64_t k = 0; k < m.cols; k++) {
-          const double part = seen[t * m.cols + k] * w[n * m.cols + k];
+        for (int64_t k = 0; k < m.columns; k++) {
+          const double part = seen[t * m.columns + k] * w[n * m.columns + k];
           sum += part, size += std::fabs(part);
         }
         const float got = one[t * stride + n];
         if (t % kRows == kNan || t % kRows == kInfinite) CHECK(std::isnan(got));
         else if (t % kRows == kDenormal) CHECK(std::fabs(got) < 1e-30f);
         else CHECK(std::fabs(got - sum) <= 4e-6 * size + 1e-37);
-        if (kernel.name != std::string("generic") && !std::isnan(got)) CHECK(got == promised(m, in, int(s), t, n));
+        if (kernel.name != std::string("generic") && !std::isnan(got)) CHECK(got == promised(m, in, codes, int(s), t, n));
       }
       for (int64_t n = m.rows; n < stride; n++) CHECK(one[t * stride + n] == untouched);
     }
@@ -156,10 +159,12 @@ void test_matrix(const Kernel& kernel, const Packed& m, const std::vector<int64_
     }
     std::vector<float> plain(m.rows * (m.cols + 3), untouched);
     kernel.nested_dequantise(view, m.cols, plain.data(), m.cols + 3, 0, m.tiles);
+    const std::vector<double> back = m.trellis ? rotated(w, m.columns, m.columns, m.group_size) : w;
+    const double size = m.trellis ? *std::max_element(w.begin(), w.end()) * std::sqrt(m.group_size) : 0;
     for (int64_t n = 0; n < m.rows; n++)
       for (int64_t k = 0; k < m.cols + 3; k++) {
-        const double want = k < m.cols ? w[n * m.cols + k] : untouched;
-        CHECK(std::fabs(plain[n * (m.cols + 3) + k] - want) <= 1e-6 * std::fabs(want));
+        const double want = k < m.cols ? back[n * m.columns + k] : untouched;
+        CHECK(std::fabs(plain[n * (m.cols + 3) + k] - want) <= 1e-6 * (k < m.cols ? std::max(size, std::fabs(want)) : 0));
       }
   }
 }
@@ -179,6 +184,18 @@ void test_products_of_kernel(const Kernel& kernel) {
   test_matrix(kernel, {20, 130, 64, {4}}, every);
   where = std::string(kernel.name) + ", more columns than a panel";
   test_matrix(kernel, {17, 2300, 32, {2, 8}}, {4, 12});
+}
+
+void test_trellis_of_kernel(const Kernel& kernel) {
+  const std::vector<std::vector<int>> lists = {{2}, {3}, {2, 3, 4}, {2, 4, 6}, {2, 3, 4, 5, 6}, {3, 4}, {4, 5, 6}};
+  for (int group_size : {32, 64, 128})
+    for (size_t i = 0; i < lists.size(); i++) {
+      where = std::string(kernel.name) + ", trellis, G " + std::to_string(group_size) + ", list " + std::to_string(i);
+      test_matrix(kernel, {37, 3 * group_size - 5, group_size, lists[i], int(i % 3), true}, {2, 3, 4, 5, 17});
+      test_matrix(kernel, {5, 7, group_size, lists[i], int((i + 1) % 3), true}, {1, 6, 20});
+    }
+  where = std::string(kernel.name) + ", trellis, more columns than a panel";
+  test_matrix(kernel, {17, 1100, 32, {2, 3}, 0, true}, {4, 12});
 }
 
 void test_silu(const Kernel& kernel) {
@@ -278,7 +295,7 @@ void test_pool() {
   }
 }
 
-void test_products(const Kernel& kernel) {
+void test_products(const Kernel& kernel, bool trellis) {
   ThreadPool pool(1);
   Products products(pool);
   const int64_t tokens = 9, hidden = 150, inner = 70;
@@ -286,9 +303,9 @@ void test_products(const Kernel& kernel) {
   std::vector<Packed> gate, up, down;
   std::vector<ExpertMatrices> experts;
   for (int e = 0; e < 3; e++) {
-    gate.emplace_back(inner, hidden, 32, std::vector<int>{2, 4});
-    up.emplace_back(inner, hidden, 32, std::vector<int>{2, 4});
-    down.emplace_back(hidden, inner, 32, std::vector<int>{2, 4});
+    gate.emplace_back(inner, hidden, 32, std::vector<int>{2, 4}, 0, trellis);
+    up.emplace_back(inner, hidden, 32, std::vector<int>{2, 4}, 0, trellis);
+    down.emplace_back(hidden, inner, 32, std::vector<int>{2, 4}, 0, trellis);
   }
   for (int e = 0; e < 3; e++)
     experts.push_back({gate[e].view(1 - e % 2), up[e].view(1 - e % 2), down[e].view(1 - e % 2)});  // widths may differ
@@ -296,7 +313,7 @@ void test_products(const Kernel& kernel) {
   for (float& v : x) v = normal();
 
   auto linear = [&](const Packed& m, int s, const float* rows, int64_t count) {
-    Rounded in(kernel, rows, count, m.cols, m.group_size);
+    Rounded in(kernel, rows, count, m.cols, m.group_size, m.trellis);
     std::vector<float> out(count * m.rows);
     kernel.nested_matmul(m.view(s), in.view(0, count), out.data(), m.rows, 0, m.tiles);
     return out;
@@ -355,13 +372,21 @@ int main(int argc, char** argv) {
     (kernel->supported() ? tested : missing) += std::string(" ") + kernel->name;
     if (!kernel->supported()) continue;
     generator.seed(1);
-    test_products(*kernel);
+    for (bool trellis : {false, true}) test_products(*kernel, trellis);
     if (threads_only) continue;
     test_products_of_kernel(*kernel);
+    test_trellis_of_kernel(*kernel);
     test_silu(*kernel);
     test_raw(*kernel);
     test_search(*kernel);
   }
+#if defined(MOERT_WITH_AVX512)
+  if (kAvx512Kernel.supported() && !threads_only) {  // as processors without VBMI have it
+    Kernel plain = kAvx512Kernel;
+    plain.nested_matmul = trellis_matmul_avx512;
+    test_trellis_of_kernel(plain);
+  }
+#endif
   std::printf("tested:%s\nnot on this processor:%s\n", tested.c_str(), missing.c_str());
   std::printf("%lld checks, %lld failures\n", (long long)checks, (long long)failures);
   return failures != 0;
