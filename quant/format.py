@@ -116,6 +116,10 @@ class MatrixLayout:
     def groups(self) -> int:
         return align(self.cols, self.group_size) // self.group_size
 
+    @property
+    def num_slices(self) -> int:
+        return len(self.widths)
+
     @cached_property
     def scale_groups(self) -> int:
         """Scales of a row at each width."""

@@ -67,7 +67,9 @@ def put_scales(piece: Tensor, layout: MatrixLayout, index: int, scales: Tensor) 
     scale = torch.zeros(layout.tiles * TILE_ROWS, layout.scale_groups, dtype=torch.float16)
     scale[: layout.rows] = scales
     start = layout.codes_bytes(index)
-    scale_bytes = scale.reshape(layout.tiles, TILE_ROWS, layout.scale_groups).transpose(1, 2).contiguous().view(torch.uint8)
+    scale_bytes = (
+        scale.reshape(layout.tiles, TILE_ROWS, layout.scale_groups).transpose(1, 2).contiguous().view(torch.uint8)
+    )
     piece[start : start + layout.scales_bytes()] = scale_bytes.reshape(-1)
 
 

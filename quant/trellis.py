@@ -1,7 +1,8 @@
 """The trellis code of nested slices: how planes of 2 and 1 bits become levels, and the rotation of inputs before it.
 
-In a plane the codes of a row form four sequences, of every fourth column. The level that a plane adds to a weight is
-looked up by a window of its sequence: the code of the weight itself and those before it, so that a plane of 2 bits
+In a plane the codes of a row form a ring: columns 0, 4, 8, ..., then 1, 5, 9, ..., then those from 2 and from 3 on, and
+from the last one to column 0 again. The level that a plane adds to a weight is looked up by a window of it: the code of
+the weight itself and those before it, so that a plane of 2 bits
 chooses among 64 levels rather than 4, though each code leaves a choice of 4 only (trellis-coded quantisation: Marcellin
 and Fischer, IEEE Transactions on Communications 38(1), 1990; with the window as an index: QTIP, arXiv 2406.11235,
 section 3.1). On Gaussian weights 2 bits leave 8.4% of the energy where the best 4 levels leave 11.7%.
@@ -24,19 +25,19 @@ from moert.quant.format import MatrixLayout
 
 UNIT = 32  # levels for the standard deviation of the weights
 WINDOW_BITS = {2: 6, 1: 4}  # of a window: three codes of 2 bits, or four of 1 bit
-SEQUENCES = 4  # of a row
+STRIDE = 4  # from a column to the next in the ring: the bytes of a lane
 BIAS = 128  # what the kernels add to a level, so that it is an unsigned byte
 # Levels of a plane in thousandths of the standard deviation of what it refines. Bits of the index, from the lowest: the
 # oldest code of the window first.
 _TWO_BITS = [
-    -1400, 771, -955, -1904, -529, 1862, 1624, 948, 332, -368, 666, 42, 1303, 119, -116, -487,
-    541, 2089, -37, -650, 94, 699, -566, 118, -1235, 1248, -2141, 1140, -391, -704, 800, -1615,
-    -369, -79, 515, 868, -1456, 64, -1247, -657, 1288, -1099, -133, 193, 341, 993, -2564, 1710,
-    1559, -941, 1249, 26, 779, -570, 303, -1779, -328, 405, -643, -842, -1310, 2586, -1078, 563,
+    -1400, -529, 332, 1303, 771, 1862, -368, 119, -955, 1624, 666, -116, -1904, 948, 42, -487,
+    541, 94, -1235, -391, 2089, 699, 1248, -704, -37, -566, -2141, 800, -650, 118, 1140, -1615,
+    -369, -1456, 1288, 341, -79, 64, -1099, 993, 515, -1247, -133, -2564, 868, -657, 193, 1710,
+    1559, 779, -328, -1310, -941, -570, 405, 2586, 1249, 303, -643, -1078, 26, -1779, -842, 563,
 ]  # fmt: skip
-_ONE_BIT = [402, -549, -1534, 781, 1269, -885, -306, 502, -1125, 809, 334, -548, -315, 553, 1597, -955]
+_ONE_BIT = [402, -1534, -549, 781, 1269, -306, -885, 502, -1125, 334, 809, -548, -315, 1597, 553, -955]
 # Standard deviation of what is left after so many bits, as a share of the weights', behind compensation.
-_LEFT = {0: 1.0, 2: 0.36, 3: 0.23, 4: 0.14, 5: 0.085, 6: 0.05, 7: 0.03}
+_LEFT = {0: 1.0, 2: 0.34, 3: 0.215, 4: 0.14, 5: 0.085, 6: 0.05}
 
 
 @lru_cache
@@ -44,6 +45,11 @@ def table(bits: int, above: int) -> Tensor:
     """Return the levels that a plane of `bits` bits adds below `above` bits: int32 [2 ** WINDOW_BITS[bits]]."""
     shares = _TWO_BITS if bits == 2 else _ONE_BIT
     return torch.tensor([round(share * UNIT * _LEFT[above] / 1000) for share in shares], dtype=torch.int32)
+
+
+def deviation(above: int) -> float:
+    """Return the standard deviation, in levels, of what `above` bits leave for the planes below."""
+    return UNIT * _LEFT[above]
 
 
 def plane_list(layout: MatrixLayout, num_slices: int) -> list[tuple[int, int]]:
@@ -66,12 +72,22 @@ def kernel_tables(layout: MatrixLayout, num_slices: int) -> Tensor:
     return (torch.stack(rows) & 255).to(torch.uint8)
 
 
+def to_ring(x: Tensor) -> Tensor:
+    """Put columns [., K] into the order of the ring."""
+    return x.view(len(x), -1, STRIDE).transpose(1, 2).reshape(x.shape)
+
+
+def from_ring(x: Tensor) -> Tensor:
+    """Undo `to_ring`."""
+    return x.view(len(x), STRIDE, -1).transpose(1, 2).reshape(x.shape)
+
+
 def windows(codes: Tensor, bits: int) -> Tensor:
     """Return the index of each code's window, int64 [N, K], for the codes [N, K] of one plane."""
     result = codes.long() << (WINDOW_BITS[bits] - bits)
+    ring = to_ring(codes)
     for back in range(1, WINDOW_BITS[bits] // bits):
-        shift = SEQUENCES * back
-        result[:, shift:] |= codes[:, : codes.shape[1] - shift].long() << (WINDOW_BITS[bits] - bits * (back + 1))
+        result |= from_ring(ring.roll(back, 1)).long() << (WINDOW_BITS[bits] - bits * (back + 1))
     return result
 
 

@@ -38,6 +38,12 @@ def _pairs(word: tensor, before: tensor, shift: tensor) -> tensor:
 
 
 @triton.jit
+def _turned(word: tensor) -> tensor:
+    """Each byte of 32-bit words in the place of the next: what lies before the first group of a tile, in the ring."""
+    return word << 8 | (word >> 24 & 255)
+
+
+@triton.jit
 def _levels(pair: tensor, place: tensor, table: tensor, BITS: constexpr) -> tensor:
     """The levels, int32, whose codes are at `place` of the upper byte: windows end there and are indices of `table`."""
     WINDOW: tl.constexpr = 6 if BITS == 2 else 4  # as trellis.WINDOW_BITS has it
@@ -57,9 +63,11 @@ def levels_of(words: tensor, there: tensor, group: tensor, tables: tensor, p: co
     R: tl.constexpr = words.shape[1]
     chunk = tl.arange(0, CHUNKS)[None, :, None]
     word = tl.load(words[:, None, :] + chunk * 16, mask=there[:, None, :], other=0)
+    first = (group == 0)[:, None, None] & (chunk == 0)
     back = tl.where(chunk > 0, 16 * (chunk - 1), 16 * (CHUNKS - 1) - M.planes[p][2] // 4)
-    later = (chunk > 0) | (group > 0)[:, None, None]
-    before = tl.load(words[:, None, :] + back, mask=there[:, None, :] & later, other=0)
+    back = back + tl.where(first, M.groups * (M.planes[p][2] // 4), 0)
+    before = tl.load(words[:, None, :] + back, mask=there[:, None, :], other=0)
+    before = tl.where(first, _turned(before), before)
     lane = tl.arange(0, 32 // BITS)[None, :, None]
     word, before = (tl.reshape(word, [S * CHUNKS, 1, R]), tl.reshape(before, [S * CHUNKS, 1, R]))
     pair = _pairs(word, before, lane % 4 * 8)
@@ -79,7 +87,10 @@ def level_dots(
         CHUNKS: tl.constexpr = M.group * BITS // 32
         total = tl.zeros(words.shape, tl.int32)
         last = words - (M.planes[p][2] // 4 - 16 * (CHUNKS - 1))  # of the group before
-        before = tl.load(last, mask=there & (group > 0)[:, None], other=0)
+        first = (group == 0)[:, None]
+        last += tl.where(first, M.groups * (M.planes[p][2] // 4), 0)
+        before = tl.load(last, mask=there, other=0)
+        before = tl.where(first, _turned(before), before)
         for chunk in range(CHUNKS):
             word = tl.load(words + chunk * 16, mask=there, other=0)
             for byte in range(4):  # unrolled here it would take a minute to compile

@@ -6,6 +6,9 @@
 // int8 per group, x = t * q; the dot product of codes and q over a group is exact in int32 (at most 128 * 255 * 127),
 //     y = sum over groups of (2 * dot - (2^b - 1) * sum(q)) * (s * t / 2)
 // in float32, groups in ascending order. One token or many, the sums are the same.
+// Of the trellis code the byte in the place of c is the sum over planes of tables[64 * plane + window] modulo 256, where
+// the window of a weight is its bits in the plane, at the top, and those of the weights before it in the ring of its row
+// (quant/trellis.py).
 #pragma once
 
 #include <cstddef>
@@ -36,19 +39,26 @@ struct NestedMatrix {
   int scale_groups;  // scales of a row: one for each group, or of the trellis code a single one
 
   // The scales of 16 rows for a cell (one group of one tile).
-  const uint8_t* scales_of(int64_t cell) const {
-    return scales + (scale_groups == 1 ? cell / groups : cell) * kTileRows * 2;
+  const uint8_t* scales_of(int64_t tile, int64_t group) const {
+    return scales + (tile * scale_groups + (scale_groups == 1 ? 0 : group)) * kTileRows * 2;
+  }
+  // The 64 bytes of a plane before those at `chunk`, which begin a group. Before the first group of a tile is the last
+  // one: there the byte before each is the next lower one of the lane, and before the lowest the highest.
+  const uint8_t* chunk_before(const uint8_t* chunk, const Plane& plane, bool first_group) const {
+    const size_t stride = plane.stride;
+    return (first_group ? chunk + (groups - 1) * stride : chunk - stride) + 2 * group_size * plane.bits - 64;
   }
 };
 
 // Asks for the bytes of a cell (one group of one tile). A tile's planes and scales are short streams, a few pages each,
 // which hardware has hardly recognised when they end. So while a tile is computed the next one is asked for, if it is in
 // the same range: products with one token run 1.1 (8 bits) to 1.5 times (2 + 1 + 1 bits) as fast.
-inline void prefetch(const NestedMatrix& w, int64_t cell) {
+inline void prefetch(const NestedMatrix& w, int64_t tile, int64_t group) {
+  const int64_t cell = tile * w.groups + group;
   for (int p = 0; p < w.num_planes; p++)
     for (int line = 0; line < w.group_size * w.planes[p].bits / 32; line++)
       __builtin_prefetch(w.planes[p].data + cell * w.planes[p].stride + 64 * line, 0, 2);
-  __builtin_prefetch(w.scales_of(cell), 0, 2);
+  __builtin_prefetch(w.scales_of(tile, group), 0, 2);
 }
 
 enum class RawType { kBf16, kHalf, kFloat };
@@ -77,8 +87,9 @@ struct Activations {
 struct Kernel {
   const char* name;
   bool (*supported)();
-  // x [cols] -> one token of Activations; columns beyond `cols` become 0.
-  void (*quantise)(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales,
+  // x [cols] -> one token of Activations; columns beyond `cols` are 0. Of the trellis code every group is `rotated`
+  // first, as quant/trellis.py does it, to the bit.
+  void (*quantise)(const float* x, int64_t cols, int64_t groups, int group_size, bool rotated, int8_t* q, float* scales,
                    int32_t* sums);
   // out[t * out_stride + n] = y for the rows n of tiles [first, last).
   void (*nested_matmul)(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
@@ -96,6 +107,12 @@ struct Kernel {
   void (*search_codes)(const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first,
                        int64_t last);
 };
+
+// Products of the trellis code by the AVX-512 kernel, on processors with VBMI and on all.
+void trellis_matmul_vbmi(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                         int64_t last);
+void trellis_matmul_avx512(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
+                           int64_t last);
 
 extern const Kernel kGenericKernel;
 extern const Kernel kAvx2Kernel;

@@ -8,6 +8,7 @@
 
 #define MOERT_ISA isa_amx
 #include "kernel_avx512.h"
+#include "trellis_avx512.h"
 
 namespace moert {
 namespace MOERT_ISA {
@@ -70,7 +71,7 @@ inline void add_panel(const NestedMatrix& w, const Activations& x, int64_t tile,
       panel += size * kTileRows;
       multiply<Signed>(!now, panel, x.q + x.at(start, group + 1) * size, size, dots[!now]);
     }
-    const __m512 scale = load_scales(w, tile * w.groups + group);
+    const __m512 scale = load_scales(w, tile, group);
     const int64_t at = x.at(start, group);
 #pragma GCC unroll 16
     for (int t = 0; t < kBlock; t++) {
@@ -117,16 +118,20 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
   if (x.tokens < kMinTokens) return kAvx512Kernel.nested_matmul(w, x, out, out_stride, first, last);
-  with_planes<FixedPlanes, AnyPlanes>(w, [&](auto planes) {
+  const auto product = [&](auto planes) {
     if (w.levels < 128)
       many_tokens<decltype(planes), true>(w, x, out, out_stride, first, last);
     else
       many_tokens<decltype(planes), false>(w, x, out, out_stride, first, last);
-  });
+  };
+  if (w.tables != nullptr) return with_trellis_planes<TrellisPlanes, AnyTrellisPlanes>(w, product);
+  with_planes<FixedPlanes, AnyPlanes>(w, product);
 }
 
 bool supported() {
-  if (!kAvx512Kernel.supported() || !__builtin_cpu_supports("amx-int8")) return false;
+  if (!kAvx512Kernel.supported() || !__builtin_cpu_supports("avx512vbmi") ||
+      !__builtin_cpu_supports("amx-int8"))
+    return false;
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // without it the first tile instruction is SIGILL
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -140,8 +145,9 @@ bool supported() {
 extern const Kernel kAmxKernel = {
     "amx",
     isa_amx::supported,
-    [](const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales, int32_t* sums) {
-      kAvx512Kernel.quantise(x, cols, groups, group_size, q, scales, sums);
+    [](const float* x, int64_t cols, int64_t groups, int group_size, bool rotated, int8_t* q, float* scales,
+       int32_t* sums) {
+      kAvx512Kernel.quantise(x, cols, groups, group_size, rotated, q, scales, sums);
     },
     isa_amx::nested_matmul,
     [](const NestedMatrix& w, int64_t cols, float* out, int64_t out_stride, int64_t first, int64_t last) {

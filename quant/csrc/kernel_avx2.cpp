@@ -1,94 +1,28 @@
 // AVX2: a tile as two halves of 8 rows.
 #define MOERT_ISA isa_avx2
 #include "kernel_body.h"
-#include "planes.h"
+#include "planes_avx2.h"
 
 namespace moert {
 namespace MOERT_ISA {
 
 constexpr int kPanelColumns = 512;
 
-inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline __m256i every(uint32_t mask) { return _mm256_set1_epi32(int(mask)); }
-
-// Codes of 8 rows (lanes), half 0 or 1 of a tile, for the 32 columns of `block` of a group: codes[i] holds columns
-// 4 * i ... 4 * i + 3.
+template <class Planes>
+struct IsSigned : std::false_type {};
 template <int... Bits>
-struct FixedPlanes : PlaneList<Bits...> {
-  using PlaneList<Bits...>::kCount, PlaneList<Bits...>::bits, PlaneList<Bits...>::shift;
-
-  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block, int half,
-                                                           __m256i codes[8]) {
-    const uint8_t* chunks[kCount];
-    for (int p = 0; p < kCount; p++) chunks[p] = PlaneList<Bits...>::chunk(w, cell, block, p) + 32 * half;
-#pragma GCC unroll 8
-    for (int quad = 0; quad < 8; quad++) {
-      __m256i code = _mm256_setzero_si256();
-#pragma GCC unroll 8
-      for (int p = 0; p < kCount; p++) {
-        const int per_chunk = 8 / bits(p), up = shift(p) - bits(p) * (quad % per_chunk);
-        __m256i word = load256(chunks[p] + 64 * (quad / per_chunk));
-        word = up > 0 ? _mm256_slli_epi32(word, up) : up < 0 ? _mm256_srli_epi32(word, -up) : word;
-        if (bits(p) < 8) word = _mm256_and_si256(word, every(0x01010101u * ((1u << bits(p)) - 1) << shift(p)));
-        code = p == 0 ? word : _mm256_or_si256(code, word);
-      }
-      codes[quad] = code;
-    }
-  }
-};
-
-inline __m256i select(uint32_t mask, __m256i yes, __m256i no) {
-  return _mm256_or_si256(_mm256_and_si256(yes, every(mask)), _mm256_andnot_si256(every(mask), no));
-}
-
-// The 4 bits of the default store: planes are interleaved until a byte holds the codes of quads i and i + 4, as in
-// kernel_avx512.h.
+struct IsSigned<TrellisPlanes<Bits...>> : std::true_type {};
 template <>
-struct FixedPlanes<2, 1, 1> : PlaneList<2, 1, 1> {
-  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block, int half,
-                                                           __m256i codes[8]) {
-    const __m256i top = load256(chunk(w, cell, block, 0) + 32 * half);
-    const __m256i rest = load256(chunk(w, cell, block, 0) + 32 * half + 64);
-    const __m256i middle = load256(chunk(w, cell, block, 1) + 32 * half);
-    const __m256i bottom = load256(chunk(w, cell, block, 2) + 32 * half);
-    const __m256i even = select(0xaaaaaaaau, _mm256_add_epi8(middle, middle), bottom);
-    const __m256i odd = select(0xaaaaaaaau, middle, _mm256_srli_epi32(bottom, 1));
-    const __m256i first = select(0x0f0f0f0fu, top, _mm256_slli_epi32(rest, 4));
-    const __m256i second = select(0x0f0f0f0fu, _mm256_srli_epi32(top, 4), rest);
-    const __m256i pairs[4] = {
-        select(0xccccccccu, _mm256_slli_epi32(first, 2), even),
-        select(0xccccccccu, first, odd),
-        select(0xccccccccu, _mm256_slli_epi32(second, 2), _mm256_srli_epi32(even, 2)),
-        select(0xccccccccu, second, _mm256_srli_epi32(odd, 2)),
-    };
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      codes[i] = _mm256_and_si256(pairs[i], every(0x0f0f0f0fu));
-      codes[i + 4] = _mm256_and_si256(_mm256_srli_epi32(pairs[i], 4), every(0x0f0f0f0fu));
-    }
-  }
-};
+struct IsSigned<AnyTrellisPlanes> : std::true_type {};
 
-// The same for any planes, slower; their codes may have 8 bits.
-struct AnyPlanes {
-  static constexpr int kWidth = 8;
-  static void prefetch(const NestedMatrix& w, int64_t cell) { moert::prefetch(w, cell); }
-
-  static void unpack(const NestedMatrix& w, int64_t cell, int block, int half, __m256i codes[8]) {
-    for (int quad = 0; quad < 8; quad++) {
-      __m256i code = _mm256_setzero_si256();
-      for (int p = 0; p < w.num_planes; p++) {
-        const Plane& plane = w.planes[p];
-        const int per_chunk = 8 / plane.bits;
-        const uint8_t* chunks = plane.data + cell * plane.stride + 64 * plane.bits * block + 32 * half;
-        const __m256i word = _mm256_srli_epi32(load256(chunks + 64 * (quad / per_chunk)), plane.bits * (quad % per_chunk));
-        const __m256i bits = _mm256_and_si256(word, every(0x01010101u * ((1u << plane.bits) - 1)));
-        code = _mm256_or_si256(code, _mm256_slli_epi32(bits, plane.shift));
-      }
-      codes[quad] = code;
-    }
-  }
-};
+// Products of pairs of columns, in 16 bits. Levels are signed: the inputs take over their signs.
+template <class Planes>
+inline __m256i multiply(__m256i codes, __m256i columns) {
+  if constexpr (IsSigned<Planes>::value)
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(columns, codes));
+  else
+    return _mm256_maddubs_epi16(codes, columns);
+}
 
 // Products of pairs of columns are summed in 16 bits: how many quads of codes fit. Codes of 8 bits do not fit at all and
 // are taken in two parts, low and high nibble.
@@ -133,7 +67,7 @@ inline void add_products(const __m256i codes[8], const int8_t* const* q, __m256i
       split<Planes>(codes[i], parts);
       for (int t = 0; t < T; t++)
         for (int part = 0; part < kParts; part++) {
-          const __m256i product = _mm256_maddubs_epi16(parts[part], four_columns(q[t] + 4 * i));
+          const __m256i product = multiply<Planes>(parts[part], four_columns(q[t] + 4 * i));
           sum[t][part] = i == begin ? product : _mm256_add_epi16(sum[t][part], product);
         }
     }
@@ -142,16 +76,18 @@ inline void add_products(const __m256i codes[8], const int8_t* const* q, __m256i
   }
 }
 
-// What twice the dot product of a group is added to: minus the codes' midpoints.
+// What twice the dot product of a group is added to: minus the codes' midpoints. Levels have none.
+template <class Planes>
 inline __m256i middle(const NestedMatrix& w, const Activations& x, int64_t token, int64_t group) {
+  if (IsSigned<Planes>::value) return _mm256_setzero_si256();
   return _mm256_set1_epi32(-int(unsigned(w.levels) * unsigned(x.sums[x.at(token, group)])));
 }
 
 // The end of a group for T tokens and 16 rows, dot[t] and dot[T + t] being its halves.
 template <int T>
-inline void add_group(const NestedMatrix& w, const Activations& x, int64_t cell, int64_t start, int count,
+inline void add_group(const NestedMatrix& w, const Activations& x, int64_t tile, int64_t start, int count,
                       int64_t group, const __m256i* dot, __m256* total) {
-  const uint8_t* place = w.scales + cell * kTileRows * 2;
+  const uint8_t* place = w.scales_of(tile, group);
   const __m256 scale[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(place))),
                            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(place + 16)))};
 #pragma GCC unroll 4
@@ -182,20 +118,19 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
   for (int64_t tile = first; tile < last; tile++) {
     __m256 total[2 * T] = {};
     for (int64_t group = 0; group < w.groups; group++) {
-      const int64_t cell = tile * w.groups + group;
-      if (tile + 1 < last) Planes::prefetch(w, cell + w.groups);
+      if (tile + 1 < last) Planes::prefetch(w, tile + 1, group);
       __m256i dot[2 * T];
-      for (int t = 0; t < T; t++) dot[t] = dot[T + t] = middle(w, x, t, group);
+      for (int t = 0; t < T; t++) dot[t] = dot[T + t] = middle<Planes>(w, x, t, group);
       for (int block = 0; block < w.group_size / 32; block++) {
         const int8_t* q[T];
         for (int t = 0; t < T; t++) q[t] = x.q + x.at(t, group) * w.group_size + 32 * block;
         for (int half = 0; half < 2; half++) {
           __m256i codes[8];
-          Planes::unpack(w, cell, block, half, codes);
+          Planes::unpack(w, tile, group, block, half, codes);
           add_products<Planes, T>(codes, q, dot + half * T);
         }
       }
-      add_group<T>(w, x, cell, 0, T, group, dot, total);
+      add_group<T>(w, x, tile, 0, T, group, dot, total);
     }
     store_rows<T>(w, tile, T, total, out, out_stride);
   }
@@ -207,11 +142,11 @@ template <class Planes>
 inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, bool ahead, __m256i* panel) {
   constexpr int kParts = Sums<Planes>::kParts;
   for (int64_t group = begin; group < end; group++) {
-    if (ahead) Planes::prefetch(w, (tile + 1) * w.groups + group);
+    if (ahead) Planes::prefetch(w, tile + 1, group);
     for (int block = 0; block < w.group_size / 32; block++, panel += 16 * kParts)
       for (int half = 0; half < 2; half++) {
         __m256i codes[8];
-        Planes::unpack(w, tile * w.groups + group, block, half, codes);
+        Planes::unpack(w, tile, group, block, half, codes);
         for (int i = 0; i < 8; i++) split<Planes>(codes[i], panel + (2 * i + half) * kParts);
       }
   }
@@ -246,7 +181,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
           for (int t = 0; t < T; t++) {
             const int64_t token = start + (t < count ? t : count - 1);
             q[t] = x.q + x.at(token, group) * w.group_size;
-            dot[t] = dot[T + t] = middle(w, x, token, group);
+            dot[t] = dot[T + t] = middle<Planes>(w, x, token, group);
           }
           for (int quads = 0; quads < 8 * blocks; quads += kQuads) {
             __m256i sum[2][T][kParts];
@@ -259,7 +194,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
                 for (int half = 0; half < 2; half++)
 #pragma GCC unroll 2
                   for (int part = 0; part < kParts; part++) {
-                    const __m256i product = _mm256_maddubs_epi16(codes[half * kParts + part], columns);
+                    const __m256i product = multiply<Planes>(codes[half * kParts + part], columns);
                     __m256i& place = sum[half][t][part];
                     place = i == 0 ? product : _mm256_add_epi16(place, product);
                   }
@@ -270,7 +205,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
                 for (int part = 0; part < kParts; part++)
                   dot[half * T + t] = _mm256_add_epi32(dot[half * T + t], widen(sum[half][t][part], part));
           }
-          add_group<T>(w, x, tile * w.groups + group, start, count, group, dot, total);
+          add_group<T>(w, x, tile, start, count, group, dot, total);
         }
         store_rows<T>(w, tile, count, total, place, out_stride);
       }
@@ -280,14 +215,16 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
 
 void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int64_t out_stride, int64_t first,
                    int64_t last) {
-  with_planes<FixedPlanes, AnyPlanes>(w, [&](auto planes) {
+  const auto product = [&](auto planes) {
     using Planes = decltype(planes);
     switch (x.tokens) {
       case 1: return few_tokens<Planes, 1>(w, x, out, out_stride, first, last);
       case 2: return few_tokens<Planes, 2>(w, x, out, out_stride, first, last);
       default: return many_tokens<Planes>(w, x, out, out_stride, first, last);
     }
-  });
+  };
+  if (w.tables != nullptr) return with_trellis_planes<TrellisPlanes, AnyTrellisPlanes>(w, product);
+  with_planes<FixedPlanes, AnyPlanes>(w, product);
 }
 
 }  // namespace MOERT_ISA

@@ -29,8 +29,9 @@ struct FixedPlanes : PlaneList<Bits...> {
 
   // Codes of 16 rows (lanes) for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3.
   template <bool AtBottom>
-  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block,
-                                                           __m512i codes[8]) {
+  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t tile, int64_t group,
+                                                           int block, __m512i codes[8]) {
+    const int64_t cell = tile * w.groups + group;
     const uint8_t* chunks[kCount];
     for (int p = 0; p < kCount; p++) chunks[p] = PlaneList<Bits...>::chunk(w, cell, block, p);
 #pragma GCC unroll 8
@@ -61,8 +62,9 @@ struct FixedPlanes<2, 1, 1> : PlaneList<2, 1, 1> {
   static constexpr int offset(int quad) { return quad & 4; }
 
   template <bool AtBottom>
-  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t cell, int block,
-                                                           __m512i codes[8]) {
+  static inline __attribute__((always_inline)) void unpack(const NestedMatrix& w, int64_t tile, int64_t group,
+                                                           int block, __m512i codes[8]) {
+    const int64_t cell = tile * w.groups + group;
     const u32x16 top = u32x16(_mm512_loadu_si512(chunk(w, cell, block, 0)));
     const u32x16 rest = u32x16(_mm512_loadu_si512(chunk(w, cell, block, 0) + 64));
     const u32x16 middle = u32x16(_mm512_loadu_si512(chunk(w, cell, block, 1)));
@@ -90,10 +92,11 @@ struct FixedPlanes<2, 1, 1> : PlaneList<2, 1, 1> {
 // The same for any planes, slower.
 struct AnyPlanes {
   static constexpr int offset(int) { return 0; }
-  static void prefetch(const NestedMatrix& w, int64_t cell) { moert::prefetch(w, cell); }
+  static void prefetch(const NestedMatrix& w, int64_t tile, int64_t group) { moert::prefetch(w, tile, group); }
 
   template <bool AtBottom>
-  static void unpack(const NestedMatrix& w, int64_t cell, int block, __m512i codes[8]) {
+  static void unpack(const NestedMatrix& w, int64_t tile, int64_t group, int block, __m512i codes[8]) {
+    const int64_t cell = tile * w.groups + group;
     for (int quad = 0; quad < 8; quad++) {
       u32x16 code = {};
       for (int p = 0; p < w.num_planes; p++) {
@@ -117,10 +120,10 @@ template <class Planes, Form form>
 inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int64_t end, bool ahead, uint8_t* panel) {
   const __m512i middle = _mm512_set1_epi8(char(w.levels));
   for (int64_t group = begin; group < end; group++) {
-    if (ahead) Planes::prefetch(w, (tile + 1) * w.groups + group);
+    if (ahead) Planes::prefetch(w, tile + 1, group);
     for (int block = 0; block < w.group_size / 32; block++) {
       __m512i codes[8];
-      Planes::template unpack<true>(w, tile * w.groups + group, block, codes);
+      Planes::template unpack<true>(w, tile, group, block, codes);
       for (int i = 0; i < 8; i++, panel += 64) {
         if (form != Form::kCodes) codes[i] = _mm512_add_epi8(codes[i], codes[i]);
         if (form == Form::kWeights) codes[i] = _mm512_sub_epi8(codes[i], middle);
@@ -136,8 +139,8 @@ inline __m512i four_columns(const int8_t* q) {
   return _mm512_set1_epi32(v);
 }
 
-inline __m512 load_scales(const NestedMatrix& w, int64_t cell) {
-  const void* place = w.scales + cell * kTileRows * 2;
+inline __m512 load_scales(const NestedMatrix& w, int64_t tile, int64_t group) {
+  const void* place = w.scales_of(tile, group);
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(place)));
 }
 

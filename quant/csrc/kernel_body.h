@@ -2,12 +2,14 @@
 // No include guard on purpose: MOERT_ISA names the namespace.
 #include "kernel.h"
 #include "kernel_vectors.h"
+#include "trellis_body.h"
 
 namespace moert {
 namespace MOERT_ISA {
 
 // Codes of 16 rows for columns 4 * quad ... 4 * quad + 3 of a group, one byte each in the lane of its row.
 inline u32x16 codes_of(const NestedMatrix& w, int64_t cell, int quad) {
+  if (w.tables != nullptr) return trellis_codes(w, cell, quad);
   u32x16 codes = {};
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
@@ -23,13 +25,15 @@ inline f32x16 column(u32x16 codes, int byte) {
   return __builtin_convertvector(bits_as<i32x16>((codes >> (8 * byte)) & 0xffu), f32x16);
 }
 
-void quantise(const float* x, int64_t cols, int64_t groups, int group_size, int8_t* q, float* scales, int32_t* sums) {
+void quantise(const float* x, int64_t cols, int64_t groups, int group_size, bool rotated, int8_t* q, float* scales,
+              int32_t* sums) {
   for (int64_t group = 0; group < groups; group++) {
     f32x16 part[8] = {}, poison = {};
     i32x16 sum = {};
     const int64_t start = group * group_size;
     for (int i = 0; i < group_size / 16 && start + 16 * i < cols; i++)
       part[i] = load_some(x + start + 16 * i, cols - start - 16 * i);
+    if (rotated) rotate(part, group_size);
     const float scale = round_bytes(part, group_size / 16, q + start, sum, poison);
     scales[group] = scale / 2 + sum_lanes(poison);
     sums[group] = sum_lanes(sum);
@@ -43,15 +47,13 @@ void nested_dequantise(const NestedMatrix& w, int64_t cols, float* out, int64_t 
     const int64_t rows = w.rows - row < kTileRows ? w.rows - row : kTileRows;
     for (int64_t group = 0; group < w.groups; group++) {
       const int64_t cell = tile * w.groups + group;
-      const f32x16 scale = load_half(w.scales + cell * kTileRows * 2);
-      float block[128][kTileRows];
+      const f32x16 scale = load_half(w.scales_of(tile, group));
+      f32x16 block[128];  // a column of 16 rows each
       for (int quad = 0; quad < w.group_size / 4; quad++) {
         const u32x16 codes = codes_of(w, cell, quad);
-        for (int byte = 0; byte < 4; byte++) {
-          const f32x16 v = (column(codes, byte) - w.midpoint) * scale;
-          std::memcpy(block[4 * quad + byte], &v, sizeof(v));
-        }
+        for (int byte = 0; byte < 4; byte++) block[4 * quad + byte] = (column(codes, byte) - w.midpoint) * scale;
       }
+      if (w.tables != nullptr) rotate_columns(block, w.group_size);
       const int64_t start = group * w.group_size;
       const int64_t count = cols - start < w.group_size ? cols - start : w.group_size;
       for (int64_t r = 0; r < rows; r++)

@@ -14,7 +14,7 @@ void nested_matmul(const NestedMatrix& w, const Activations& x, float* out, int6
       const int64_t cell = tile * w.groups + group;
       u32x16 codes[32];  // a group has at most 128 columns
       for (int quad = 0; quad < w.group_size / 4; quad++) codes[quad] = codes_of(w, cell, quad);
-      const f32x16 scale = load_half(w.scales + cell * kTileRows * 2);
+      const f32x16 scale = load_half(w.scales_of(tile, group));
       for (int64_t t = 0; t < x.tokens; t++) {
         const int8_t* q = x.q + x.at(t, group) * w.group_size;
         i32x16 dot = {};

@@ -44,9 +44,51 @@ inline void add_plane(const uint8_t* chunks, int plane_shift, uint8x16_t codes[8
   }
 }
 
+// Adds the levels of a plane of Bits bits to those of 4 rows for 32 columns. last: the chunk before the first.
+template <int Bits>
+inline void add_levels(const uint8_t* chunks, uint8x16_t last, const uint8_t* table, uint8x16_t codes[8]) {
+  constexpr int kQuads = 8 / Bits, kWindow = Bits == 2 ? 6 : 4;
+  const uint8x16x4_t levels = {{vld1q_u8(table), vld1q_u8(table + 16), vld1q_u8(table + 32), vld1q_u8(table + 48)}};
+  const uint8x16_t mask = vdupq_n_u8((1 << kWindow) - 1);
+  for (int chunk = 0; chunk < Bits; chunk++) {
+    const uint8x16_t now = vld1q_u8(chunks + 64 * chunk), mixed = vsliq_n_u8(vshrq_n_u8(last, 4), now, 4);
+    int8x16_t shift = vdupq_n_s8(kWindow - Bits - 4);  // left; to the right below 0
+    for (int k = 0; k < kQuads; k++) {
+      const bool above = Bits * (k + 1) >= kWindow;  // the window lies in this byte alone
+      const int8x16_t by = above ? vaddq_s8(shift, vdupq_n_s8(4)) : shift;
+      const uint8x16_t windows = vandq_u8(vshlq_u8(above ? now : mixed, by), mask);
+      uint8x16_t& place = codes[chunk * kQuads + k];
+      place = vaddq_u8(place, Bits == 2 ? vqtbl4q_u8(levels, windows) : vqtbl1q_u8(levels.val[0], windows));
+      shift = vsubq_s8(shift, vdupq_n_s8(Bits));
+    }
+    last = now;
+  }
+}
+
+// As unpack32.
+inline void unpack_trellis32(const NestedMatrix& w, int64_t tile, int64_t group, int block, int quarter,
+                             uint8x16_t codes[8]) {
+  for (int i = 0; i < 8; i++) codes[i] = vdupq_n_u8(kTrellisBias);
+  for (int p = 0; p < w.num_planes; p++) {
+    const Plane& plane = w.planes[p];
+    const uint8_t* chunk = plane.data + (tile * w.groups + group) * plane.stride + 64 * plane.bits * block;
+    uint8x16_t last = vld1q_u8((block == 0 ? w.chunk_before(chunk, plane, group == 0) : chunk - 64) + 16 * quarter);
+    if (block == 0 && group == 0) {
+      const uint32x4_t lanes = vreinterpretq_u32_u8(last);
+      last = vreinterpretq_u8_u32(vsliq_n_u32(vshrq_n_u32(lanes, 24), lanes, 8));
+    }
+    if (plane.bits == 2)
+      add_levels<2>(chunk + 16 * quarter, last, w.tables + 64 * p, codes);
+    else
+      add_levels<1>(chunk + 16 * quarter, last, w.tables + 64 * p, codes);
+  }
+}
+
 // Codes of 4 rows for the 32 columns of `block` of a group: codes[i] holds columns 4 * i ... 4 * i + 3, minus 128 if
-// they are of 8 bits.
-inline void unpack32(const NestedMatrix& w, int64_t cell, int block, int quarter, uint8x16_t codes[8]) {
+// they are of 8 bits or of the trellis code.
+inline void unpack32(const NestedMatrix& w, int64_t tile, int64_t group, int block, int quarter, uint8x16_t codes[8]) {
+  if (w.tables != nullptr) return unpack_trellis32(w, tile, group, block, quarter, codes);
+  const int64_t cell = tile * w.groups + group;
   for (int i = 0; i < 8; i++) codes[i] = vdupq_n_u8(0);
   for (int p = 0; p < w.num_planes; p++) {
     const Plane& plane = w.planes[p];
@@ -60,8 +102,8 @@ inline void unpack32(const NestedMatrix& w, int64_t cell, int block, int quarter
   }
 }
 
-inline float32x4_t load_scales(const NestedMatrix& w, int64_t cell, int quarter) {
-  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(w.scales + (cell * kTileRows + 4 * quarter) * 2)));
+inline float32x4_t load_scales(const NestedMatrix& w, int64_t tile, int64_t group, int quarter) {
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(w.scales_of(tile, group) + 8 * quarter)));
 }
 
 // total + (2 * dot - levels * sum) * (scale * input scale), the end of a group for one token and 4 rows. A dot product
@@ -106,15 +148,14 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
     for (int quarter = 0; quarter < kQuarters; quarter++)
       for (int t = 0; t < T; t++) total[quarter][t] = vdupq_n_f32(0);
     for (int64_t group = 0; group < w.groups; group++) {
-      const int64_t cell = tile * w.groups + group;
-      if (tile + 1 < last) prefetch(w, cell + w.groups);
+      if (tile + 1 < last) prefetch(w, tile + 1, group);
       const int8_t* q = x.q + x.at(0, group) * w.group_size;
       for (int quarter = 0; quarter < kQuarters; quarter++) {
         int32x4_t dot[T][2];  // two, so that the sums do not wait for each other
         for (int t = 0; t < T; t++) dot[t][0] = dot[t][1] = vdupq_n_s32(0);
         for (int block = 0; block < w.group_size / 32; block++) {
           uint8x16_t codes[8];
-          unpack32(w, cell, block, quarter, codes);
+          unpack32(w, tile, group, block, quarter, codes);
           for (int half = 0; half < 2; half++) {
             int8x16_t columns[T];
             for (int t = 0; t < T; t++) columns[t] = vld1q_s8(q + t * w.group_size + 32 * block + 16 * half);
@@ -124,7 +165,7 @@ void few_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_t
             dot_quad<3, T>(&dot[0][1], 2, codes[4 * half + 3], columns);
           }
         }
-        const float32x4_t scale = load_scales(w, cell, quarter);
+        const float32x4_t scale = load_scales(w, tile, group, quarter);
         for (int t = 0; t < T; t++)
           total[quarter][t] = add_group(total[quarter][t], vaddq_s32(dot[t][0], dot[t][1]), scale, w, x, t, group);
       }
@@ -143,7 +184,7 @@ inline void unpack_panel(const NestedMatrix& w, int64_t tile, int64_t begin, int
     for (int quarter = 0; quarter < kQuarters; quarter++)
       for (int block = 0; block < w.group_size / 32; block++) {
         uint8x16_t codes[8];
-        unpack32(w, tile * w.groups + group, block, quarter, codes);
+        unpack32(w, tile, group, block, quarter, codes);
         for (int i = 0; i < 8; i += 2, panel += 32) {
           const uint32x4_t one = vreinterpretq_u32_u8(codes[i]), two = vreinterpretq_u32_u8(codes[i + 1]);
           vst1q_u8(panel, pairs ? vreinterpretq_u8_u32(vzip1q_u32(one, two)) : codes[i]);
@@ -231,7 +272,7 @@ void many_tokens(const NestedMatrix& w, const Activations& x, float* out, int64_
             int32x4_t dots[kTokens][2];
             dots_of(panel + ((group - begin) * 2 + half) * w.group_size * 8, q, w.group_size, dots);
             for (int i = 0; i < 2; i++) {
-              const float32x4_t scale = load_scales(w, tile * w.groups + group, 2 * half + i);
+              const float32x4_t scale = load_scales(w, tile, group, 2 * half + i);
               for (int t = 0; t < count; t++)
                 total[t][i] = add_group(total[t][i], dots[t][i], scale, w, x, start + t, group);
             }

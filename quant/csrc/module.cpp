@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "calibrate.h"
+#include "trellis.h"
 #include "compute.h"
 #include "expert_table.h"
 #include "interpreter_lock.h"
@@ -218,6 +219,27 @@ void choose_codes_at(const std::vector<int>& widths, const std::vector<float>& w
                at<const float>(scales), at<uint8_t>(codes), code_stride, at<float>(moved));
 }
 
+void choose_trellis_at(int bits, int columns, int kept, int64_t rows, int64_t stride, uintptr_t table, uintptr_t weights,
+                       uintptr_t coupling, uintptr_t scales, uintptr_t targets, uintptr_t ahead_targets, float near,
+                       float far, float weight, uintptr_t starts, uintptr_t ends, uintptr_t codes, int64_t code_stride,
+                       uintptr_t left, uintptr_t ahead_left) {
+  if ((bits != 1 && bits != 2) || kept < 1 || columns < kept || columns > kMostColumns)
+    throw std::invalid_argument("no trellis of these bits or columns");
+  const TrellisBlock block{bits,
+                           columns,
+                           kept,
+                           rows,
+                           stride,
+                           at<const float>(table),
+                           at<const float>(weights),
+                           at<const float>(coupling),
+                           at<const float>(scales)};
+  const LookAhead ahead{at<const float>(ahead_targets), near, far, weight};
+  const Computing computing;
+  choose_trellis(block, at<const float>(targets), ahead, at<uint8_t>(starts), at<uint8_t>(ends), at<uint8_t>(codes),
+                 code_stride, at<float>(left), at<float>(ahead_left));
+}
+
 }  // namespace
 }  // namespace moert
 
@@ -249,6 +271,7 @@ NB_MODULE(_native, m) {
   m.def("search_codes", &search_codes);
   m.def("fit_scales", &fit_scales_at);
   m.def("choose_codes", &choose_codes_at);
+  m.def("choose_trellis", &choose_trellis_at);
   m.def("kernel_seconds", [] { return 1e-9 * double(kernel_nanoseconds.load()); });
   m.attr("compute") = nb::capsule(&compute_table, kComputeCapsule);
   m.def("set_num_threads", [](int n) {

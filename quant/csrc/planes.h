@@ -28,21 +28,26 @@ struct PlaneList {
   }
 
   // Asks for the bytes of a cell; see kernel.h.
-  static inline __attribute__((always_inline)) void prefetch(const NestedMatrix& w, int64_t cell) {
+  static inline __attribute__((always_inline)) void prefetch(const NestedMatrix& w, int64_t tile, int64_t group) {
+    const int64_t cell = tile * w.groups + group;
     for (int p = 0; p < kCount; p++)
       for (int line = 0; line < w.group_size * bits(p) / 32; line++)
         _mm_prefetch(w.planes[p].data + cell * w.planes[p].stride + 64 * line, _MM_HINT_T1);
-    _mm_prefetch(w.scales + cell * kTileRows * 2, _MM_HINT_T1);
+    _mm_prefetch(w.scales_of(tile, group), _MM_HINT_T1);
   }
 };
+
+inline int listed_bits(const NestedMatrix& w) {
+  int list = 0;
+  for (int p = 0; p < w.num_planes; p++) list = 10 * list + w.planes[p].bits;
+  return list;
+}
 
 // Calls use(planes) with the type that knows the planes of w: Fixed<their bits...> for those of the widths that are used
 // most, else Any.
 template <template <int...> class Fixed, class Any, class Use>
 inline void with_planes(const NestedMatrix& w, const Use& use) {
-  int list = 0;
-  for (int p = 0; p < w.num_planes; p++) list = 10 * list + w.planes[p].bits;
-  switch (list) {
+  switch (listed_bits(w)) {
     case 8: return use(Fixed<8>());
     case 4: return use(Fixed<4>());
     case 42: return use(Fixed<4, 2>());
@@ -50,6 +55,21 @@ inline void with_planes(const NestedMatrix& w, const Use& use) {
     case 21: return use(Fixed<2, 1>());
     case 211: return use(Fixed<2, 1, 1>());
     case 22: return use(Fixed<2, 2>());
+    default: return use(Any());
+  }
+}
+
+// The same for the trellis code.
+template <template <int...> class Fixed, class Any, class Use>
+inline void with_trellis_planes(const NestedMatrix& w, const Use& use) {
+  switch (listed_bits(w)) {
+    case 2: return use(Fixed<2>());
+    case 21: return use(Fixed<2, 1>());
+    case 211: return use(Fixed<2, 1, 1>());
+    case 2111: return use(Fixed<2, 1, 1, 1>());
+    case 21111: return use(Fixed<2, 1, 1, 1, 1>());
+    case 22: return use(Fixed<2, 2>());
+    case 222: return use(Fixed<2, 2, 2>());
     default: return use(Any());
   }
 }

@@ -13,7 +13,7 @@ constexpr int64_t kTileGrain = 8;  // tiles that a thread takes at a time: the f
 }  // namespace
 
 void Inputs::reserve(const NestedMatrix& like, int64_t tokens) {
-  groups_ = like.groups, size_ = like.group_size;
+  groups_ = like.groups, size_ = like.group_size, rotated_ = like.tables != nullptr;
   q_ = q_buffer_.get<int8_t>((tokens * groups_ + kTokenBlock) * size_);
   scales_ = scale_buffer_.get<float>(tokens * groups_ + kTokenBlock);
   sums_ = sum_buffer_.get<int32_t>(tokens * groups_ + kTokenBlock);
@@ -27,10 +27,11 @@ Activations Inputs::of(int64_t first, int64_t tokens) const {
 void Inputs::put(const Kernel& kernel, int64_t first, int64_t tokens, int64_t token, const float* row, int64_t cols) {
   const int64_t start = first * groups_ + token;
   if (tokens == 1)
-    return kernel.quantise(row, cols, groups_, int(size_), q_ + start * size_, scales_ + start, sums_ + start);
+    return kernel.quantise(row, cols, groups_, int(size_), rotated_, q_ + start * size_, scales_ + start,
+                           sums_ + start);
   for (int64_t group = 0; group < groups_; group++) {
     const int64_t at = start + group * tokens, column = group * size_;
-    kernel.quantise(row + column, cols - column, 1, int(size_), q_ + at * size_, scales_ + at, sums_ + at);
+    kernel.quantise(row + column, cols - column, 1, int(size_), rotated_, q_ + at * size_, scales_ + at, sums_ + at);
   }
 }
 

@@ -43,6 +43,7 @@ class Inputs {
   float* scales_ = nullptr;
   int32_t* sums_ = nullptr;
   int64_t groups_ = 0, size_ = 0;
+  bool rotated_ = false;
 };
 
 // Throws std::invalid_argument where nested matrices differ in how they want their inputs rounded.

@@ -60,7 +60,7 @@ struct Rounded {
     Memory<int8_t> row = memory<int8_t>(width);
     scales.resize(tokens * groups), sums.resize(tokens * groups);
     for (int64_t t = 0; t < tokens; t++) {
-      kernel.quantise(x + t * cols, cols, groups, group_size, row.get(), &scales[t * groups], &sums[t * groups]);
+      kernel.quantise(x + t * cols, cols, groups, group_size, false, row.get(), &scales[t * groups], &sums[t * groups]);
       q.insert(q.end(), row.get(), row.get() + width);
     }
   }

@@ -111,7 +111,7 @@ struct Packed {
       }
     }
     m.scales = slices[s].get() + tiles * groups * group_bytes(s);
-    m.tiles = tiles, m.groups = groups, m.rows = rows, m.group_size = group_size;
+    m.tiles = tiles, m.groups = groups, m.scale_groups = int(groups), m.rows = rows, m.group_size = group_size;
     m.levels = (1 << widths[s]) - 1, m.midpoint = float(m.levels) / 2;
     return m;
   }
