@@ -342,7 +342,7 @@ def _round(x: Tensor, m: _Matrix) -> Tensor:
 def _launch(m: _Matrix, tokens: int, rows: int) -> dict[str, Any]:
     """How programs for so many tokens and rows of a matrix are launched."""
     if tokens > 1:
-        warps = 4 if tokens < 64 else 8  # else registers do not suffice for the sums of gate beside those of up
+        warps = 8 if tokens >= 64 or (m.trellis and m.group > 64) else 4  # registers have to hold gate's sums and up's
         return {"C": _Tile(tokens, rows, 1, False), "num_warps": warps, "num_stages": 2}
     step = min(max(_STEP_WORDS // rows, 1), triton.next_power_of_2(m.groups))
     warps = max(step * rows // 128, 1)  # a thread asks for four words
