@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def gptq(bits: int, moments: Moments) -> Method:
     """GPTQ with groups of columns, the columns in order of activation: fp16 scale, zero point of `bits` bits."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    with redirect_stdout(sys.stderr):  # it begins a log on stdout, where the table goes
+        from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
     options = QuantizationArgs(
         num_bits=bits, type="int", strategy="group", group_size=GROUP, symmetric=False, actorder="static"
@@ -220,6 +223,9 @@ def others(columns: Mapping[str, int], moments: Moments | None) -> Iterator[tupl
         return
     if library is None:
         print("llama-cpp-python is not installed: its importance matrix is left out.", file=sys.stderr)
+    if any(K % GROUP for K in columns.values()):
+        print(f"GPTQ is left out: {GROUP} does not divide the columns of every matrix.", file=sys.stderr)
+        return
     try:
         for bits in (4, 3, 2):
             yield "GPTQ", f"{bits} bits", gptq(bits, moments)
