@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "trellis.h"
+
 namespace moert {
 
 constexpr int kTileRows = 16;
@@ -106,6 +108,7 @@ struct Kernel {
   // [first, last) of w [num_groups][group_size].
   void (*search_codes)(const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first,
                        int64_t last);
+  ChooseTrellis* choose_trellis;
 };
 
 // Products of the trellis code by the AVX-512 kernel, on processors with VBMI and on all.

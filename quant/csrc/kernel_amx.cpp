@@ -161,6 +161,10 @@ extern const Kernel kAmxKernel = {
     [](const Search& search, const float* w, uint8_t* codes, uint16_t* scales, int64_t first, int64_t last) {
       kAvx512Kernel.search_codes(search, w, codes, scales, first, last);
     },
+    [](const TrellisBlock& block, const float* targets, const LookAhead& ahead, uint8_t* starts, uint8_t* ends,
+       uint8_t* codes, int64_t code_stride, float* left, float* ahead_left) {
+      kAvx512Kernel.choose_trellis(block, targets, ahead, starts, ends, codes, code_stride, left, ahead_left);
+    },
 };
 
 }  // namespace moert

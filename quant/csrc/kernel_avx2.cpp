@@ -1,6 +1,7 @@
 // AVX2: a tile as two halves of 8 rows.
 #define MOERT_ISA isa_avx2
 #include "kernel_body.h"
+#include "choose_body.h"
 #include "planes_avx2.h"
 
 namespace moert {
@@ -238,6 +239,7 @@ extern const Kernel kAvx2Kernel = {
     isa_avx2::raw_matmul,
     isa_avx2::silu_product,
     isa_avx2::search_codes,
+    isa_avx2::choose_trellis,
 };
 
 }  // namespace moert

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI.
 #define MOERT_ISA isa_avx512
 #include "kernel_body.h"
+#include "choose_body.h"
 #include "products_avx512.h"
 
 namespace moert {
@@ -37,6 +38,7 @@ extern const Kernel kAvx512Kernel = {
     isa_avx512::raw_matmul,
     isa_avx512::silu_product,
     isa_avx512::search_codes,
+    isa_avx512::choose_trellis,
 };
 
 }  // namespace moert

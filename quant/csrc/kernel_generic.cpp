@@ -1,6 +1,7 @@
 // Portable: what the compiler makes of the plain arithmetic on any processor.
 #define MOERT_ISA isa_generic
 #include "kernel_body.h"
+#include "choose_body.h"
 
 namespace moert {
 namespace MOERT_ISA {
@@ -42,6 +43,7 @@ extern const Kernel kGenericKernel = {
     isa_generic::raw_matmul,
     isa_generic::silu_product,
     isa_generic::search_codes,
+    isa_generic::choose_trellis,
 };
 
 }  // namespace moert

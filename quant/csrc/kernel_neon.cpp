@@ -10,6 +10,7 @@
 #endif
 
 #include "kernel_body.h"
+#include "choose_body.h"
 
 // What makes a function of the instructions, where the compiler can do that for a single function.
 #if defined(__clang__) && __clang_major__ >= 16
@@ -327,6 +328,7 @@ extern const Kernel kNeonKernel = {
     isa_neon::raw_matmul,
     isa_neon::silu_product,
     isa_neon::search_codes,
+    isa_neon::choose_trellis,
 };
 
 }  // namespace moert

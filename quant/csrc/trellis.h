@@ -35,7 +35,7 @@ constexpr uint8_t kAnyState = 255;
 // [kept]; `ahead_left` the same of the second width. starts, ends [rows]: the states, the last codes with the newest at
 // the top, before the block and behind the columns kept; where one is kAnyState it takes the one that was found best. An
 // end can be asked for only where all columns are kept.
-void choose_trellis(const TrellisBlock& block, const float* targets, const LookAhead& ahead, uint8_t* starts,
-                    uint8_t* ends, uint8_t* codes, int64_t code_stride, float* left, float* ahead_left);
+using ChooseTrellis = void(const TrellisBlock& block, const float* targets, const LookAhead& ahead, uint8_t* starts,
+                           uint8_t* ends, uint8_t* codes, int64_t code_stride, float* left, float* ahead_left);
 
 }  // namespace moert

@@ -1,29 +1,16 @@
-#include "trellis.h"
-
+// Codes of the trellis code, as trellis.h says; compiled once for each instruction set.
+// No include guard on purpose: MOERT_ISA names the namespace.
 #include <cmath>
-#include <cstring>
 #include <utility>
 
-// One loop over 16 lanes is what the compiler turns into vector instructions, for several processors where it can.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define MOERT_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2,fma", "default"), flatten))
-#else
-#define MOERT_CLONES
-#endif
+#include "trellis.h"
 
 namespace moert {
-namespace {
+namespace MOERT_ISA {
 
-constexpr int kLanes = 16;
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-
-inline Floats all(float v) { return Floats{} + v; }
-
-inline Floats permute(Floats v, Ints places) {
+inline f32x16 permute(f32x16 v, i32x16 places) {
 #if defined(__clang__)
-  Floats result;
+  f32x16 result;
   for (int lane = 0; lane < kLanes; lane++) result[lane] = v[places[lane]];
   return result;
 #else
@@ -46,7 +33,7 @@ struct Lanes {
 
 // The survivor of every lane: its cost so far and the targets of the columns to come, which its errors have moved.
 struct Survivors {
-  Floats cost, targets[kMostColumns], ahead[kMostColumns];
+  f32x16 cost, targets[kMostColumns], ahead[kMostColumns];
 };
 
 template <int Bits, bool Ahead>
@@ -56,9 +43,9 @@ inline void choose_rows(const TrellisBlock& block, const float* targets, const L
   const int columns = block.columns;
   Survivors buffers[2];
   Survivors *now = &buffers[0], *next = &buffers[1];
-  Ints oldest[kMostColumns];
-  Floats error[kMostColumns], ahead_error[kMostColumns], level[L::kChoices], scale;
-  Ints places[L::kChoices];
+  i32x16 oldest[kMostColumns];
+  f32x16 error[kMostColumns], ahead_error[kMostColumns], level[L::kChoices], scale;
+  i32x16 places[L::kChoices];
   int64_t row_of[kLanes];
   for (int lane = 0; lane < kLanes; lane++) {
     const int64_t row = first + lane / L::kStates;
@@ -77,27 +64,27 @@ inline void choose_rows(const TrellisBlock& block, const float* targets, const L
       now->targets[k][lane] = targets[row_of[lane] * block.stride + k];
       if (Ahead) now->ahead[k][lane] = look.targets[row_of[lane] * block.stride + k];
     }
-  const Floats near = scale * look.near, far = scale * look.far, middle = (near + far) * 0.5f;
+  const f32x16 near = scale * look.near, far = scale * look.far, middle = (near + far) * 0.5f;
   for (int j = 0; j < columns; j++) {
-    Floats least = all(INFINITY), kept = {}, kept_ahead = {};
-    Ints place = places[0], choice = {};
+    f32x16 least = all(INFINITY), kept = {}, kept_ahead = {};
+    i32x16 place = places[0], choice = {};
     for (int x = 0; x < L::kChoices; x++) {
-      const Floats rest = permute(now->targets[j], places[x]) - level[x];
-      Floats harm = rest * rest, rest_ahead = {};
+      const f32x16 rest = permute(now->targets[j], places[x]) - level[x];
+      f32x16 harm = rest * rest, rest_ahead = {};
       if (Ahead) {
         rest_ahead = permute(now->ahead[j], places[x]) - level[x];
-        const Floats size = rest_ahead < 0 ? -rest_ahead : rest_ahead;
-        const Floats beyond = size < middle ? size - near : size - far;
+        const f32x16 size = rest_ahead < 0 ? -rest_ahead : rest_ahead;
+        const f32x16 beyond = size < middle ? size - near : size - far;
         rest_ahead = rest_ahead < 0 ? -beyond : beyond;
         harm += look.weight * (rest_ahead * rest_ahead);
       }
-      const Floats cost = permute(now->cost, places[x]) + block.weights[j] * harm;
-      const Ints better = cost < least;
+      const f32x16 cost = permute(now->cost, places[x]) + block.weights[j] * harm;
+      const i32x16 better = cost < least;
       least = better ? cost : least;
       kept = better ? rest : kept;
       if (Ahead) kept_ahead = better ? rest_ahead : kept_ahead;
       place = better ? places[x] : place;
-      choice = better ? Ints{} + x : choice;
+      choice = better ? i32x16{} + x : choice;
     }
     next->cost = least;
     oldest[j] = choice;
@@ -136,9 +123,6 @@ inline void choose(const TrellisBlock& block, const float* targets, const LookAh
     choose_rows<Bits, Ahead>(block, targets, look, starts, ends, codes, code_stride, left, ahead_left, row);
 }
 
-}  // namespace
-
-MOERT_CLONES
 void choose_trellis(const TrellisBlock& block, const float* targets, const LookAhead& look, uint8_t* starts,
                     uint8_t* ends, uint8_t* codes, int64_t code_stride, float* left, float* ahead_left) {
   if (block.bits == 2 && look.targets)
@@ -151,4 +135,5 @@ void choose_trellis(const TrellisBlock& block, const float* targets, const LookA
     choose<1, false>(block, targets, look, starts, ends, codes, code_stride, left, ahead_left);
 }
 
+}  // namespace MOERT_ISA
 }  // namespace moert
