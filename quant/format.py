@@ -10,18 +10,19 @@ fitted for each width. That is the linear code. In the trellis code, that of cal
     sum over k of w[n, k] x[k] = s_b[n] * sum over k of level_b[n, k] * (H x)[k]
 
 with one scale for a row, levels that windows of codes stand for (`trellis.py`), and H a Hadamard transform of every
-group of columns, which a product applies to its inputs. The slice that raises the width from a to b holds bits a..b of the codes and the scales s_b, so
-slices 0..i together are the matrix at widths[i].
+group of columns, which a product applies to its inputs. The slice that raises the width from a to b holds bits a..b of
+the codes and the scales s_b, so slices 0..i together are the matrix at widths[i].
 
 Slice of a matrix, in bytes (every part starts on 64 bytes)
     codes   [N/16 tiles][K/G groups][planes of the slice][16 rows x G columns, packed]
     scales  [N/16 tiles][K/G groups, or 1][16 rows] fp16, little endian
 Planes hold 8, 4, 2 or 1 bits of every code; a slice has as few as its bits allow, most significant first (7 bits: 4,
-2 and 1): each plane costs work to unpack, one of 8 bits none. Of the trellis code they hold 2 bits or 1. 64 bytes of a plane are 16 little-endian 32-bit words,
-one for each row of the tile. In a plane of p bits, byte j of a word holds, at bit p * i, the bits of column 4 * i + j
-of the 32 / p columns that the 64 bytes cover: shifting by p * i and masking leaves four consecutive columns of one
-row in each 32-bit lane, the operand of a 4-way dot product. Rows are padded to 16 and columns to the group size with
-codes of 0 (padded inputs are 0).
+2 and 1): each plane costs work to unpack, one of 8 bits none. Of the trellis code they hold 2 bits or 1.
+
+64 bytes of a plane are 16 little-endian 32-bit words, one for each row of the tile. In a plane of p bits, byte j of a
+word holds, at bit p * i, the bits of column 4 * i + j of the 32 / p columns that the 64 bytes cover: shifting by p * i
+and masking leaves four consecutive columns of one row in each 32-bit lane, the operand of a 4-way dot product. Rows are
+padded to 16 and columns to the group size with codes of 0 (padded inputs are 0).
 
 Slice of an expert: the slices of gate [F, D], up [F, D] and down [D, F] one after the other, padded to 4096 bytes.
 

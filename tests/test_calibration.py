@@ -135,7 +135,7 @@ def test_kill_nine_and_resume_give_the_same_bytes(
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
-    with pytest.raises(StoreError, match=r"other settings \(quantiser\)"):
+    with pytest.raises(StoreError, match=r"other settings \(code, quantiser\)"):
         convert(source, out, resume=True)
     seen: list[ConvertProgress] = []
     convert(source, out, calibration=TEXT, resume=True, progress=seen.append)

@@ -115,8 +115,8 @@ def test_disk_that_cannot_be_read(store: Path, source: Path, tmp_path: Path, mon
 
 
 def test_unknown_format_version_says_which_are_read(store: Path) -> None:
-    edit_json(store / "moert.json", lambda meta: meta.update(format_version=2))
-    refusal(lambda: StoredModel.open(store), StoreError, "format version 2", "reads version 1")
+    edit_json(store / "moert.json", lambda meta: meta.update(format_version=3))
+    refusal(lambda: StoredModel.open(store), StoreError, "format version 3", "reads versions 1 to 2")
     (store / "moert.json").write_text("{")
     refusal(lambda: StoredModel.open(store), StoreError, "moert.json", "not valid JSON")
 

@@ -156,9 +156,15 @@ def test_reopened_store_is_the_same_and_verifies(store: StoredModel) -> None:
 
 def test_meta_survives_a_round_trip(store: StoredModel) -> None:
     value = json.loads((store.path / "moert.json").read_bytes())
-    assert value["format_version"] == 1
+    assert value["format_version"] == 2
     assert value == store.meta.as_json()
     assert parse(value, Path("moert.json")) == store.meta
+
+
+def test_stores_of_version_1_are_read_as_linear(store: StoredModel) -> None:
+    value = json.loads((store.path / "moert.json").read_bytes())
+    older = {name: part for name, part in value.items() if name != "code"} | {"format_version": 1}
+    assert parse(older, Path("moert.json")) == parse(value | {"code": "linear"}, Path("moert.json"))
 
 
 def leaves(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -39,6 +39,7 @@ def hadamard(size):
 def level_of(layout, pieces, index, n, k):
     """Level of one weight at widths[index], found from the words of format.py and trellis.py alone."""
     total = above = 0
+    columns = layout.groups * layout.group_size
     for i in range(index + 1):
         data = pieces[i].numpy().tobytes()
         part = 0  # where the plane begins in a group
@@ -47,13 +48,12 @@ def level_of(layout, pieces, index, n, k):
             bits = 2 if bits_left >= 2 else 1
             window = 0
             for back in (2, 1, 0) if bits == 2 else (3, 2, 1, 0):
-                at = k - 4 * back
-                code = 0
-                if at >= 0:
-                    cell = n // 16 * layout.groups + at // layout.group_size
-                    column, span = at % layout.group_size, 32 // bits
-                    byte = cell * layout.group_bytes(i) + part + column // span * 64 + n % 16 * 4 + column % 4
-                    code = data[byte] >> bits * (column % span // 4) & (2**bits - 1)
+                place = (k % 4 * columns // 4 + k // 4 - back) % columns  # in the ring: columns 0, 4, 8, ..., 1, 5, ...
+                at = place % (columns // 4) * 4 + place // (columns // 4)
+                cell = n // 16 * layout.groups + at // layout.group_size
+                column, span = at % layout.group_size, 32 // bits
+                byte = cell * layout.group_bytes(i) + part + column // span * 64 + n % 16 * 4 + column % 4
+                code = data[byte] >> bits * (column % span // 4) & (2**bits - 1)
                 window = window >> bits | code << (4 if bits == 2 else 3)
             total += int(trellis.table(bits, above)[window])
             part += 2 * layout.group_size * bits

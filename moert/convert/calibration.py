@@ -4,14 +4,14 @@ The hidden states of all tokens are kept, and one layer's dense weights; experts
 The states pass through the experts as they are in the source, before these are quantised: what an error does to a token
 depends on the size of its hidden state behind the layer, which the next norm divides by, so every token counts by the
 inverse of that. (A few tokens of a real model have states a hundred times as large as the others; all counting alike,
-they alone would decide: on SmolLM2-135M the KL at 4 bits was three times as large.) Before the experts of a layer are quantised, the states
-that enter it are saved in the folder of the conversion, from where a later run goes on to the same bytes.
+they alone would decide: on SmolLM2-135M the KL at 4 bits was three times as large.) Before the experts of a layer are
+quantised, the states that enter it are saved in the folder of the conversion, from where a later run goes on to the
+same bytes.
 
-Widths of more than 6 bits have the linear code. There two changes leave the function alone and make the weights easier to
-quantise, in the manner of AWQ (arXiv 2306.00978,
-section 3.2): a factor per input channel of a layer's experts, divided out of the norm before them, and a factor per
-inner channel of an expert, divided out of its rows of `up`. The former are powers of two, so that the dense tensors
-that take them up stay exact in their dtype.
+Widths of more than 6 bits have the linear code. There two changes leave the function alone and make the weights easier
+to quantise, in the manner of AWQ (arXiv 2306.00978, section 3.2): a factor per input channel of a layer's experts,
+divided out of the norm before them, and a factor per inner channel of an expert, divided out of its rows of `up`. The
+former are powers of two, so that the dense tensors that take them up stay exact in their dtype.
 
 What rounding an expert's weights does to its outputs is measured on the way: `sensitivity` in meta.py.
 """

@@ -91,7 +91,9 @@ def convert(
         quantiser = Calibrated(model, calibration)
     quantiser = quantiser or RoundToNearest()
     name = source_name or source.resolve().name
-    plan = ConversionPlan(model, checked, group_size, dense_bits, quantiser.name, name, max_size, quantiser.code(checked))
+    plan = ConversionPlan(
+        model, checked, group_size, dense_bits, quantiser.name, name, max_size, quantiser.code(checked)
+    )
     fingerprint = plan.source.checkpoint.fingerprint()
     run = _Run(plan, quantiser, out, progress)
     said: list[str] = []

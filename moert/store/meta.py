@@ -7,7 +7,7 @@ source            {name, model_type} of the checkpoint
 quantiser         name of the method that chose the codes
 widths            ascending bits per weight, or [16]: experts as they are in the source
 code              "linear" or "trellis": how codes stand for weights (quant/format.py)
-group_size        weights that share a scale in the linear code, inputs that are transformed together in the trellis code
+group_size        weights that share a scale in the linear code, inputs transformed together in the trellis code
 dense_bits        4, 6, 8 or 16
 experts           {layers: [MoE layers], count, hidden, inner, dtype of the source}
 dense             canonical name -> {shape, width: 8} or {shape, dtype}, with crc32, in the file's order

@@ -8,10 +8,12 @@
 namespace moert {
 namespace MOERT_ISA {
 
+constexpr int kWays = 16;  // lanes of a vector
+
 inline f32x16 permute(f32x16 v, i32x16 places) {
 #if defined(__clang__)
   f32x16 result;
-  for (int lane = 0; lane < kLanes; lane++) result[lane] = v[places[lane]];
+  for (int lane = 0; lane < kWays; lane++) result[lane] = v[places[lane]];
   return result;
 #else
   return __builtin_shuffle(v, places);
@@ -21,7 +23,7 @@ inline f32x16 permute(f32x16 v, i32x16 places) {
 // Lanes are the states that a survivor can be in after a column: 16 of codes of 2 bits, 8 of 1 bit, there for two rows.
 template <int Bits>
 struct Lanes {
-  static constexpr int kStates = Bits == 2 ? 16 : 8, kRows = kLanes / kStates, kChoices = 1 << Bits;
+  static constexpr int kStates = Bits == 2 ? 16 : 8, kRows = kWays / kStates, kChoices = 1 << Bits;
   static constexpr int kKept = kStates / kChoices;  // states that the older codes of a state can make
 
   // The lane of the state before that of `lane`, where `oldest` is the code that has left the window since.
@@ -46,8 +48,8 @@ inline void choose_rows(const TrellisBlock& block, const float* targets, const L
   i32x16 oldest[kMostColumns];
   f32x16 error[kMostColumns], ahead_error[kMostColumns], level[L::kChoices], scale;
   i32x16 places[L::kChoices];
-  int64_t row_of[kLanes];
-  for (int lane = 0; lane < kLanes; lane++) {
+  int64_t row_of[kWays];
+  for (int lane = 0; lane < kWays; lane++) {
     const int64_t row = first + lane / L::kStates;
     row_of[lane] = row < block.rows ? row : block.rows - 1;  // beyond the last: the last again, and not kept
     scale[lane] = block.scales[row_of[lane]];
@@ -60,7 +62,7 @@ inline void choose_rows(const TrellisBlock& block, const float* targets, const L
   }
   for (int x = 0; x < L::kChoices; x++) level[x] *= scale;
   for (int k = 0; k < columns; k++)
-    for (int lane = 0; lane < kLanes; lane++) {
+    for (int lane = 0; lane < kWays; lane++) {
       now->targets[k][lane] = targets[row_of[lane] * block.stride + k];
       if (Ahead) now->ahead[k][lane] = look.targets[row_of[lane] * block.stride + k];
     }

@@ -108,7 +108,10 @@ struct Packed {
         shift -= bits;
         int window = 0;  // the newest code on top
         for (int64_t back = bits == 2 ? 2 : 3; back >= 0; back--) {
-          const int code = k < 4 * back ? 0 : codes[n * columns + k - 4 * back] >> shift & ((1 << bits) - 1);
+          // In the ring of a row: columns 0, 4, 8, ..., then 1, 5, 9, ...
+          const int64_t quarter = columns / 4, place = (k % 4 * quarter + k / 4 - back + columns) % columns;
+          const int64_t before = place % quarter * 4 + place / quarter;
+          const int code = codes[n * columns + before] >> shift & ((1 << bits) - 1);
           window = window >> bits | code << (bits == 2 ? 4 : 3);
         }
         total += levels[plane++][window];
