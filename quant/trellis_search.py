@@ -96,7 +96,7 @@ class _Search:
         N, K = self.targets.shape
         table = trellis.table(bits, self.width).float()
         self.width += bits
-        ahead = self._ahead(bits)
+        ahead = self._ahead()
         left = self.targets - self.scale[:, None] * self.levels
         targets, ahead_targets = left, left.clone() if ahead else None
         codes = torch.empty(N, K, dtype=torch.uint8)
@@ -124,7 +124,7 @@ class _Search:
         self.scale = _half(torch.where(fitted > 0, fitted, self.scale))
         return codes
 
-    def _ahead(self, bits: int) -> tuple[float, float, float] | None:
+    def _ahead(self) -> tuple[float, float, float] | None:
         """Return what the next planes are taken to add: inner and outer level in units of the scale, and what their
         errors count. None behind the last plane that matters to others.
         """

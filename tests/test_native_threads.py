@@ -74,7 +74,7 @@ def test_threads_in_both_modules_at_once_get_the_results_of_one():
         while time.monotonic() < stop:
             layer += 1
             table.put(layer, 0, offsets[0])
-            table.keep(layer - 1, 1 if layer == 1 else 0, 2 if layer == 1 else 0)
+            table.drop_from(layer - 1, 1 if layer == 1 else 0, 2 if layer == 1 else 0)
             dispatch.set_num_threads(1 + layer % 3)
 
     before = torch.get_num_threads()

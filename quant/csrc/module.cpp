@@ -236,8 +236,8 @@ void choose_trellis_at(int bits, int columns, int kept, int64_t rows, int64_t st
                            at<const float>(scales)};
   const LookAhead ahead{at<const float>(ahead_targets), near, far, weight};
   const Computing computing;
-  computing.kernel.choose_trellis(block, at<const float>(targets), ahead, at<uint8_t>(starts), at<uint8_t>(ends), at<uint8_t>(codes),
-                 code_stride, at<float>(left), at<float>(ahead_left));
+  computing.kernel.choose_trellis(block, at<const float>(targets), ahead, at<uint8_t>(starts), at<uint8_t>(ends),
+                                  at<uint8_t>(codes), code_stride, at<float>(left), at<float>(ahead_left));
 }
 
 }  // namespace
