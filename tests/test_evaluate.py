@@ -107,7 +107,8 @@ def test_errors_of_layers_are_those_of_transformers_with_rounded_experts(
 
     for n, layer in enumerate(model.model.layers):
         handles += [layer.mlp.register_forward_hook(record((n, "mlp"))), layer.register_forward_hook(record((n, "h")))]
-    sums = torch.zeros(2, 2, 3, dtype=torch.float64)  # row, layer, squares of y' - y, y, h
+    sums = torch.zeros(2, 2, 3, dtype=torch.float64)  # row, layer, squares of y' - y and y, those of y' - y over h's
+    tokens = sum(map(len, windows_of(path)))
     with torch.inference_mode():
         for ids in windows_of(path):
             model(torch.tensor([ids]))
@@ -117,18 +118,19 @@ def test_errors_of_layers_are_those_of_transformers_with_rounded_experts(
                 kept = {name: p.data.clone() for name, p in layer.mlp.experts.named_parameters()}
                 for r, slices in enumerate((3, 1)):
                     round_experts(layer.mlp.experts, opened, n, slices)
-                    sums[r, n] += torch.stack([t.double().square().sum() for t in (layer.mlp(x) - y, y, h)])
+                    wrong, right, whole = (t.double().square().sum(-1) for t in (layer.mlp(x) - y, y, h))
+                    sums[r, n] += torch.stack([wrong.sum(), right.sum(), (wrong / whole).sum()])
                 for name, p in layer.mlp.experts.named_parameters():
                     p.data.copy_(kept[name])
     for handle in handles:
         handle.remove()
     for r, row in enumerate(rows):
         for n, error in enumerate(row["layer_errors"]):
-            d, y, h = sums[r, n].tolist()
+            d, y, share = sums[r, n].tolist()
             assert error["layer"] == n
             # Inputs rounded to 8 bits are the part that transformers does not have.
             assert error["output_error"] == pytest.approx(math.sqrt(d / y), rel=0.03)
-            assert error["hidden_error"] == pytest.approx(math.sqrt(d / h), rel=0.03)
+            assert error["hidden_error"] == pytest.approx(math.sqrt(share / tokens), rel=0.03)
 
 
 def round_experts(experts, opened, layer, slices):

@@ -93,8 +93,8 @@ class Calibrated:
         self._next = 0
         self._borrowed = 0
         self._code = TRELLIS
-        self._counts = torch.empty(0)  # what a token's errors count, in the layer that was prepared [T]
-        self._errors: dict[int, list[float]] = {}  # expert -> mean squared error of its outputs at each width
+        self._counts = torch.empty(0)  # [T]: what errors of a token count, 1 / norm of its state behind the layer
+        self._errors: dict[int, list[float]] = {}  # expert -> its sensitivity at each width
 
     def code(self, widths: Sequence[int]) -> str:
         self._code = TRELLIS if widths[-1] <= MAX_TRELLIS_WIDTH else LINEAR
@@ -129,8 +129,7 @@ class Calibrated:
             no_shift = torch.zeros(self._arch.hidden_size, dtype=torch.int8)
             self._shifts[layer] = no_shift if self._code == TRELLIS else self._input_shift(layer, pool)
         self._add_experts(layer, pool, report)
-        counts = torch.linalg.vector_norm(self._routed.out, dim=-1).clamp_min(1e-30).reciprocal()
-        self._counts = counts / counts.square().mean().sqrt()
+        self._counts = torch.linalg.vector_norm(self._routed.out, dim=-1).clamp_min(1e-30).reciprocal()
         with atomic_file(self._state) as file:
             tensors = {"hidden": self._hidden, **{str(at): shift for at, shift in self._shifts.items()}}
             file.write(safetensors.torch.save(tensors, {"layer": str(layer), "borrowed": str(self._borrowed)}))
@@ -143,32 +142,33 @@ class Calibrated:
         assert routed is not None
         gate, up, down = gate.float(), up.float(), down.float()
         tokens, weights = self._tokens_of(expert)
-        x = routed.x[tokens]
-        inner = self._inner(x, gate, up)
-        weights = weights * self._counts[tokens]
         if len(tokens) < FEW_TOKENS:
             generator = torch.Generator().manual_seed((self._seed << 32) + (layer << 16) + expert)
             borrowed = torch.randperm(len(routed.x), generator=generator)[: FEW_TOKENS - len(tokens)]
-            x = torch.cat([x, routed.x[borrowed]])
-            inner = torch.cat([inner, self._inner(routed.x[borrowed], gate, up)])
-            weights = torch.cat([weights, routed.weights.mean() * self._counts[borrowed]])
+            tokens = torch.cat([tokens, borrowed])
+            weights = torch.cat([weights, routed.weights.mean().expand(len(borrowed))])
             with self._lock:
                 self._borrowed += 1
+        x, counts = routed.x[tokens], self._counts[tokens]
+        inner = self._inner(x, gate, up)
         factors = torch.exp2(self._shifts[layer].float())
         pack = trellis_search.pack_expert if layout.code == TRELLIS else calibrate.pack_expert
-        slices = pack((gate * factors, up * factors, down), x / factors, inner, weights, layout)
+        unit = self._counts.square().mean().sqrt()
+        slices = pack((gate * factors, up * factors, down), x / factors, inner, weights * counts / unit, layout)
         chosen = slice(None, None, -(-len(x) // SENSITIVITY_TOKENS))
-        errors = self._output_errors(slices, layout, x[chosen] / factors, inner[chosen] @ down.T)
+        wrong = self._output_errors(slices, layout, x[chosen] / factors, inner[chosen] @ down.T)
+        shares = weights[chosen].double().square()
+        shares /= shares.sum().clamp_min(1e-30)
+        errors = (wrong * counts[chosen].double()).square() @ shares
         with self._lock:
-            self._errors[expert] = errors
+            self._errors[expert] = errors.tolist()
         return slices
 
     def finish(self, layer: int) -> Measured | None:
         """The experts of the layer that was prepared are done."""
         routed = self._routed
         assert routed is not None
-        energy = torch.linalg.vector_norm(routed.out, dim=-1).double().square().mean().clamp_min(1e-30)
-        sensitivity = [[error / float(energy) for error in self._errors[e]] for e in sorted(self._errors)]
+        sensitivity = [self._errors[e] for e in sorted(self._errors)]
         squares = routed.weights.flatten().double().square()
         usage = squares.new_zeros(self._arch.num_experts).index_add_(0, routed.indices.flatten().long(), squares)
         quantiles = [weight_quantiles(self._tokens_of(e)[1]) for e in range(self._arch.num_experts)]
@@ -179,14 +179,13 @@ class Calibrated:
         assert self._routed is not None
         self._hidden, self._layer, self._routed = self._routed.out, layer + 1, None
 
-    def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> list[float]:
-        """[B]: mean over tokens of the squared error of an expert's outputs [n, D] for x [n, D], at each width."""
+    def _output_errors(self, slices: Sequence[Tensor], layout: ExpertLayout, x: Tensor, outputs: Tensor) -> Tensor:
+        """float64 [B, n]: norms of the errors of an expert's outputs [n, D] for x [n, D], at each width."""
         errors = []
         for count in range(1, layout.num_slices + 1):
             gate, up, down = PackedExpert.from_slices(slices[:count], layout).floats()
-            wrong = self._inner(x, gate, up) @ down.T - outputs
-            errors.append(float(torch.linalg.vector_norm(wrong, dim=-1).double().square().mean()))
-        return errors
+            errors.append(torch.linalg.vector_norm(self._inner(x, gate, up) @ down.T - outputs, dim=-1).double())
+        return torch.stack(errors)
 
     def inputs(self, layer: int, experts: Iterable[int], pool: Workers) -> list[tuple[int, Tensor, Tensor]]:
         """Return the inputs of some experts, for measurements: (expert, x [n, D], inner activations [n, F])."""

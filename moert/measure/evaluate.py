@@ -45,9 +45,9 @@ class LayerError:
     states of the lossless model, and its output y' is compared with the lossless y; h is the hidden state that leaves
     the layer.
 
-    output_error: ||y' - y|| / ||y||. hidden_error: ||y' - y|| / ||h||, the share of what later layers see that is
-    wrong, so that a layer that contributes little counts little: the figure to compare layers by. Norms are over all
-    tokens measured.
+    output_error: ||y' - y|| / ||y||, of all tokens measured. hidden_error: root of the mean over them of the square of
+    ||y' - y|| / ||h||, the share of what later layers see that is wrong: the figure to compare layers by. Each token
+    has its own norm, since the next layer divides by that: a few have states a hundred times as large as the others.
     """
 
     layer: int
@@ -124,7 +124,9 @@ def encode(text: str, store: StoredModel, against: StoredModel | None) -> list[i
 
 @dataclass(slots=True)
 class Sums:
-    """Sums over the scored tokens of one precision; of the layers: squared norms of y' - y, y and h."""
+    """Sums over the scored tokens of one precision; of the layers: squared norms of y' - y and y, and of the former
+    relative to h, and the tokens.
+    """
 
     scored: int = 0
     loss: float = 0.0
@@ -144,7 +146,7 @@ class Sums:
         self.bytes_read += other.bytes_read
         self.token_uses += other.token_uses
         for layer, squares in other.layers.items():
-            self.layers[layer] = self.layers.get(layer, torch.zeros(3, dtype=torch.float64)) + squares
+            self.layers[layer] = self.layers.get(layer, torch.zeros(4, dtype=torch.float64)) + squares
 
     def count(self, counters: Counters, tokens: int) -> None:
         """Take note of what the runtime counted for so many tokens."""
@@ -306,14 +308,16 @@ class Evaluation:
                 for precision in self._precisions:
                     self._runner.use(precision)
                     other = _layer(self._runner, layer).mlp(inputs[0])
-                    differences.append(torch.stack([_square(other - y), _square(y)]))
+                    differences.append(torch.stack([_squares(other - y), _squares(y)]))
 
             return hook
 
         def after(layer: int) -> Callable[[torch.nn.Module, tuple[object, ...], Tensor], None]:
             def hook(module: torch.nn.Module, inputs: tuple[object, ...], h: Tensor) -> None:
+                whole = _squares(h).clamp_min(1e-30)
                 for part, squares in zip(sums, differences, strict=True):
-                    part.add(Sums(layers={layer: torch.cat([squares, _square(h)[None]])}))
+                    shares = torch.stack([squares[0] / whole, torch.ones_like(whole)])
+                    part.add(Sums(layers={layer: torch.cat([squares, shares]).sum(1)}))
 
             return hook
 
@@ -366,8 +370,9 @@ class Evaluation:
             + per_token * touched,
             bytes_read_per_token=sums.bytes_read / sums.tokens,
             layer_errors=[
-                LayerError(layer, math.sqrt(d / y), math.sqrt(d / h))
-                for layer, (d, y, h) in ((layer, squares.tolist()) for layer, squares in sorted(sums.layers.items()))
+                LayerError(layer, math.sqrt(d / y), math.sqrt(share / tokens))
+                for layer, of_layer in sorted(sums.layers.items())
+                for d, y, share, tokens in [of_layer.tolist()]
             ],
         )
 
@@ -387,5 +392,6 @@ def _layer(runner: ModelRunner, number: int) -> DecoderLayer:
     return cast(DecoderLayer, runner.decoder.layers[number])
 
 
-def _square(x: Tensor) -> Tensor:
-    return x.double().square().sum()
+def _squares(x: Tensor) -> Tensor:
+    """[T]"""
+    return x.double().square().sum(-1)

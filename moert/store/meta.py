@@ -15,10 +15,8 @@ weights           file -> {size, data_start: where tensor data begin}, in bytes
 copies            config.json and tokenizer.json -> {size, crc32}
 checksums         layer -> expert -> slice that is kept: CRC-32 of the padded slice
 kept              optional; layer -> expert: how many slices are kept of it, at least 1; absent: all of all
-sensitivity       optional, of a calibrated store; layer -> expert -> width, stored or not: mean over the tokens that
-                  the expert was calibrated on of |y_b - y|^2, where y is its output in the source and y_b with weights
-                  at that width, unweighted, divided by the mean over all tokens of |h|^2, where h leaves the layer. A
-                  token that gives the expert the router weight w suffers w^2 times as much.
+sensitivity       optional; layer -> expert -> width, stored or not: what the expert adds to the harm of a token that
+                  gives it the router weight 1 (one that gives it w suffers w^2 times as much). See convert/harm.py.
 router_weights    optional, of a calibrated store; layer -> expert: how many tokens of the text are routed to it, and 17
                   quantiles, from least to largest, of the router weights that they give it (zeros where there are none)
 """
