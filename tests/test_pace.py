@@ -24,7 +24,7 @@ def run(layers, experts, pass_s, expert_s, dense_s, done_layers=0, noise=0.0, gu
     total = {"pass": layers, "experts": layers * experts, "dense": dense}
     left = {"pass": layers - done_layers, "experts": (layers - done_layers) * experts, "dense": dense}
     pace = Pace(total, left, clock)
-    pace.guess["dense"] = guess * dense_s / dense
+    pace.guess("dense", guess * dense_s / dense)
     steps = []
     for layer in range(done_layers, layers):
         steps += [(layer, "pass", pass_s / 10, 0.0)] * 9 + [(layer, "pass", pass_s / 10, 1.0)]

@@ -222,14 +222,13 @@ class _Run:
         ahead = missing[-1].layer + 1 - passed if missing else 0
         total = {PASS: layers, EXPERTS: experts[0], DENSE: dense[0], CUT: kept}
         self.pace = Pace(total, {PASS: ahead, EXPERTS: experts[1], DENSE: dense[1], CUT: kept})
-        self.pace.guess[CUT] = COPIED
+        self.pace.guess(CUT, COPIED)
         with contextlib.suppress(ValueError):  # will be raised again where it can be explained
             largest = max(plan.dense, key=lambda tensor: tensor.nbytes)
-            rows, begin = itertools.islice(row_chunks(largest.shape), pool.count), time.monotonic()
-            nbytes = sum(
-                part.nbytes + rest.nbytes for part, rest in pool.map(functools.partial(self._dense_rows, largest), rows)
-            )
-            self.pace.guess[DENSE] = (time.monotonic() - begin) / nbytes
+            rows = itertools.islice(row_chunks(largest.shape), pool.count)
+            begin, tried = time.monotonic(), pool.map(functools.partial(self._dense_rows, largest), rows)
+            nbytes = sum(part.nbytes + rest.nbytes for part, rest in tried)
+            self.pace.guess(DENSE, (time.monotonic() - begin) / nbytes)
         self.pace.skip()
         return passed
 
@@ -260,6 +259,7 @@ class _Run:
     def _write_dense(self, path: Path, pool: Workers) -> Finished:
         with atomic_file(path) as file:
             writer = TensorWriter(file, [t.entry for t in self.plan.dense])
+            self.pace.skip()
             self._advance("dense weights", DENSE, writer.size)
             checksums = []
             for tensor in self.plan.dense:

@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable, Mapping
 
 
+RECENT = 0.1  # of the units of a kind: those so long ago count half, since other programs come and go
+GUESSED = 0.02  # of the units of a kind: what a guess counts beside those that were measured
+
+
 class Pace:
     """Measures the seconds that a unit of each kind of work takes, and counts what is left of it.
 
     total: units of each kind, with those that an earlier run did; left: those that this run has to do. Whoever finds
-    that more or less is left corrects `left`. `guess` stands for a rate until there is one; a kind that has neither is
-    not known, and so neither is the rest.
+    that more or less is left corrects `left`. A kind of which nothing was done or guessed is not known, and so neither
+    is the rest.
     """
 
     def __init__(
@@ -25,12 +29,16 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.left = dict(left)
-        self.guess: dict[str, float] = {}  # seconds for a unit
         self._total, self._clock, self._last = dict(total), clock, clock()
         self._seconds = dict.fromkeys(total, 0.0)
         self._units = dict.fromkeys(total, 0.0)
         self._open = dict.fromkeys(total, 0.0)  # seconds for a unit that is not done yet
         self._most = 0.0
+
+    def guess(self, kind: str, rate: float) -> None:
+        """A unit of a kind that is not begun yet may take so many seconds."""
+        self._units[kind] = GUESSED * self._total[kind]
+        self._seconds[kind] = rate * self._units[kind]
 
     def skip(self) -> None:
         """The time since the last call counts for nothing."""
@@ -42,13 +50,14 @@ class Pace:
         self._open[kind] += now - self._last
         self._last = now
         if units:
-            self._seconds[kind] += self._open[kind]
-            self._units[kind] += units
+            old = 0.5 ** (units / (RECENT * self._total[kind]))
+            self._seconds[kind] = old * self._seconds[kind] + self._open[kind]
+            self._units[kind] = old * self._units[kind] + units
             self._open[kind] = 0.0
             self.left[kind] = max(0.0, self.left[kind] - units)
 
     def _rate(self, kind: str) -> float | None:
-        return self._seconds[kind] / self._units[kind] if self._units[kind] else self.guess.get(kind)
+        return self._seconds[kind] / self._units[kind] if self._units[kind] else None
 
     @property
     def seconds_left(self) -> float | None:
