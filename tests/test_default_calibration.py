@@ -1,4 +1,4 @@
-"""What `moert convert SRC OUT` does without further options: calibrate, unless the text that comes along is of no use."""
+"""`moert convert SRC OUT` without further options calibrates, unless the text that comes along is of no use."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ def test_it_calibrates_by_itself(
 ) -> None:
     source, out = tiny_checkpoint("olmoe"), tmp_path / "out"
     said = run(capsys, source, out).splitlines()
+    text = f"{calibration.DEFAULT_TOKENS} tokens of the text that comes along"
     assert said[0] == (
-        f"Converting {source} (widths 2,3,4, groups of 64, dense 8 bits) into {out}, calibrated on"
-        f" {calibration.DEFAULT_TOKENS} tokens of the text that comes along (--fast: rounded, in a fraction of the time)."
+        f"Converting {source} (widths 2,3,4, groups of 64, dense 8 bits) into {out}, calibrated on {text} (--fast:"
+        " rounded, in a fraction of the time)."
     )
     store = StoredModel.open(out)
     assert store.layout.code == "trellis"
     assert store.meta.sensitivity is not None
-    text = calibration.tokens("default", calibration.read("default"), source, calibration.DEFAULT_TOKENS)
-    assert len(text.tokens) == calibration.DEFAULT_TOKENS
-    convert(source, tmp_path / "again", calibration=text, source_name=str(source))
+    some = calibration.tokens("default", calibration.read("default"), source, calibration.DEFAULT_TOKENS)
+    assert len(some.tokens) == calibration.DEFAULT_TOKENS
+    convert(source, tmp_path / "again", calibration=some, source_name=str(source))
     assert folder_bytes(tmp_path / "again") == folder_bytes(out)
     # Used as a checkpoint it becomes the same store, here and from Python.
     cached = resolve(source)
