@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-
 RECENT = 0.1  # of the units of a kind: those so long ago count half, since other programs come and go
 GUESSED = 0.02  # of the units of a kind: what a guess counts beside those that were measured
 
