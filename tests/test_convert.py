@@ -165,8 +165,6 @@ def test_progress_reaches_the_total_and_never_goes_back(tmp_path: Path) -> None:
     convert(make_checkpoint(tmp_path / "src"), tmp_path / "out", progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert [p.share for p in seen] == sorted(p.share for p in seen)
-    assert (seen[-1].share, seen[-1].seconds_left) == (1.0, 0.0)
-    assert all(p.seconds_left is not None for p in seen if "layer 2" in p.stage)
     files = (tmp_path / "out").glob("*.safetensors")
     assert seen[-1].done == seen[-1].total == sum(f.stat().st_size for f in files)
     assert {p.stage for p in seen} == {"dense weights", "experts of layer 1 of 2", "experts of layer 2 of 2"}

@@ -1,5 +1,5 @@
-"""Turn a Hugging Face checkpoint into a store, which can then be run. The checkpoint is only read. Experts are stored as
-the codes that do least harm to their outputs for a text; of a large model that takes hours, and with --fast minutes."""
+"""Turn a Hugging Face checkpoint into a store, which can then be run. The checkpoint is only read. Experts are stored
+as the codes that do least harm to their outputs for a text; of a large model that takes hours, with --fast minutes."""
 
 from __future__ import annotations
 
