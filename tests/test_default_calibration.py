@@ -12,7 +12,7 @@ import tokenizers
 from moert import LLM
 from moert.cli import main
 from moert.convert import calibration_text as calibration
-from moert.convert.convert import convert
+from moert.convert.convert import ConvertProgress, convert
 from moert.errors import UsageError
 from moert.hub.resolve import resolve
 from moert.models.stored_model import StoredModel
@@ -149,3 +149,15 @@ def test_a_limit_of_the_size_goes_by_the_same_calibration(
     assert cut.meta.quantiser == whole.meta.quantiser
     assert sum(len(data) for data in folder_bytes(cut.path).values()) <= limit
     assert cut.experts_with(2) < whole.experts_with(2)
+
+
+def test_the_progress_of_a_limited_conversion_ends_with_the_copies(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, seen = tiny_checkpoint("olmoe"), list[ConvertProgress]()
+    text = calibration.by_default(source, print)
+    whole = convert(source, tmp_path / "whole", calibration=text)
+    limit = sum(len(data) for data in folder_bytes(whole.path).values()) - 20_000
+    convert(source, tmp_path / "cut", calibration=text, max_size=limit, progress=seen.append)
+    copies = [p for p in seen if "kept" in p.stage]
+    assert [p.share for p in seen] == sorted(p.share for p in seen)
+    assert all(p.share < 1 for p in seen[: seen.index(copies[0])])
+    assert (copies[-1].share, copies[-1].seconds_left, copies[-1].done) == (1.0, 0.0, copies[-1].total)

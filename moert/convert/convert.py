@@ -164,7 +164,7 @@ class _Run:
 
     def cut(self, stage: str, done: int, total: int) -> None:
         """Report what is copied of the experts: `done` of `total` bytes."""
-        self.pace.left[CUT] = total - (done - self._cut)
+        self.pace.left[CUT] = total - self._cut
         self.pace.spend(CUT, done - self._cut)
         self._cut = done
         self._report(stage, done, total, 0)
