@@ -6,7 +6,7 @@
 
 The others (other_quantisers.py) are rounding, HQQ, bitsandbytes, the formats of llama.cpp and llm-compressor's GPTQ.
 Each quantises the expert matrices one by one; what they stand for is put into transformers' model, which computes in
-float32. All other weights are those of a STORE made without --calibrate (at 8 bits, if it has them so), which has to be
+float32. All other weights are those of a STORE made with --fast (at 8 bits, if it has them so), which has to be
 among them: a calibrated one has changed them to go with its own experts. Three kinds of rows: what `moert eval`
 measured of our runtime (--ours, may be several files), which also rounds the experts' inputs to 8 bits; the weights of
 each STORE at each width in transformers, as those of the others; and the others.
@@ -225,7 +225,7 @@ def main() -> None:
     else:
         stores = [StoredModel.open(path) for path in args.stores]
         if all(store.meta.quantiser != RoundToNearest.name for store in stores):
-            parser.error("name a STORE made without --calibrate too: the others' experts go with its dense weights")
+            parser.error("name a STORE made with --fast too: the others' experts go with its dense weights")
         measured = measure(args, stores)
         if args.others:
             args.others.write_text(json.dumps(measured, indent=1) + "\n")

@@ -45,11 +45,12 @@ class LLM:
     Requests that are made at the same time run together. A stream that is closed or dropped ends its request. An LLM
     that is closed, or was loaded before the process was forked, raises ClosedError.
 
-    model: a store, a checkpoint folder or a hub id (converted once into the cache folder); None is the model that
-    ships with the package. warm: begin with the experts in memory that were there when such a model was closed last.
-    offline: never use the network. on_status: is called with lines that say what was chosen; those that begin with
-    "warning:" deserve attention. The settings are keywords too, and are listed below; with `memory_budget="auto"` what
-    was planned for this machine is kept as `plan` (`moert.planning`).
+    model: a store, a checkpoint folder or a hub id (converted once into the cache folder, which takes hours for a large
+    model: `moert convert` shows its progress); None is the model that ships with the package. warm: begin with the
+    experts in memory that were there when such a model was closed last. offline: never use the network. on_status: is
+    called with lines that say what was chosen; those that begin with "warning:" deserve attention. The settings are
+    keywords too, and are listed below; with `memory_budget="auto"` what was planned for this machine is kept as `plan`
+    (`moert.planning`).
     Raises MoertError; see `moert.errors` for its kinds.
     """
 

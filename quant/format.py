@@ -76,6 +76,11 @@ def check_code(code: str, widths: Sequence[int]) -> None:
         raise ValueError(f"width {widths[-1]} is more than the {MAX_TRELLIS_WIDTH} bits of the trellis code")
 
 
+def calibrated_code(widths: Sequence[int]) -> str:
+    """Return the code that a calibrated conversion gives experts of these widths: trellis up to MAX_TRELLIS_WIDTH."""
+    return TRELLIS if widths[-1] <= MAX_TRELLIS_WIDTH else LINEAR
+
+
 def slice_planes(widths: Sequence[int], index: int, code: str = LINEAR) -> tuple[int, ...]:
     """Bits of each plane of slice `index`, most significant plane first."""
     bits = widths[index] - (widths[index - 1] if index else 0)

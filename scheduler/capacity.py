@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import zip_longest
 
-SCALE_BITS = 16 / 64  # one fp16 scale for each group of 64 weights, in every slice
+SCALE_BITS = 16 / 64  # one fp16 scale for each group of 64 weights, in every slice of the linear code
+MAX_TRELLIS_WIDTH = 6  # as in quant/format.py: stores up to there have one scale for a row, which is next to nothing
 
 
 def slots_for(
@@ -34,9 +35,10 @@ def slots_for(
 def slice_sizes(expert_bytes: int, widths: Sequence[int]) -> tuple[int, ...]:
     """Bytes of the slices of an expert that takes `expert_bytes` at the widest of `widths`.
 
-    The slices of widths 2, 3, 4 have 2.25, 1.25 and 1.25 bits per weight; their sum, 4.75, takes `expert_bytes`.
+    As a conversion divides them that was asked for nothing else: those of widths 2, 3, 4 are to each other as 2, 1, 1.
     """
-    bits = [SCALE_BITS + b - before for before, b in zip([0, *widths], widths, strict=False)]
+    scale = 0 if widths[-1] <= MAX_TRELLIS_WIDTH else SCALE_BITS
+    bits = [scale + b - before for before, b in zip([0, *widths], widths, strict=False)]
     ends = [round(expert_bytes * sum(bits[: i + 1]) / sum(bits)) for i in range(len(bits))]
     return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
 

@@ -315,7 +315,7 @@ def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter |
         if router is None:
             raise ValueError(
                 f"precision {text} needs to know how sensitive each expert is, which this store does not say; convert"
-                f" the checkpoint with --calibrate default, or use fixed:B with B one of {stored}"
+                f" the checkpoint again, without --fast, or use fixed:B with B one of {stored}"
             )
         mean = float(match[3]) if match[3] else sum(widths) / len(widths)
         try:

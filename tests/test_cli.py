@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from moert.cli import common, main, progress
 from moert.cli.options import Parser, add_settings, settings_of
 from moert.cli.status import Status
 from moert.config import EngineConfig
+from moert.convert.convert import ConvertProgress
 from moert.errors import BudgetError, StoreError, UsageError
 from moert.hub import resolve as source
 
@@ -260,8 +262,8 @@ def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     def convert(src: Path, out: Path, **options: Any) -> object:
         calls.append((src, out, options))
-        for done in (0, 50, 100):
-            options["progress"](SimpleNamespace(stage="experts", done=done, total=100, resumed=0))
+        for done, left in ((0, None), (25, 9000.0), (50, 480.0), (75, 29.7), (100, 0.0)):
+            options["progress"](ConvertProgress("experts", done, 100, 0, done / 200, left))
         out.mkdir()
         (out / "moert.json").write_bytes(bytes(2048))
         return SimpleNamespace(path=out)
@@ -270,9 +272,12 @@ def test_convert(moert: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "config.json").write_text("{}")
-    result = moert("convert", str(tmp_path / "src"), str(tmp_path / "out"), "--widths", "2,4", "--resume")
+    result = moert("convert", str(tmp_path / "src"), str(tmp_path / "out"), "--widths", "2,4", "--resume", "--fast")
     assert (result.code, result.out) == (0, "")
-    assert "experts: 50 B of 100 B (50%)" in result.err
+    assert f"(widths 2,4, groups of 64, dense 8 bits) into {tmp_path / 'out'}, rounded." in result.err
+    assert re.findall(r"experts: (.*)", result.err) == [
+        *("0%", "12%, 2.5 h left", "25%, 8 min left", "38%, 30 s left", "50%, 0 s left"),
+    ]
     assert "Done: 2.0 KiB" in result.err
     options = calls[0][2]
     assert (options["widths"], options["group_size"], options["dense_bits"], options["resume"]) == ((2, 4), 64, 8, True)
@@ -293,8 +298,11 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     with progress.conversion_progress(status) as report:
         assert report is not None
         for done in (10, 20):
-            report(SimpleNamespace(stage="experts", done=done, total=100, resumed=5))  # type: ignore[arg-type]
-    assert "experts" in capsys.readouterr().err
+            report(ConvertProgress("experts", done, 100, 5, share=0.07, seconds_left=600.0))
+    shown = capsys.readouterr().err
+    assert "experts" in shown
+    assert "7%" in shown
+    assert "10 min left" in shown
     with progress.conversion_progress(Status(quiet=True)) as report:
         assert report is None
 
@@ -346,7 +354,7 @@ def test_from_checkpoint_to_chat(moert: Program, tiny_checkpoint: Callable[..., 
     assert facts["disk_bytes"] == sum(f.stat().st_size for f in Path(store).iterdir())
     shown = moert("info", "-m", store).out
     assert "bits per weight" in shown
-    assert "error of each width on Gaussian weights" in facts["elastic_precision"]
+    assert "the error that was measured for each expert" in facts["elastic_precision"]
     assert f"{sum(sizes):,}" in shown
 
     options = ("-m", store, "--seed", "3", "-n", "6", "--ignore-eos", "-p", "Hello")
@@ -366,6 +374,13 @@ def test_from_checkpoint_to_chat(moert: Program, tiny_checkpoint: Callable[..., 
     assert moert("generate", "-m", store, "-p", "x", "--memory-budget", "1MiB").code == 2
     assert moert("chat", "-m", store, "--memory-budget", "lots", stdin="x").code == 2
     assert moert("generate", "-m", store, "-p", "Hello " * 500).code == 2
+
+    rounded = str(tmp_path / "rounded")
+    assert moert("convert", checkpoint, rounded, "-q", "--fast") == (0, "", "")
+    facts = json.loads(moert("info", "-m", rounded, "--json").out)
+    assert facts["quantiser"] == "round-to-nearest"
+    assert facts["routed_precision"] == "not possible: the experts are rounded"
+    assert "error of each width on Gaussian weights" in facts["elastic_precision"]
 
 
 def test_a_checkpoint_is_converted_when_it_is_first_used(moert: Program, tiny_checkpoint: Callable[..., Path]) -> None:

@@ -113,7 +113,7 @@ def test_a_gpu_beside_the_cpu_is_shown_with_what_each_does_alone(trace, capsys):
         (["--expert-budget", "8MiB", "--sweep", "expert-budget=1GiB:2GiB"], "either --expert-budget or --sweep"),
         (["--expert-budget", "8 apples"], "is not a size"),
         (["--expert-budget", "1KiB"], "holds not one expert; 1048576 bytes would"),
-        (["--expert-budget", "500KiB", "--precision", "fixed:2"], "holds no whole expert"),
+        (["--expert-budget", "600KiB", "--precision", "fixed:2"], "holds no whole expert"),
         (["--sweep", "disk=1GB:2GB"], "is not of the form expert-budget=1GiB:8GiB"),
         (["--sweep", "expert-budget=8GiB:1GiB"], "the last size is below the first"),
         (

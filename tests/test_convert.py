@@ -164,6 +164,7 @@ def test_progress_reaches_the_total_and_never_goes_back(tmp_path: Path) -> None:
     seen: list[ConvertProgress] = []
     convert(make_checkpoint(tmp_path / "src"), tmp_path / "out", progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert [p.share for p in seen] == sorted(p.share for p in seen)
     files = (tmp_path / "out").glob("*.safetensors")
     assert seen[-1].done == seen[-1].total == sum(f.stat().st_size for f in files)
     assert {p.stage for p in seen} == {"dense weights", "experts of layer 1 of 2", "experts of layer 2 of 2"}
@@ -249,6 +250,7 @@ def test_interrupted_conversion_resumes_to_the_same_bytes(tmp_path: Path) -> Non
     convert(source, out, resume=True, progress=seen.append)
     assert {p.stage for p in seen} == {"experts of layer 2 of 2", "dense weights"}
     assert 0 < seen[0].resumed < seen[0].done
+    assert (seen[-1].share, seen[-1].seconds_left) == (1.0, 0.0)
     assert folder_bytes(out) == folder_bytes(tmp_path / "reference")
     assert not (tmp_path / "out.partial").exists()
 

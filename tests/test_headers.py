@@ -38,10 +38,13 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOERT_CACHE", str(tmp_path / "cache"))
 
 
-def packed(rows: int, cols: int, bits: int) -> int:
-    """Bytes of a matrix at so many bits: rows in tiles of 16, columns in groups of 64 with a scale of 16 bits each."""
+def packed(rows: int, cols: int, bits: int, trellis: bool = False) -> int:
+    """Bytes of a matrix at so many bits: rows in tiles of 16, columns in groups of 64, with a scale of 16 bits for each
+    group, or in the trellis code one for each row.
+    """
     tiles, groups = math.ceil(rows / 16), math.ceil(cols / 64)
-    return tiles * 16 * groups * 64 * bits // 8 + math.ceil(tiles * groups * 16 * 2 / 64) * 64
+    scales = tiles * 16 * (1 if trellis else groups)
+    return tiles * 16 * groups * 64 * bits // 8 + math.ceil(scales * 2 / 64) * 64
 
 
 def is_router(name: str) -> bool:
@@ -68,7 +71,7 @@ def check(shape: ModelShape, model: torch.nn.Module) -> None:
     assert shape.embedding_bytes == ends.pop("model.embed_tokens.weight")
     assert shape.head_bytes == sum(ends.values())
     D, F = shape.hidden_size, shape.expert_inner
-    slices = [2 * (packed(F, D, bits)) + packed(D, F, bits) for bits in (2, 1, 1)]
+    slices = [2 * packed(F, D, bits, trellis=True) + packed(D, F, bits, trellis=True) for bits in (2, 1, 1)]
     for size, exact in zip(shape.slice_bytes, slices, strict=True):
         assert size % 4096 == 0
         assert exact <= size < exact + 4096 + 2 * 2 * (2 * F + D) * (shape.model_type == "gpt_oss")

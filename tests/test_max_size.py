@@ -198,8 +198,10 @@ def test_a_limit_that_nothing_fits_is_refused_with_the_least(source, tmp_path):
 
 
 def test_a_limit_needs_a_calibration(source, tmp_path):
-    with pytest.raises(UsageError, match="which experts matter: add --calibrate default"):
-        main.main(["convert", str(source), str(tmp_path / "out"), "--max-size", "1MiB"])
+    with pytest.raises(UsageError, match="--fast does without the calibration that --max-size goes by"):
+        main.main(["convert", str(source), str(tmp_path / "out"), "--max-size", "1MiB", "--fast"])
+    with pytest.raises(UsageError, match="of 16 bits there is one only"):
+        main.main(["convert", str(source), str(tmp_path / "out"), "--max-size", "1MiB", "--widths", "16"])
     with pytest.raises(UsageError, match="max-size 'much' is not a size"):
         main.main(["convert", str(source), str(tmp_path / "out"), "--max-size", "much"])
     with pytest.raises(UsageError, match="which experts matter"):

@@ -149,7 +149,7 @@ def test_what_is_asked_for_is_read():
         (
             "routed",
             None,
-            "which this store does not say; convert the checkpoint with --calibrate default, or use fixed",
+            "which this store does not say; convert the checkpoint again, without --fast, or use fixed",
         ),
         ("routed:4.1", router(), "precision routed:4.1 asks for a mean width .* it can have 2 to 4$"),
         ("routed:1.9", router(), "it can have 2 to 4$"),

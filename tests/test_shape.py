@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moert.convert.calibration import CalibrationText
 from moert.convert.convert import convert
 from moert.engine.needs import needs_of
 from moert.hub.resolve import Conversion
@@ -25,26 +26,38 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "widths", "group_size", "dense_bits", "over"),
+    ("family", "widths", "group_size", "dense_bits", "calibrated", "over"),
     [
-        ("qwen3_moe", (2, 3, 4), 64, 8, {"mlp_only_layers": [1]}),
-        ("qwen2_moe", (2, 3, 4), 32, 4, {}),
-        ("mixtral", (3, 8), 128, 6, {}),
-        ("olmoe", (16,), 64, 16, {"tie_word_embeddings": True}),
+        ("qwen3_moe", (2, 3, 4), 64, 8, False, {"mlp_only_layers": [1]}),
+        ("qwen3_moe", (2, 3, 4), 64, 8, True, {"mlp_only_layers": [1]}),
+        ("qwen2_moe", (2, 3, 4), 32, 4, False, {}),
+        ("qwen2_moe", (2, 6), 32, 4, True, {}),
+        ("mixtral", (3, 8), 128, 6, False, {}),
+        ("mixtral", (3, 8), 128, 6, True, {}),
+        ("olmoe", (16,), 64, 16, False, {"tie_word_embeddings": True}),
     ],
 )
 def test_a_checkpoint_has_the_sizes_of_the_store_that_is_made_of_it(
-    tmp_path: Path, family: str, widths: Sequence[int], group_size: int, dense_bits: int, over: dict[str, object]
+    tmp_path: Path,
+    family: str,
+    widths: Sequence[int],
+    group_size: int,
+    dense_bits: int,
+    calibrated: bool,
+    over: dict[str, object],
 ) -> None:
     folder = make_checkpoint(tmp_path / "tiny", family, **over)
-    settings = Conversion(tuple(widths), group_size, dense_bits)
-    store = convert(folder, tmp_path / "store", widths=widths, group_size=group_size, dense_bits=dense_bits)
+    settings = Conversion(tuple(widths), group_size, dense_bits, fast=not calibrated)
+    text = CalibrationText("numbers", tuple(range(3, 40)) * 3) if calibrated else None
+    sizes = {"widths": widths, "group_size": group_size, "dense_bits": dense_bits}
+    store = convert(folder, tmp_path / "store", calibration=text, **sizes)
+    assert store.layout.code == ("trellis" if calibrated and widths[-1] <= 6 else "linear")
     expected = read_shape(folder, settings)
     found = read_shape(store.path, settings)
     assert (found.origin, expected.origin) == ("store", "checkpoint folder")
     for shape in (found, expected):
         assert shape.runnable
-        assert not shape.calibrated
+        assert shape.calibrated == calibrated
         assert shape.slice_bytes == store.layout.slice_sizes
         assert shape.resident_bytes == store.dense_bytes
         files = [path.stat().st_size for path in store.path.glob("*.safetensors")]
@@ -59,14 +72,12 @@ def test_a_checkpoint_has_the_sizes_of_the_store_that_is_made_of_it(
             own = [tensor for name, tensor in dense.items() if name.startswith(f"model.layers.{layer}.")]
             parts = [part for x in own for part in (x.slices if isinstance(x, PackedMatrix) else [x])]
             assert size == sum(part.nbytes for part in parts)
-    assert {k: v for k, v in vars(found).items() if k not in ("name", "origin")} == {
-        k: v for k, v in vars(expected).items() if k not in ("name", "origin")
+    assert {k: v for k, v in vars(found).items() if k not in ("name", "origin", "router")} == {
+        k: v for k, v in vars(expected).items() if k not in ("name", "origin", "router")
     }
 
 
 def test_a_store_that_was_cut_to_a_size(calibrated: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
-    from moert.convert.calibration import CalibrationText
-
     limit = sum(path.stat().st_size for path in calibrated.iterdir()) - 100_000
     text = CalibrationText("numbers", tuple(range(3, 203)))
     store = convert(tiny_checkpoint("qwen3_moe"), tmp_path / "cut", group_size=32, calibration=text, max_size=limit)

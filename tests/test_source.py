@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from moert.convert import calibration_text
 from moert.errors import CheckpointError, MoertError, StoreError, UnsupportedModelError, UsageError
 from moert.hub import resolve as source
 
@@ -28,6 +30,7 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[st
         (out / "moert.json").write_text("{}")
 
     monkeypatch.setitem(sys.modules, "moert.convert.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
+    monkeypatch.setattr(calibration_text, "by_default", lambda checkpoint, say: "the text that comes along")
     return calls
 
 
@@ -43,6 +46,8 @@ def test_a_store_is_itself(tmp_path: Path, conversions: list[dict[str, object]])
     assert source.resolve(str(tmp_path)) == tmp_path
     with pytest.raises(UsageError, match="converted already"):
         source.resolve(str(tmp_path), widths=(2, 4))
+    with pytest.raises(UsageError, match="--fast have no effect"):
+        source.resolve(str(tmp_path), fast=True)
     with pytest.raises(UsageError, match="is a store already"):
         source.checkpoint(str(tmp_path))
     assert not conversions
@@ -57,15 +62,43 @@ def test_a_checkpoint_is_converted_once_for_its_settings(tmp_path: Path, convers
     assert first.name.startswith("tiny-w2.3.4-")
     assert len(said) == 1
     assert "once" in said[0]
-    assert str(first) in said[0]
+    assert f"{first}, calibrated on {calibration_text.DEFAULT_TOKENS} tokens of the text that comes along" in said[0]
+    assert conversions[0]["calibration"] == "the text that comes along"
     assert conversions[0]["resume"] is True
     assert source.resolve(folder, on_status=said.append, offline=True) == first
     assert source.find(folder, source.Conversion()) == first
     assert len(conversions) == len(said) == 1
     assert source.resolve(folder, widths=(16,), dense_bits=16) != first
     assert (conversions[1]["widths"], conversions[1]["dense_bits"], conversions[1]["group_size"]) == ((16,), 16, 64)
+    assert conversions[1]["calibration"] is None  # there is nothing to choose
     os.utime(folder / "model.safetensors", (1, 1))  # another file of the same size
     assert source.resolve(folder) != first
+
+
+def test_rounded_and_calibrated_stores_are_not_mixed_up(
+    tmp_path: Path, conversions: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "tiny")
+    # The name that a rounded conversion had before there were others.
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+    text = json.dumps([[str(folder.resolve()), files], [[2, 3, 4], 64, 8]])
+    old = tmp_path / "cache" / f"tiny-w2.3.4-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    old.mkdir(parents=True)
+    (old / "moert.json").write_text("{}")
+    said: list[str] = []
+    assert source.resolve(folder, fast=True, on_status=said.append) == old
+    assert not said
+    calibrated = source.resolve(folder, on_status=said.append)
+    assert calibrated != old
+    assert [call["out"] for call in conversions] == [calibrated]
+    monkeypatch.setattr(calibration_text, "DEFAULT_TOKENS", 8192)
+    assert source.resolve(folder, on_status=said.append) not in (old, calibrated)
+    assert "8192 tokens" in said[-1]
+    other = source.resolve(folder, fast=True, widths=(2, 4), on_status=said.append)
+    assert said[-1].endswith(f"{other}, rounded.")
+    assert conversions[-1]["calibration"] is None
+    lossless = [source.cached_store(folder, source.Conversion((16,), fast=fast)) for fast in (False, True)]
+    assert lossless[0] == lossless[1]
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

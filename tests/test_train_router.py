@@ -179,7 +179,7 @@ def test_what_cannot_be_trained_is_said(moert, calibrated, store, tmp_path, monk
         return result.code, result.err
 
     assert train(store(), lossless)[0] == 2
-    assert "convert the checkpoint with --calibrate default" in train(store(), lossless)[1]
+    assert "convert the checkpoint again, without --fast" in train(store(), lossless)[1]
     assert "is not lossless, so --against cannot be it" in train(calibrated, store())[1]
     assert "is not a store: make one with moert convert" in train(tmp_path, lossless)[1]
     assert "--steps must be at least 1" in train(calibrated, lossless, "--steps", "0")[1]

@@ -92,8 +92,9 @@ class Checkpoint:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         result = torch.empty(shape, dtype=dtype)
         try:
-            with opened(info.file) as fd:
-                got = read_into(fd, as_bytes(result), info.offset + start * row_bytes)
+            offset = info.offset + start * row_bytes
+            with opened(info.file, offset, max(1, result.nbytes)) as fd:
+                got = read_into(fd, as_bytes(result), offset)
         except OSError as error:
             raise CheckpointError(f"Cannot read {info.file}: {error.strerror}.") from error
         if got != (stop - start) * row_bytes:

@@ -79,6 +79,17 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         choices=(4, 6, 8, 16),
         help="bits of all other large matrices (default 8; with 4, embedding and head keep 6)",
     )
+    group.add_argument(
+        "--fast",
+        action="store_true",
+        help="round the experts instead of calibrating them on a text: for a first try, in a fraction of the time; much"
+        " worse at low widths, and without --precision routed",
+    )
+
+
+def conversion_of(args: argparse.Namespace) -> source.Conversion:
+    """Read what `add_conversion_options` added."""
+    return source.Conversion.of(args.widths, args.group_size, args.dense_bits, args.fast)
 
 
 def add_status_options(parser: argparse.ArgumentParser, details: bool = False) -> None:
@@ -171,6 +182,7 @@ def resolve_model(args: argparse.Namespace, status: Status) -> Path:
             widths=args.widths,
             group_size=args.group_size,
             dense_bits=args.dense_bits,
+            fast=args.fast,
             on_status=status.say if args.model else status.detail,
             progress=progress,
         )

@@ -1,4 +1,5 @@
-"""Turn a Hugging Face checkpoint into a store, which can then be run. The checkpoint is only read."""
+"""Turn a Hugging Face checkpoint into a store, which can then be run. The checkpoint is only read. Experts are stored
+as the codes that do least harm to their outputs for a text; of a large model that takes hours, with --fast minutes."""
 
 from __future__ import annotations
 
@@ -25,32 +26,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="TEXT",
-        help="choose codes by their effect on the outputs for a text file; `default` takes one that comes along",
+        help="choose codes by their effect on the outputs for this text file, of which up to"
+        f" {calibration.MOST_TOKENS} tokens are used; `default`: a text that comes along, of which"
+        f" {calibration.DEFAULT_TOKENS} tokens are used where neither --calibrate nor --fast is given",
     )
     parser.add_argument(
         "--max-size",
         metavar="SIZE",
-        help="size of the store at most, such as 9GiB: experts keep the widths that lower the errors most, as measured"
-        " by --calibrate (during the conversion the disk holds all widths)",
+        help="size of the store at most, such as 9GiB: experts keep the widths that lower the errors most, as the"
+        " calibration measures it (during the conversion the disk holds all widths)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
     status = Status.of(args)
-    settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
+    settings = common.conversion_of(args)
+    if args.fast and (args.calibrate is not None or args.max_size is not None):
+        other = "--max-size goes by" if args.calibrate is None else "--calibrate asks for"
+        raise UsageError(f"--fast does without the calibration that {other}: leave one of the two out.")
     if os.path.lexists(args.out):  # said before a download, not after it
         raise StoreError(f"{args.out} exists already: delete it or choose another name.")
     max_size = None if args.max_size is None else parse_bytes(args.max_size, "max-size")
-    if max_size is not None and args.calibrate is None:
-        raise UsageError("--max-size needs to know which experts matter: add --calibrate default.")
     content = calibration.read(args.calibrate) if args.calibrate is not None else None
     folder = source.checkpoint(args.src, offline=args.offline, on_status=status.say)
-    status.say(f"Converting {args.src} ({settings}) into {args.out}.")
+    status.say(f"Converting {args.src} ({settings}) into {args.out}{settings.how(args.calibrate)}.")
     with status.spinner("Starting"):
         from moert.convert.convert import convert  # loads torch
 
         common.check_kernel()
-        text = calibration.tokens(args.calibrate, content, folder) if content is not None else None
+        text = None
+        if content is not None:
+            text = calibration.tokens(args.calibrate, content, folder)
+        elif settings.calibrated:
+            text = calibration.by_default(folder, status.say)
     with conversion_progress(status) as progress:
         store = convert(
             folder,

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     status = Status.of(args)
-    settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
+    settings = common.conversion_of(args)
     store_path = source.find(args.model, settings)
     if store_path is None:
         source.checkpoint(args.model, offline=True)  # says what is wrong with the name, if anything is
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
 def _routed(store: StoredModel) -> str:
     """Describe what `--precision routed` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
-        return "not possible: converted without --calibrate"
+        return "not possible: the experts are rounded"
     trained = store.trained_router()
     return "thresholds on the router's weights" if trained is None else f"trained bit router: {trained.about}"
 
@@ -68,7 +68,7 @@ def _routed(store: StoredModel) -> str:
 def _elastic(store: StoredModel) -> str:
     """Describe what the bound of `--precision elastic` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
-        return "by the error of each width on Gaussian weights: converted without --calibrate"
+        return "by the error of each width on Gaussian weights: the experts are rounded"
     return "by the error that was measured for each expert"
 
 

@@ -17,7 +17,6 @@ from moert.cli.status import Status
 from moert.config import format_bytes, parse_budget
 from moert.errors import BudgetError, UsageError
 from moert.hardware.devices import device_or_this, devices
-from moert.hub import resolve as source
 
 if TYPE_CHECKING:
     from moert.planning import Choice, Prediction
@@ -131,7 +130,7 @@ def _budgets(args: argparse.Namespace) -> list[int | None]:
 def _shape(args: argparse.Namespace, status: Status) -> ModelShape:
     from moert.planning.model_shape import read_shape
 
-    settings = source.Conversion.of(args.widths, args.group_size, args.dense_bits)
+    settings = common.conversion_of(args)
     return read_shape(args.model, settings, offline=args.offline, on_status=status.say)
 
 
@@ -165,7 +164,7 @@ def _assumed(
     yield f"routing: {routes.about}"
     yield f"quality: {_quality_note(shape)}"
     if not shape.calibrated and shape.widths[-1] < 16:
-        yield "note: converted with rounding; --calibrate makes narrow widths better and routed:B possible."
+        yield "note: the experts are rounded; without --fast narrow widths are better, and routed:B is possible."
     yield f"prompt: {args.prompt_tokens} tokens, starting with no expert in memory; prefill: 512 tokens once it is warm"
 
 

@@ -44,7 +44,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--name must not be empty.")
     if args.model is not None and args.disk is not None:
         raise UsageError("Give either -m or --disk, since each names the disk to measure.")
-    store = None if args.model is None else find(args.model, Conversion())
+    store = None
+    if args.model is not None:
+        store = find(args.model, Conversion()) or find(args.model, Conversion(fast=True))
     if args.model is not None and store is None:
         raise UsageError(f"{args.model} is neither a store nor converted yet: run moert convert first.")
     with status.spinner("Loading moert"):

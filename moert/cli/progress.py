@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from moert.config import format_bytes
-
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -21,17 +19,15 @@ PLAIN_SECONDS = 5.0  # between lines of progress where there is no terminal
 class _Plain:
     def __init__(self, status: Status) -> None:
         self._status = status
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
 
     def __call__(self, p: ConvertProgress) -> None:
         now = time.monotonic()
         if now - self._last < PLAIN_SECONDS and p.done < p.total:
             return
         self._last = now
-        speed = (p.done - p.resumed) / max(now - self._start, 1e-9)
-        left = f", {(p.total - p.done) / speed:.0f} s left" if speed > 0 else ""
-        done = f"{format_bytes(p.done)} of {format_bytes(p.total)} ({p.done / max(p.total, 1):.0%})"
-        self._status.say(f"{p.stage}: {done}, {format_bytes(round(speed))}/s{left}")
+        left = _left(p)
+        self._status.say(f"{p.stage}: {p.share:.0%}" + (left and f", {left}"))
 
 
 class _Bar:
@@ -43,8 +39,18 @@ class _Bar:
     def __call__(self, p: ConvertProgress) -> None:
         if not self._bar.task_ids:
             self._bar.start()
-            self._bar.add_task(p.stage, total=p.total, completed=p.resumed)
-        self._bar.update(self._bar.task_ids[0], description=p.stage, total=p.total, completed=p.done)
+            self._bar.add_task(p.stage, total=1.0, left="")
+        self._bar.update(self._bar.task_ids[0], description=p.stage, completed=p.share, left=_left(p))
+
+
+def _left(p: ConvertProgress) -> str:
+    """Say how long it will take, as exactly as that is known; nothing where it is not."""
+    seconds = p.seconds_left
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h left"
 
 
 @contextlib.contextmanager
@@ -55,11 +61,12 @@ def conversion_progress(status: Status) -> Iterator[Callable[[ConvertProgress], 
     elif not status.live:
         yield _Plain(status)
     else:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as Speed
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), Speed())
-        bar = Progress(*columns, TimeRemainingColumn(), console=status.console)
+        left = TextColumn("{task.fields[left]}")
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), left, console=status.console
+        )
         try:
             yield _Bar(bar)
         finally:

@@ -12,7 +12,7 @@ from moert.convert import calibration_text as calibration
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", metavar="STORE", help="a store made with --calibrate")
+    parser.add_argument("-m", "--model", metavar="STORE", help="a calibrated store")
     training.add_options(parser, "router", steps=200, of="windows of 512 tokens", minutes=10)
 
 

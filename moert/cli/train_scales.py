@@ -15,7 +15,7 @@ MOST_TOKENS = 1 << 22  # of a longer text windows at even distances are used
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", metavar="STORE", help="a store of 2 to 8 bits, best made with --calibrate")
+    parser.add_argument("-m", "--model", metavar="STORE", help="a store of 2 to 8 bits, best a calibrated one")
     parser.add_argument("--out", metavar="STORE", type=Path, help="folder to make; must not exist")
     training.add_options(parser, "scales", steps=600, of="4 windows of 512 tokens each, at one precision", minutes=60)
 

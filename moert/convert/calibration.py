@@ -41,7 +41,7 @@ from moert.models.kv_cache import KVCache
 from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate, trellis_search
-from moert.quant.format import LINEAR, MAX_TRELLIS_WIDTH, TRELLIS, ExpertLayout
+from moert.quant.format import TRELLIS, ExpertLayout, calibrated_code
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.store.fileio import atomic_file
 from moert.store.meta import QUANTILES
@@ -97,7 +97,7 @@ class Calibrated:
         self._errors: dict[int, list[float]] = {}  # expert -> its sensitivity at each width
 
     def code(self, widths: Sequence[int]) -> str:
-        self._code = TRELLIS if widths[-1] <= MAX_TRELLIS_WIDTH else LINEAR
+        self._code = calibrated_code(widths)
         return self._code
 
     def begin(self, folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""The text of `moert convert --calibrate`: a file of the user's, or the one that comes with the package, as tokens."""
+"""The text that a conversion is calibrated on: a file of the user's, or the one that comes with the package."""
 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 DEFAULT_FILE = Path(__file__).with_name("calibration.txt")
 LEAST_TOKENS, MOST_TOKENS = 2048, 65536
+DEFAULT_TOKENS = 4096  # of the text that comes along, where no text is asked for
 WINDOW = 512
 
 
@@ -37,14 +40,40 @@ def tokens(text: str, content: str, checkpoint: Path, most: int = MOST_TOKENS) -
     Of a long text windows are taken at even distances, `most` tokens in all. Raises UsageError for a text that has too
     few tokens, StoreError for the tokenizer.
     """
-    from moert.convert.calibration import CalibrationText  # loads torch
-
     ids = Tokenizer(checkpoint).encode(content, add_special_tokens=False)
     if len(ids) < LEAST_TOKENS:
         raise UsageError(
             f"The calibration text {text} has {len(ids)} tokens, but at least {LEAST_TOKENS} are needed:"
             " name a longer one, or use --calibrate default."
         )
+    return _chosen(text, ids, most)
+
+
+def by_default(checkpoint: Path, say: Callable[[str], None]) -> CalibrationText | None:
+    """Return the text for a conversion that names none, DEFAULT_TOKENS of the one that comes along.
+
+    None where that is of no use with the checkpoint's tokenizer, so that its weights have to be rounded: `say` is told
+    in a line. Raises CheckpointError and UnsupportedModelError for the checkpoint, StoreError for the tokenizer.
+    """
+    from moert.convert.source_model import SourceModel  # loads torch
+
+    known = SourceModel.open(checkpoint).architecture.vocab_size
+    ids = Tokenizer(checkpoint).encode(read(DEFAULT), add_special_tokens=False)
+    if len(ids) < LEAST_TOKENS:
+        why = f"it has {len(ids)} tokens for this model, and {LEAST_TOKENS} are needed"
+    elif max(ids) >= known:
+        why = f"it has tokens beyond the {known} that this model knows"
+    elif 2 * Counter(ids).most_common(1)[0][1] > len(ids):
+        why = "for this model most of it is one and the same token"
+    else:
+        return _chosen(DEFAULT, ids, DEFAULT_TOKENS)
+    say(f"The text that comes along cannot be used: {why}. The weights are rounded instead, as with --fast.")
+    return None
+
+
+def _chosen(text: str, ids: Sequence[int], most: int) -> CalibrationText:
+    from moert.convert.calibration import CalibrationText  # loads torch
+
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
     count = min(len(windows), most // WINDOW)
     chosen = [token for i in range(count) for token in windows[i * len(windows) // count]]

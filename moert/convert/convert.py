@@ -7,10 +7,13 @@ experts are quantised and measured before it is known what is kept of them, whic
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from moert.convert import prune
 from moert.convert.calibration import Calibrated, CalibrationText
+from moert.convert.pace import Pace
 from moert.convert.parallel import Workers, workers
 from moert.convert.partial import Finished, Partial
 from moert.convert.plan import ConversionPlan, check_settings
@@ -35,15 +39,25 @@ from moert.store.layout import CONFIG_FILE, DENSE_FILE, TOKENIZER_FILE, DenseTen
 from moert.store.meta import CopiedFile
 from moert.store.writer import TensorWriter, file_checksum
 
+# Kinds of work: layers that a text passes through, bytes that are written, and bytes that are copied to cut a store
+PASS, EXPERTS, DENSE, CUT = "pass", "experts", "dense", "cut"
+COPIED = 2e-9  # seconds for a byte that is copied, before one was
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertProgress:
-    """`done` of `total` bytes; `resumed` of them were there before this run began."""
+    """`done` of `total` bytes; `resumed` of them were there before this run began.
+
+    share: of the time that all of it takes, 0 to 1. seconds_left: None before there is anything to go by. Bytes say
+    little of either: see `Pace`.
+    """
 
     stage: str
     done: int
     total: int
     resumed: int
+    share: float = 0.0
+    seconds_left: float | None = None
 
 
 def convert(
@@ -83,9 +97,14 @@ def convert(
         raise StoreError(f"{out} lies inside the checkpoint, which is never written to: choose another folder.")
     if calibration is not None and checked == (RAW_WIDTH,):
         raise UsageError("Calibration has no effect on experts that are kept as they are: choose widths from 2 to 8.")
+    if max_size is not None and checked == (RAW_WIDTH,):
+        raise UsageError("Under a limit of the size experts keep fewer widths, but of 16 bits there is one only.")
     if max_size is not None and calibration is None:
-        raise UsageError("A limit of the size needs to know which experts matter: add --calibrate default.")
+        raise UsageError("A limit of the size needs to know which experts matter: give a text with --calibrate.")
     model = SourceModel.open(source)
+    known = model.architecture.vocab_size
+    if calibration is not None and max(calibration.tokens, default=0) >= known:
+        raise UsageError(f"The calibration text has tokens beyond the {known} that the model knows: name another one.")
     warnings = check_side_files(source, model.architecture.vocab_size)
     if calibration is not None:
         quantiser = Calibrated(model, calibration)
@@ -106,7 +125,7 @@ def convert(
             kept = None
             if plan.cut:
                 kept, allocation = plan.allocate(prune.measured(plan, partial.finished))
-                prune.prune(plan, partial, kept, run.report)
+                prune.prune(plan, partial, kept, run.cut)
                 how_good = f"at most {allocation.gap:.2%} above the least" if allocation.gap else "the least possible"
                 said.append(f"The error that is expected of this is {how_good}.")
             copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}
@@ -130,14 +149,25 @@ class _Run:
         self.plan, self.quantiser, self.out, self.progress = plan, quantiser, out, progress
         self.done = self.resumed = self.kept = 0  # bytes written, there before this run, and in finished files
         self.total = plan.total_bytes
+        self.pace = Pace({}, {})
+        self._cut = 0
 
-    def report(self, stage: str, done: int, total: int, resumed: int = 0) -> None:
+    def _report(self, stage: str, done: int, total: int, resumed: int) -> None:
         if self.progress is not None:
-            self.progress(ConvertProgress(stage, min(done, total), total, resumed))
+            pace = self.pace
+            self.progress(ConvertProgress(stage, min(done, total), total, resumed, pace.share, pace.seconds_left))
 
-    def _advance(self, stage: str, nbytes: int) -> None:
+    def _advance(self, stage: str, kind: str, nbytes: int) -> None:
         self.done += nbytes
-        self.report(stage, self.done, self.total, self.resumed)
+        self.pace.spend(kind, nbytes)
+        self._report(stage, self.done, self.total, self.resumed)
+
+    def cut(self, stage: str, done: int, total: int) -> None:
+        """Report what is copied of the experts: `done` of `total` bytes."""
+        self.pace.left[CUT] = total - self._cut
+        self.pace.spend(CUT, done - self._cut)
+        self._cut = done
+        self._report(stage, done, total, 0)
 
     @property
     def needed(self) -> int:
@@ -163,8 +193,10 @@ class _Run:
         weights = sum(n * k for n, k in self.plan.layout.shapes)
         self.quantiser.begin(partial.folder)
         with workers(4 * weights) as pool:
+            passed = self._begin_pace(missing, DENSE_FILE in partial.finished, pool)
             for file in missing:
-                self.quantiser.prepare(file.layer, pool, lambda stage: self._advance(stage, 0))
+                self._prepare(file.layer, file.layer + 1 - passed, pool)
+                passed = file.layer + 1
                 stage = f"experts of layer {self.plan.experts.index(file) + 1} of {len(self.plan.experts)}"
                 name = names[file.name]
                 written = self._write_experts(partial.store / name, file, stage, pool)
@@ -175,6 +207,43 @@ class _Run:
             # After the experts: some of it may depend on how these were quantised.
             if DENSE_FILE not in partial.finished:
                 self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))
+
+    def _begin_pace(self, missing: Sequence[ExpertFile], dense_there: bool, pool: Workers) -> int:
+        """Say what there is to do; the dense weights come last, so their rate is tried with rows of the largest.
+
+        Returns through how many layers the text of a calibration has passed, or would have.
+        """
+        plan = self.plan
+        kept = plan.max_size - plan.fixed_bytes if plan.cut and plan.max_size is not None else 0
+        layers = plan.experts[-1].layer + 1
+        passed = 0 if len(missing) == len(plan.experts) else missing[0].layer if missing else layers
+        experts = sum(file.size for file in plan.experts), sum(file.size for file in missing)
+        dense = plan.dense_bytes, 0 if dense_there else plan.dense_bytes
+        ahead = missing[-1].layer + 1 - passed if missing else 0
+        total = {PASS: layers, EXPERTS: experts[0], DENSE: dense[0], CUT: kept}
+        self.pace = Pace(total, {PASS: ahead, EXPERTS: experts[1], DENSE: dense[1], CUT: kept})
+        self.pace.guess(CUT, COPIED)
+        with contextlib.suppress(ValueError):  # will be raised again where it can be explained
+            largest = max(plan.dense, key=lambda tensor: tensor.nbytes)
+            rows = itertools.islice(row_chunks(largest.shape), pool.count)
+            begin, tried = time.monotonic(), pool.map(functools.partial(self._dense_rows, largest), rows)
+            nbytes = sum(part.nbytes + rest.nbytes for part, rest in tried)
+            self.pace.guess(DENSE, (time.monotonic() - begin) / nbytes)
+        self.pace.skip()
+        return passed
+
+    def _prepare(self, layer: int, planned: int, pool: Workers) -> None:
+        """Before the experts of a layer; planned: through how many layers a text has to pass for that."""
+        stages: set[str] = set()
+
+        def report(stage: str) -> None:
+            stages.add(stage)
+            self._advance(stage, PASS, 0)
+
+        self.quantiser.prepare(layer, pool, report)
+        passed = len(stages) or planned  # a resumed run may go again through a layer, or not through all
+        self.pace.left[PASS] += passed - planned
+        self.pace.spend(PASS, passed)
 
     def _finish(self, partial: Partial, name: str, file: Finished) -> None:
         partial.finish(name, file)
@@ -190,7 +259,8 @@ class _Run:
     def _write_dense(self, path: Path, pool: Workers) -> Finished:
         with atomic_file(path) as file:
             writer = TensorWriter(file, [t.entry for t in self.plan.dense])
-            self._advance("dense weights", writer.size)
+            self.pace.skip()
+            self._advance("dense weights", DENSE, writer.size)
             checksums = []
             for tensor in self.plan.dense:
                 try:
@@ -206,12 +276,12 @@ class _Run:
         left = tensor.nbytes
         for part, rest in pool.map(functools.partial(self._dense_rows, tensor), row_chunks(tensor.shape)):
             scales.append(rest)
-            self._advance("dense weights", part.nbytes)
+            self._advance("dense weights", DENSE, part.nbytes)
             left -= part.nbytes
             yield part
         if left:
             padding = torch.zeros(left - sum(s.nbytes for s in scales), dtype=torch.uint8)
-            self._advance("dense weights", left)
+            self._advance("dense weights", DENSE, left)
             yield torch.cat([*scales, padding])
 
     def _dense_rows(self, tensor: DenseTensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -227,11 +297,11 @@ class _Run:
     def _write_experts(self, path: Path, plan: ExpertFile, stage: str, pool: Workers) -> Finished:
         with atomic_file(path) as file:
             writer = TensorWriter(file, list(plan.entries()))
-            self._advance(stage, writer.size)
+            self._advance(stage, EXPERTS, writer.size)
             checksums = []
             for slices in pool.map(functools.partial(self._expert, plan.layer), range(plan.num_experts)):
                 checksums += [writer.write([piece]) for piece in slices]
-                self._advance(stage, sum(piece.nbytes for piece in slices))
+                self._advance(stage, EXPERTS, sum(piece.nbytes for piece in slices))
             writer.finish()
         return Finished(writer.size, writer.data_start, checksums)
 

@@ -32,7 +32,7 @@ class Workers:
     """Threads that apply a function to items; results come in the order of the items."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
-        self._pool, self._count = pool, count
+        self._pool, self.count = pool, count
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Like `map`, at most one item more than there are workers ahead of what is consumed."""
@@ -40,7 +40,7 @@ class Workers:
         try:
             for item in items:
                 pending.append(self._pool.submit(function, item))
-                if len(pending) > self._count:
+                if len(pending) > self.count:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

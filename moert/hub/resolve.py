@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moert.config import cache_folder
+from moert.convert import calibration_text
 from moert.errors import CheckpointError, MoertError, StoreError, UsageError
 
 if TYPE_CHECKING:
@@ -32,27 +33,46 @@ _HUB_FILES = [
     "NOTICE*",
 ]
 _META_FILE, _CONFIG_FILE = "moert.json", "config.json"
+_RAW_WIDTH = 16
 
 Status = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Settings of a conversion."""
+    """Settings of a conversion. fast: experts are rounded, where a text would otherwise choose their codes."""
 
     widths: tuple[int, ...] = (2, 3, 4)
     group_size: int = 64
     dense_bits: int = 8
+    fast: bool = False
 
     @classmethod
-    def of(cls, widths: Sequence[int] | None, group_size: int | None, dense_bits: int | None) -> Conversion:
+    def of(
+        cls, widths: Sequence[int] | None, group_size: int | None, dense_bits: int | None, fast: bool = False
+    ) -> Conversion:
         """The settings given, and the defaults for those that are None."""
         default = cls()
         return cls(
             default.widths if widths is None else tuple(widths),
             default.group_size if group_size is None else group_size,
             default.dense_bits if dense_bits is None else dense_bits,
+            fast,
         )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the experts are calibrated if no text is named: those of 16 bits stay as they are."""
+        return not self.fast and self.widths != (_RAW_WIDTH,)
+
+    def how(self, text: str | None = None) -> str:
+        """Say what the experts' codes are chosen by, as the end of a sentence; text: the file that was named."""
+        if text is not None:
+            return f", calibrated on {text}"
+        if self.calibrated:
+            tokens = f"{calibration_text.DEFAULT_TOKENS} tokens of the text that comes along"
+            return f", calibrated on {tokens} (--fast: rounded, in a fraction of the time)"
+        return ", rounded" if self.fast and self.widths != (_RAW_WIDTH,) else ""
 
     def __str__(self) -> str:
         return f"widths {','.join(map(str, self.widths))}, groups of {self.group_size}, dense {self.dense_bits} bits"
@@ -77,6 +97,7 @@ def resolve(
     widths: Sequence[int] | None = None,
     group_size: int | None = None,
     dense_bits: int | None = None,
+    fast: bool = False,
     on_status: Status | None = None,
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> Path:
@@ -90,18 +111,18 @@ def resolve(
         say("No model is named with -m: using the small one that comes with moert.")
     folder = shipped_model() if model is None else Path(model).expanduser()
     if is_store(folder):
-        if any(setting is not None for setting in (widths, group_size, dense_bits)):
+        if fast or any(setting is not None for setting in (widths, group_size, dense_bits)):
             raise UsageError(
-                f"{folder} is converted already: --widths, --group-size and --dense-bits have no effect on it."
+                f"{folder} is converted already: --widths, --group-size, --dense-bits and --fast have no effect on it."
             )
         return folder
     assert model is not None
-    settings = Conversion.of(widths, group_size, dense_bits)
+    settings = Conversion.of(widths, group_size, dense_bits, fast)
     if found := find(model, settings):
         return found
     store = cached_store(model, settings)
     source = checkpoint(model, offline=offline, on_status=say)
-    say(f"Converting {model} once ({settings}) into {store}.")
+    say(f"Converting {model} once ({settings}) into {store}{settings.how()}.")
     from moert.convert.convert import convert
 
     convert(
@@ -112,6 +133,7 @@ def resolve(
         dense_bits=settings.dense_bits,
         resume=True,
         progress=progress,
+        calibration=calibration_text.by_default(source, say) if settings.calibrated else None,
         source_name=str(model),
     )
     return store
@@ -132,7 +154,9 @@ def cached_store(model: str | Path, settings: Conversion) -> Path:
         files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja")]
         files = sorted([*files, *folder.glob("additional_chat_templates/*.jinja")])
         identity = [str(folder.resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
-    text = json.dumps([identity, astuple(settings)])
+    # As it was before anything was calibrated by default, for stores that are rounded: they are found again.
+    how = ["calibrated", calibration_text.DEFAULT_TOKENS] if settings.calibrated else []
+    text = json.dumps([identity, [*astuple(settings)[:3], *how]])
     name = folder.resolve().name if folder.is_dir() else str(model).replace("/", "--")
     widths = ".".join(map(str, settings.widths))
     return cache_folder() / f"{name}-w{widths}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -22,7 +22,7 @@ from moert.hub.resolve import Conversion, Status, checkpoint, downloaded, find, 
 from moert.models.architecture import Architecture, kv_bytes
 from moert.models.stored_model import StoredModel
 from moert.planning.unsupported_model import UnsupportedModel
-from moert.quant.format import KEY_BLOCK, RAW_WIDTH, ExpertLayout, align
+from moert.quant.format import KEY_BLOCK, LINEAR, RAW_WIDTH, ExpertLayout, align, calibrated_code
 from moert.runtime.budget import Needs, workspace_bytes
 from moert.scheduler.precision import BitRouter
 from moert.store.layout import EMBEDDING, DenseTensor, ExpertFile, build_header, stored_dense
@@ -39,7 +39,8 @@ class ModelShape:
     dense_bytes: by layer, all that is resident of it, which every token reads. head_bytes: final norm and head, read by
     every token too. embedding_bytes: resident, but a token reads one row; 0 where it is the head. store_bytes: of the
     files with weights; tokenizer and moert.json come on top. parameters: of the whole model.
-    calibrated: the store knows how sensitive its experts are, which `routed` precision wants. router: what it knows.
+    calibrated: the store knows how sensitive its experts are, which `routed` precision wants, or would know it if the
+    checkpoint was converted. router: what it knows.
     """
 
     name: str
@@ -149,6 +150,7 @@ def read_shape(
 def store_shape(path: Path) -> ModelShape:
     """Return the sizes of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
     store = StoredModel.open(path)
+    router = store.bit_router(trained=False)
     return _shape(
         store.architecture,
         store.meta.dense,
@@ -160,26 +162,28 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=store.meta.dense_bits,
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
-        router=store.bit_router(trained=False),
+        calibrated=router is not None,
+        router=router,
     )
 
 
 def checkpoint_shape(source: Checkpoint, settings: Conversion, name: str, origin: str) -> ModelShape:
     """Return the sizes of a checkpoint as it would be converted, from names, types and shapes of its tensors."""
     widths = check_settings(settings.widths, settings.group_size, settings.dense_bits)
+    code = calibrated_code(widths) if settings.calibrated else LINEAR
     arch: Architecture | UnsupportedModel
     try:
         model = SourceModel(source)
     except UnsupportedModelError as error:
         arch, why_not = UnsupportedModel(name, source.config, source.tensors.values()), str(error)
-        layout = ExpertLayout(arch.hidden_size, arch.expert_inner, settings.group_size, widths)
+        layout = ExpertLayout(arch.hidden_size, arch.expert_inner, settings.group_size, widths, code=code)
         slice_bytes = arch.slice_sizes(layout)
         dense = stored_dense(arch.dense_tensors(), arch.dense_dtype, settings.group_size, settings.dense_bits)
         biases = arch.num_experts * (sum(slice_bytes) - sum(layout.slice_sizes))
         files = (ExpertFile(layer, arch.num_experts, layout).size + biases for layer in arch.moe_layers)
         store_bytes = len(build_header(t.entry for t in dense)) + sum(t.nbytes for t in dense) + sum(files)
     else:
-        plan = ConversionPlan(model, widths, settings.group_size, settings.dense_bits, "", name)
+        plan = ConversionPlan(model, widths, settings.group_size, settings.dense_bits, "", name, code=code)
         arch, why_not, dense = model.architecture, "", plan.dense
         slice_bytes, store_bytes = plan.layout.slice_sizes, plan.total_bytes
     return _shape(
@@ -194,6 +198,7 @@ def checkpoint_shape(source: Checkpoint, settings: Conversion, name: str, origin
         dense_bits=settings.dense_bits,
         store_bytes=store_bytes,
         counts=[len(widths)] * len(arch.moe_layers) * arch.num_experts,
+        calibrated=settings.calibrated,
     )
 
 
@@ -210,6 +215,7 @@ def _shape(
     dense_bits: int,
     store_bytes: int,
     counts: Sequence[int],
+    calibrated: bool,
     router: BitRouter | None = None,
 ) -> ModelShape:
     """counts: of every expert of every layer, how many slices it has."""
@@ -253,6 +259,6 @@ def _shape(
         embedding_bytes=embedding,
         store_bytes=store_bytes,
         parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
-        calibrated=router is not None,
+        calibrated=calibrated,
         router=router,
     )

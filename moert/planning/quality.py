@@ -40,7 +40,7 @@ _CALIBRATED = {
     "elastic:2.5": Quality((1.0212, 1.0212), (0.0418, 0.0418)),
     "fixed:2": Quality((1.0291, 1.0413), (0.0629, 0.0646)),
 }
-# What a conversion without --calibrate gives.
+# What a conversion with --fast gives.
 _ROUNDED = {
     "fixed:4": Quality((1.0017, 1.0079), (0.0089, 0.0097)),
     "fixed:3": Quality((1.0164, 1.0275), (0.0338, 0.0396)),
@@ -52,7 +52,7 @@ _LOSSLESS = Quality((1.0, 1.0), (0.0, 0.0), "weights of 16 bits are not rounded"
 def quality_of(precision: str, calibrated: bool) -> Quality | None:
     """Return the quality of a policy as `--precision` names it; None where it was not measured.
 
-    calibrated: whether the store is, or would be, made with --calibrate. Rounded experts under `elastic:B` are in sum
+    calibrated: whether the store is, or would be, calibrated. Rounded experts under `elastic:B` are in sum
     no worse than at B bits, which is what is said of them.
     """
     if precision == "fixed:16":

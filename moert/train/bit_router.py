@@ -114,7 +114,7 @@ class Trainer:
         if thresholds is None or store.meta.sensitivity is None:
             raise UsageError(
                 f"{store.path} does not say how sensitive its experts are, from which training starts: convert the"
-                " checkpoint with --calibrate default."
+                " checkpoint again, without --fast."
             )
         self._windows, self._checked = distil.set_apart(windows)
         distil.check_memory(store, lossless, copies=1)
