@@ -16,6 +16,8 @@ from moert.convert.convert import ConvertProgress, convert
 from moert.errors import UsageError
 from moert.hub.resolve import resolve
 from moert.models.stored_model import StoredModel
+from moert.quant.format import MAX_TRELLIS_WIDTH
+from moert.scheduler import capacity
 
 from .checkpoints import folder_bytes, make_checkpoint
 
@@ -72,6 +74,7 @@ def test_other_widths(tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytes
     assert StoredModel.open(tmp_path / "16").meta.quantiser == "round-to-nearest"
     assert run(capsys, source, tmp_path / "8", "--widths", "4,8")
     wide = StoredModel.open(tmp_path / "8")
+    assert capacity.MAX_TRELLIS_WIDTH == MAX_TRELLIS_WIDTH  # what is simulated is what is made
     assert (wide.layout.code, wide.meta.quantiser.split(" (")[0]) == ("linear", "calibrated on default")
 
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moert.quant.format import MAX_TRELLIS_WIDTH
 from moert.scheduler.cache import SliceCache
 from moert.scheduler.capacity import capacities, slice_sizes, slots_for
 from moert.scheduler.cost import Costs, Disk
@@ -104,7 +103,7 @@ def test_experts_compute_as_they_arrive():
 def test_widths_decide_what_is_read_and_computed():
     """Slices of 50, 25 and 25 of 100 bytes; routed: the lighter expert gets fewer."""
     assert slice_sizes(4800, (2, 3, 4)) == (2400, 1200, 1200)
-    assert [slice_sizes(5100, (4, top)) for top in (MAX_TRELLIS_WIDTH, 8)] == [(3400, 1700), (2550, 2550)]
+    assert [slice_sizes(5100, (4, top)) for top in (6, 8)] == [(3400, 1700), (2550, 2550)]
     trace = trace_of(step([(0, 0.9), (1, 0.1)]), step([(0, 0.9), (1, 0.1)]), nbytes=4800)
     result = simulate(trace, 40000, "routed:3")
     assert result.run.mean_width == pytest.approx(3)
