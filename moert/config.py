@@ -181,9 +181,9 @@ class EngineConfig:
         None,
         _text,
         "bits per weight of the experts: fixed:4; routed:3 for a mean that the router divides; elastic:3 for at least "
-        "the quality of 3 bits from what is in memory, not reproducible (default: the widest stored). elastic takes "
-        "two more: elastic:3,skip=0.05 leaves out missing experts that weigh less, elastic:3,route=0.1 prefers experts "
-        "in memory, which can go below that quality",
+        "the quality of 3 bits from what is in memory, not reproducible (default: the least width stored from 4 bits "
+        "on). elastic takes two more: elastic:3,skip=0.05 leaves out missing experts that weigh less, "
+        "elastic:3,route=0.1 prefers experts in memory, which can go below that quality",
         group=MEMORY,
         metavar="POLICY",
     )

@@ -118,3 +118,27 @@ def join_parts(parts: Sequence[Sequence[Tensor]], layout: ExpertLayout) -> list[
         out[: content.numel()] = content
         slices.append(out)
     return slices
+
+
+def regroup(slices: Sequence[Tensor], layout: ExpertLayout, to: ExpertLayout) -> list[Tensor]:
+    """Slices of an expert for a layout with some of the widths: what lies between two of them becomes one slice.
+
+    Codes stay as they are, so that each width that is left has the same weights. ValueError where a slice of several
+    cannot be put together, since its planes would be others.
+    """
+    parts: list[list[Tensor]] = []
+    for m, (matrix, target) in enumerate(zip(layout.matrices, to.matrices, strict=True)):
+        starts = [layout.offsets(i)[m] for i in range(len(slices))]
+        pieces = [
+            piece[at : at + matrix.slice_bytes(i)] for i, (piece, at) in enumerate(zip(slices, starts, strict=True))
+        ]
+        found, start = [], 0
+        for index, width in enumerate(to.widths):
+            end = layout.slices_for(width)
+            if sum((matrix.planes(i) for i in range(start, end)), ()) != target.planes(index):
+                raise ValueError(f"the slices up to width {width} cannot be put together")
+            tiles = [pieces[i][: matrix.codes_bytes(i)].view(-1, matrix.group_bytes(i)) for i in range(start, end)]
+            found.append(torch.cat([torch.cat(tiles, 1).flatten(), pieces[end - 1][matrix.codes_bytes(end - 1) :]]))
+            start = end
+        parts.append(found)
+    return join_parts(parts, to)

@@ -274,6 +274,7 @@ class ElasticPrecision:
         return ErrorBudget(sensitivity, allowed, absent, sizes, self.skip)
 
 
+_USUAL_BITS = 4  # what people compare, at half the bytes of 8
 _NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 
 
@@ -291,14 +292,19 @@ def _elastic_options(text: str, options: str) -> dict[str, float]:
     return found
 
 
+def usual_width(widths: Sequence[int]) -> int:
+    """The width at which a store is used if none is asked for: the least from 4 bits on, else the widest."""
+    return next((b for b in widths if b >= _USUAL_BITS), widths[-1])
+
+
 def parse_precision(text: str | None, widths: Sequence[int], router: BitRouter | None = None) -> Precision:
     """Read `fixed:B`, `routed[:MEAN]` or `elastic[:BOUND][,skip=W][,route=S]` (each alone: the mean of the widths).
 
-    None is the largest width stored. router: what the store knows about its experts, if it does. Raises ValueError with
+    None is `usual_width`. router: what the store knows about its experts, if it does. Raises ValueError with
     one sentence for anything else.
     """
     if text is None:
-        return FixedPrecision(widths[-1])
+        return FixedPrecision(usual_width(widths))
     stored = ", ".join(str(b) for b in widths)
     match = re.fullmatch(rf"fixed:(\d+)|(routed|elastic)(?::({_NUMBER}))?((?:,[^,]*)*)", text)
     if match is None or (match[4] and match[2] != "elastic"):

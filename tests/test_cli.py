@@ -204,7 +204,7 @@ def test_generate_chat_uses_messages(moert: Program) -> None:
         (("-p", "x", "--temp", "-1"), b"", "moert: temperature is -1.0, but must be"),
         (("-p", "x", "-n", "0"), b"", "moert: max_tokens is 0, but must be"),
         (("-p", "x", "--stop", ""), b"", "moert: stop is"),
-        (("-p", "x", "--widths", "2;3"), b"", "'2;3' is not a list of whole numbers such as 2,3,4"),
+        (("-p", "x", "--widths", "2;3"), b"", "'2;3' is neither a list of whole numbers such as 2,3,4 nor auto"),
     ],
 )
 def test_generate_refuses(moert: Program, tmp_path: Path, argv: tuple[str, ...], stdin: bytes, message: str) -> None:
@@ -379,8 +379,8 @@ def test_from_checkpoint_to_chat(moert: Program, tiny_checkpoint: Callable[..., 
     assert moert("convert", checkpoint, rounded, "-q", "--fast") == (0, "", "")
     facts = json.loads(moert("info", "-m", rounded, "--json").out)
     assert facts["quantiser"] == "round-to-nearest"
-    assert facts["routed_precision"] == "not possible: the experts are rounded"
-    assert "error of each width on Gaussian weights" in facts["elastic_precision"]
+    assert facts["routed_precision"] == "thresholds on the router's weights"
+    assert facts["elastic_precision"] == "by the errors of each expert's weights"
 
 
 def test_a_checkpoint_is_converted_when_it_is_first_used(moert: Program, tiny_checkpoint: Callable[..., Path]) -> None:

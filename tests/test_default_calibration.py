@@ -42,8 +42,8 @@ def test_it_calibrates_by_itself(
     said = run(capsys, source, out).splitlines()
     text = f"{calibration.DEFAULT_TOKENS} tokens of the text that comes along"
     assert said[0] == (
-        f"Converting {source} (widths 2,3,4, groups of 64, dense 8 bits) into {out}, calibrated on {text} (--fast:"
-        " rounded, in a fraction of the time)."
+        f"Converting {source} (widths those of 2,3,4,6 that pay, groups of 64, dense 8 bits) into {out}, calibrated on"
+        f" {text} (--fast: rounded, in a fraction of the time)."
     )
     store = StoredModel.open(out)
     assert store.layout.code == "trellis"

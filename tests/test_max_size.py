@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from moert import LLM
 from moert.cli import main
 from moert.config import EngineConfig
+from moert.convert import convert as conversion
 from moert.convert.calibration import Calibrated, CalibrationText
-from moert.convert.convert import convert
 from moert.convert.partial import Partial
 from moert.convert.plan import ConversionPlan
 from moert.convert.source_model import SourceModel
@@ -30,6 +31,7 @@ from .checkpoints import folder_bytes, stored_matrices
 
 TOKENS = torch.randint(3, 320, (700,), generator=torch.Generator().manual_seed(0)).tolist()
 TEXT = CalibrationText("text", tuple(TOKENS))
+convert = partial(conversion.convert, widths=(2, 3, 4))
 
 
 def size_of(path: Path) -> int:
@@ -216,7 +218,7 @@ def test_room_for_all_slices_is_asked_for(source, whole, limit, tmp_path, monkey
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         arguments = {"calibration": TEXT, "dense_bits": 16, "max_size": limit}
         if free < enough:
-            with pytest.raises(StoreError, match=r"needs .* before the store is cut down to its limit, but only"):
+            with pytest.raises(StoreError, match=r"needs .* before the store is cut down to what is kept, but only"):
                 convert(source, tmp_path / "out", **arguments)
             assert not list(tmp_path.iterdir())
         else:

@@ -31,7 +31,7 @@ ALLOWED = {
     "engine": {
         "errors", "config", "quant", "scheduler", "hardware", "store", "text", "models", "runtime", "device",
     },
-    "convert": {"errors", "quant", "kernels", "store", "checkpoints", "text", "models", "engine"},
+    "convert": {"errors", "config", "quant", "kernels", "store", "checkpoints", "text", "models", "engine"},
     "hub": {"errors", "config", "store", "checkpoints", "models", "convert"},
     "train": {"errors", "config", "quant", "scheduler", "hardware", "store", "models", "convert"},
     "planning": {

@@ -149,7 +149,6 @@ def test_what_is_used_is_said(calibrated):
 @pytest.mark.parametrize(
     ("options", "text", "message"),
     [
-        ({}, "routed", "convert the checkpoint again, without --fast, or use fixed:B with B one of 2, 3, 4"),
         ({"widths": (16,), "dense_bits": 16}, "routed:3", "which this store does not say"),
     ],
 )

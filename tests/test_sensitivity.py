@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moert.convert import harm
 from moert.convert.calibration import FEW_TOKENS, SENSITIVITY_TOKENS, WINDOW, CalibrationText
 from moert.convert.convert import convert
 from moert.errors import StoreError
@@ -18,12 +19,22 @@ from .checkpoints import stored_matrices
 TEXT = CalibrationText(
     "text", tuple(torch.randint(3, 320, (1500,), generator=torch.Generator().manual_seed(0)).tolist())
 )
+SETTINGS = {"widths": (2, 3, 4), "dense_bits": 16, "calibration": TEXT}
 NORM = "model.layers.{}.post_attention_layernorm.weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_in_nats():
+    """What was measured of the layers, not scaled by what the whole model loses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harm, "in_nats", lambda measured, kl: dict(measured))
+        yield
 
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_checkpoint, tmp_path_factory):
-    return convert(tiny_checkpoint("qwen3_moe"), tmp_path_factory.mktemp("s") / "out", dense_bits=16, calibration=TEXT)
+    out = tmp_path_factory.mktemp("s") / "out"
+    return convert(tiny_checkpoint("qwen3_moe"), out, **SETTINGS)
 
 
 def seen_by_experts(model, layer):
@@ -84,8 +95,8 @@ def test_a_resumed_conversion_measures_the_same(calibrated, tiny_checkpoint, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", dense_bits=16, calibration=TEXT, progress=stop)
-    resumed = convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", dense_bits=16, calibration=TEXT, resume=True)
+        convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", **SETTINGS, progress=stop)
+    resumed = convert(tiny_checkpoint("qwen3_moe"), tmp_path / "out", **SETTINGS, resume=True)
     assert resumed.meta.sensitivity == calibrated.meta.sensitivity
 
 
@@ -95,8 +106,22 @@ def test_experts_that_see_few_tokens_are_measured_on_what_they_borrow(tiny_check
     assert all(0 < error < 1 for layer in (0, 1) for row in meta.sensitivity[layer] for error in row)
 
 
-def test_a_rounded_store_has_none(store):
-    assert StoredModel.open(store()).meta.sensitivity is None
+def test_a_rounded_store_has_the_errors_of_its_weights(store, tiny_checkpoint):
+    rounded = StoredModel.open(store(widths=(2, 4)))
+    source = load_file(tiny_checkpoint("qwen3_moe") / "model.safetensors")
+    for layer, expert in ((0, 3), (1, 7)):
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+        right = [source[f"{prefix}{n}_proj.weight"].double() for n in ("gate", "up", "down")]
+        for count in (1, 2):
+            pairs = zip(stored_matrices(rounded, layer, expert, count), right, strict=True)
+            shares = [float((q - w).square().sum() / w.square().sum()) for q, w in pairs]
+            assert rounded.meta.sensitivity[layer][expert][count - 1] == pytest.approx(sum(shares) / 3, rel=1e-4)
+    # A router of no weights in particular: those of 3 of 8 add up to 1.
+    count, *quantiles = rounded.meta.router_weights[0][0]
+    assert count > 1000
+    assert quantiles == sorted(quantiles)
+    assert sum(quantiles) / len(quantiles) == pytest.approx(1 / 3, rel=0.1)
+    assert rounded.bit_router() is not None
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,14 @@ def test_a_checkpoint_has_the_sizes_of_the_store_that_is_made_of_it(
 def test_a_store_that_was_cut_to_a_size(calibrated: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
     limit = sum(path.stat().st_size for path in calibrated.iterdir()) - 100_000
     text = CalibrationText("numbers", tuple(range(3, 203)))
-    store = convert(tiny_checkpoint("qwen3_moe"), tmp_path / "cut", group_size=32, calibration=text, max_size=limit)
+    store = convert(
+        tiny_checkpoint("qwen3_moe"),
+        tmp_path / "cut",
+        group_size=32,
+        calibration=text,
+        widths=(2, 3, 4),
+        max_size=limit,
+    )
     shape = read_shape(store.path, Conversion())
     assert shape.slice_counts == tuple(store.experts_with(i) for i in range(3))
     assert shape.slice_counts[2] < shape.slice_counts[0]

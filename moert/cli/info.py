@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
 def _routed(store: StoredModel) -> str:
     """Describe what `--precision routed` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
-        return "not possible: the experts are rounded"
+        return "not possible: the store does not say how sensitive its experts are"
     trained = store.trained_router()
     return "thresholds on the router's weights" if trained is None else f"trained bit router: {trained.about}"
 
@@ -68,8 +68,10 @@ def _routed(store: StoredModel) -> str:
 def _elastic(store: StoredModel) -> str:
     """Describe what the bound of `--precision elastic` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
-        return "by the error of each width on Gaussian weights: the experts are rounded"
-    return "by the error that was measured for each expert"
+        return "by the error of each width on Gaussian weights: the store does not say how sensitive its experts are"
+    if store.meta.quantiser.startswith("calibrated"):
+        return "by the error that was measured for each expert"
+    return "by the errors of each expert's weights"
 
 
 def _foreseen(store: StoredModel) -> str:

@@ -16,12 +16,12 @@ former are powers of two, so that the dense tensors that take them up stay exact
 What rounding an expert's weights does to its outputs is measured on the way: `sensitivity` in meta.py.
 """
 
-# T tokens, W tokens of a window, D hidden, E experts, F expert inner size, K experts per token, B widths
+# T tokens, W tokens of a window, V vocabulary, D hidden, E experts, F expert inner size, K experts per token, B widths
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,20 +31,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moert.convert.parallel import Workers
-from moert.convert.quantiser import Measured
-from moert.convert.source_model import SourceModel
+from moert.convert.quantiser import Measured, weight_quantiles
+from moert.convert.source_model import SourceModel, row_chunks
 from moert.errors import CheckpointError, StoreError
 from moert.kernels.layer_step import Place
 from moert.models.attention import span
 from moert.models.decoder import DecoderLayer
 from moert.models.kv_cache import KVCache
+from moert.models.layers import RMSNorm
 from moert.models.moe import Experts
 from moert.models.rope import Rotation
 from moert.quant import calibrate, trellis_search
 from moert.quant.format import TRELLIS, ExpertLayout, calibrated_code
 from moert.quant.matmul import ACTIVATIONS, PackedExpert
 from moert.store.fileio import atomic_file
-from moert.store.meta import QUANTILES
+from moert.store.layout import EMBEDDING, HEAD
 
 STATE_FILE = "calibration.safetensors"
 WINDOW = 512
@@ -201,6 +202,27 @@ class Calibrated:
             result.append((expert, x, self._inner(x, gate, up)))
         return result
 
+    def lossless(self, count: int, pool: Workers) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield so many windows of the text, spread over it: token ids [W] and the logits [W, V] of the source.
+
+        To be called when all layers are done.
+        """
+        while self._layer < self._arch.num_layers:
+            self._pass(self._layer, pool, lambda stage: None)
+        norm = RMSNorm(
+            {"model.norm.weight": self._source.dense("model.norm.weight")}, "model.norm", self._arch.rms_norm_eps
+        )
+        head = EMBEDDING if self._arch.tie_word_embeddings else HEAD
+        window = min(WINDOW, self._arch.max_position_embeddings)
+        ids, states = torch.split(self._tokens, window), torch.split(self._hidden, window)
+        for i in range(min(count, len(ids))):
+            at = i * len(ids) // min(count, len(ids))
+            x = norm(states[at])
+            rows = pool.map(
+                lambda r: self._source.dense(head, *r).float(), row_chunks((self._arch.vocab_size, x.shape[1]))
+            )
+            yield ids[at], torch.cat([x @ part.T for part in rows], dim=1)
+
     def summary(self) -> str:
         """Describe how well the text covered the experts."""
         total = len(self._arch.moe_layers) * self._arch.num_experts
@@ -299,15 +321,6 @@ class Calibrated:
                 exact = (tensor.float() * scale).to(tensor.dtype).float() == tensor.float() * scale
                 shift[~(exact if exact.ndim == 1 else exact.all(0))] = 0
         return shift
-
-
-def weight_quantiles(weights: Tensor) -> list[float]:
-    """Return what moert.json says of an expert's router weights [n]: their number and their quantiles."""
-    if not len(weights):
-        return [0.0] * (2 + QUANTILES)
-    ordered = weights.sort().values
-    places = torch.linspace(0, len(ordered) - 1, 1 + QUANTILES).round().long()
-    return [float(len(ordered)), *(round(w, 6) for w in ordered[places].tolist())]
 
 
 class _Routes(Experts):

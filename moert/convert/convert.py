@@ -21,16 +21,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moert.convert import prune
+from moert.convert import harm
 from moert.convert.calibration import Calibrated, CalibrationText
 from moert.convert.pace import Pace
 from moert.convert.parallel import Workers, workers
 from moert.convert.partial import Finished, Partial
 from moert.convert.plan import ConversionPlan, check_settings
 from moert.convert.quantiser import Quantiser, RoundToNearest
+from moert.convert.settle import settle
 from moert.convert.side_files import check_side_files
 from moert.convert.source_model import SourceModel, row_chunks
-from moert.errors import CheckpointError, StoreError, UsageError
+from moert.convert.widths import AUTO_WIDTHS, DEFAULT_WIDTHS
+from moert.errors import BudgetError, CheckpointError, StoreError, UsageError
 from moert.models.stored_model import StoredModel
 from moert.quant import nested
 from moert.quant.format import RAW_WIDTH
@@ -39,9 +41,11 @@ from moert.store.layout import CONFIG_FILE, DENSE_FILE, TOKENIZER_FILE, DenseTen
 from moert.store.meta import CopiedFile
 from moert.store.writer import TensorWriter, file_checksum
 
-# Kinds of work: layers that a text passes through, bytes that are written, and bytes that are copied to cut a store
-PASS, EXPERTS, DENSE, CUT = "pass", "experts", "dense", "cut"
-COPIED = 2e-9  # seconds for a byte that is copied, before one was
+# Kinds of work: layers that a text passes through, bytes that are written, windows of the text that the whole model is
+# run on, and bytes that are copied to cut a store.
+PASS, EXPERTS, DENSE, COMPARE, CUT = "pass", "experts", "dense", "compare", "cut"
+# Seconds for a byte that is copied, or for one of the experts that a window meets, before there was such work.
+COPIED, MET = 2e-9, 3e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ def convert(
     source: Path,
     out: Path,
     *,
-    widths: Sequence[int] = (2, 3, 4),
+    widths: Sequence[int] | None = None,
     group_size: int = 64,
     dense_bits: int = 8,
     resume: bool = False,
@@ -77,7 +81,9 @@ def convert(
 ) -> StoredModel:
     """Convert the checkpoint folder `source` into the store `out`, which must not exist yet.
 
-    With a `calibration` text (in place of a `quantiser`) the codes are chosen by their effect on the outputs for it;
+    Without `widths` these are those of AUTO_WIDTHS that pay, by what the whole model loses at each (see widths.py), or
+    with a `max_size` all of these; 2, 3 and 4 where nothing is calibrated. With a `calibration` text (in place of a
+    `quantiser`) the codes are chosen by their effect on the outputs for it;
     `on_status` is told how many experts saw too little of it, and which defaults of the source cannot be used.
     `source_name` is recorded as where the model came from (default: the folder's name). A run that was cut off goes on
     with `resume`, which also begins where there is nothing to resume.
@@ -90,7 +96,8 @@ def convert(
     settings or a source other than those of the run to be resumed.
     """
     source, out = Path(source), Path(out)
-    checked = check_settings(widths, group_size, dense_bits)
+    auto = widths is None and calibration is not None
+    checked = check_settings(AUTO_WIDTHS if auto else widths or DEFAULT_WIDTHS, group_size, dense_bits)
     if os.path.lexists(out):
         raise StoreError(f"{out} exists already: delete it or choose another name.")
     if out.resolve().is_relative_to(source.resolve()):
@@ -108,35 +115,38 @@ def convert(
     warnings = check_side_files(source, model.architecture.vocab_size)
     if calibration is not None:
         quantiser = Calibrated(model, calibration)
-    quantiser = quantiser or RoundToNearest()
+    quantiser = quantiser or RoundToNearest(model.architecture)
     name = source_name or source.resolve().name
     plan = ConversionPlan(
-        model, checked, group_size, dense_bits, quantiser.name, name, max_size, quantiser.code(checked)
+        model,
+        checked,
+        group_size,
+        dense_bits,
+        quantiser.name,
+        name,
+        max_size,
+        quantiser.code(checked),
+        auto and max_size is None,
     )
     fingerprint = plan.source.checkpoint.fingerprint()
     run = _Run(plan, quantiser, out, progress)
-    said: list[str] = []
     if on_status is not None:
         for warning in warnings:
             on_status(warning)
     try:
         with Partial.begin(out, plan.settings(), fingerprint, resume, quantiser.files) as partial:
             run.write(partial)
-            kept = None
-            if plan.cut:
-                kept, allocation = plan.allocate(prune.measured(plan, partial.finished))
-                prune.prune(plan, partial, kept, run.cut)
-                how_good = f"at most {allocation.gap:.2%} above the least" if allocation.gap else "the least possible"
-                said.append(f"The error that is expected of this is {how_good}.")
+            settled = settle(plan, partial, run.cut)
             copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}
-            partial.publish(plan.meta(partial.finished, copies, kept))
+            partial.publish(settled.plan.meta(settled.files, copies, settled.kept, settled.kl))
     except OSError as error:
         raise run.explain(error) from error
     store = StoredModel.open(out)
     if on_status is not None and isinstance(quantiser, Calibrated):
-        on_status(quantiser.summary())
-        if max_size is not None:
-            on_status(" ".join([f"Kept under the limit: {store.kept_widths()}.", *said]))
+        limited = f"Kept under the limit: {store.kept_widths()}. {settled.gap}".rstrip() if max_size is not None else ""
+        for line in (quantiser.summary(), run.unmeasured, *settled.said, limited):
+            if line:
+                on_status(line)
     return store
 
 
@@ -150,6 +160,7 @@ class _Run:
         self.done = self.resumed = self.kept = 0  # bytes written, there before this run, and in finished files
         self.total = plan.total_bytes
         self.pace = Pace({}, {})
+        self.unmeasured = ""  # why it is not known what the whole model loses at each width
         self._cut = 0
 
     def _report(self, stage: str, done: int, total: int, resumed: int) -> None:
@@ -172,7 +183,7 @@ class _Run:
     @property
     def needed(self) -> int:
         """Bytes of disk that are still needed; to cut a file down, room for both."""
-        return self.total - self.kept + (max(file.size for file in self.plan.experts) if self.plan.cut else 0)
+        return self.total - self.kept + (max(file.size for file in self.plan.experts) if self.plan.staged else 0)
 
     def write(self, partial: Partial) -> None:
         """Everything, with all slices of the experts."""
@@ -184,7 +195,7 @@ class _Run:
         needed, free = self.needed, shutil.disk_usage(partial.folder).free
         if free < needed:
             partial.abandon()
-            before = " before the store is cut down to its limit" if self.plan.cut else ""
+            before = " before the store is cut down to what is kept" if self.plan.staged else ""
             raise StoreError(
                 f"Converting needs {readable(needed)} on the disk of {self.out}{before}, but only {readable(free)}"
                 " are free: free some space or choose another place."
@@ -207,6 +218,24 @@ class _Run:
             # After the experts: some of it may depend on how these were quantised.
             if DENSE_FILE not in partial.finished:
                 self._finish(partial, DENSE_FILE, self._write_dense(partial.store / DENSE_FILE, pool))
+            if isinstance(self.quantiser, Calibrated) and partial.kl is None:
+                self._compare(partial, self.quantiser, pool)
+
+    def _compare(self, partial: Partial, calibrated: Calibrated, pool: Workers) -> None:
+        """Measure what the whole model loses at each width. Where it cannot run here, `unmeasured` says why."""
+        plan = self.plan
+        firsts = {file.name: plan.first_name(file) for file in plan.experts}
+        files = {name: partial.finished[first] for name, first in firsts.items()}
+        files[DENSE_FILE] = partial.finished[DENSE_FILE]
+        copies = {name: CopiedFile(*file_checksum(partial.store / name)) for name in (CONFIG_FILE, TOKENIZER_FILE)}
+        places = {name: partial.store / firsts.get(name, name) for name in (*files, *copies)}
+        self.pace.skip()
+        try:
+            with harm.trial_store(partial.folder / "trial", places, plan.meta(files, copies, None)) as store:
+                report = functools.partial(self._advance, kind=COMPARE, nbytes=1)
+                partial.measured(harm.divergences(store, calibrated.lossless(harm.WINDOWS, pool), report))
+        except (BudgetError, UsageError) as error:
+            self.unmeasured = f"What the whole model loses at each width was not measured: {error}"
 
     def _begin_pace(self, missing: Sequence[ExpertFile], dense_there: bool, pool: Workers) -> int:
         """Say what there is to do; the dense weights come last, so their rate is tried with rows of the largest.
@@ -214,15 +243,20 @@ class _Run:
         Returns through how many layers the text of a calibration has passed, or would have.
         """
         plan = self.plan
-        kept = plan.max_size - plan.fixed_bytes if plan.cut and plan.max_size is not None else 0
+        kept = sum(file.size for file in plan.experts) if plan.auto else 0  # perhaps
+        if plan.cut and plan.max_size is not None:
+            kept = plan.max_size - plan.fixed_bytes
         layers = plan.experts[-1].layer + 1
         passed = 0 if len(missing) == len(plan.experts) else missing[0].layer if missing else layers
         experts = sum(file.size for file in plan.experts), sum(file.size for file in missing)
         dense = plan.dense_bytes, 0 if dense_there else plan.dense_bytes
         ahead = missing[-1].layer + 1 - passed if missing else 0
-        total = {PASS: layers, EXPERTS: experts[0], DENSE: dense[0], CUT: kept}
-        self.pace = Pace(total, {PASS: ahead, EXPERTS: experts[1], DENSE: dense[1], CUT: kept})
+        compared = harm.WINDOWS * plan.layout.num_slices if isinstance(self.quantiser, Calibrated) else 0
+        total = {PASS: layers, EXPERTS: experts[0], DENSE: dense[0], COMPARE: compared, CUT: kept}
+        left = {PASS: ahead, EXPERTS: experts[1], DENSE: dense[1], COMPARE: compared, CUT: kept}
+        self.pace = Pace(total, left)
         self.pace.guess(CUT, COPIED)
+        self.pace.guess(COMPARE, MET * experts[0])
         with contextlib.suppress(ValueError):  # will be raised again where it can be explained
             largest = max(plan.dense, key=lambda tensor: tensor.nbytes)
             rows = itertools.islice(row_chunks(largest.shape), pool.count)

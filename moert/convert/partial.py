@@ -50,6 +50,7 @@ class Partial:
     began_here: bool
     others: Sequence[str] = ()  # files of the quantiser, removed with the rest
     finished: dict[str, Finished] = field(default_factory=dict)
+    kl: list[float] | None = None  # of the whole model at each width, once it was measured
 
     @property
     def store(self) -> Path:
@@ -101,6 +102,7 @@ class Partial:
             state = json.loads(path.read_bytes())
             settings, fingerprint = state["settings"], state["fingerprint"]
             files = {name: Finished(**value) for name, value in state["files"].items()}
+            self.kl = state["kl"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged: delete {self.folder} and convert again.") from error
         if settings != self.settings:
@@ -119,13 +121,28 @@ class Partial:
     def _save(self) -> None:
         files = {name: asdict(file) for name, file in self.finished.items()}
         write_json(
-            self.folder / PROGRESS_FILE, {"settings": self.settings, "fingerprint": self.fingerprint, "files": files}
+            self.folder / PROGRESS_FILE,
+            {"settings": self.settings, "fingerprint": self.fingerprint, "files": files, "kl": self.kl},
         )
 
     def finish(self, name: str, file: Finished) -> None:
         """Record a file that is whole and durable."""
         self.finished[name] = file
         self._save()
+
+    def measured(self, kl: list[float]) -> None:
+        """Record what the whole model loses at each width."""
+        self.kl = kl
+        self._save()
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a finished file another name. Broken off at any moment, it is done by doing it again."""
+        if name in self.finished:
+            self.finished[new] = self.finished[name]
+            self._save()  # under both names: the one that is not there counts for nothing
+            os.rename(self.store / name, self.store / new)
+            del self.finished[name]
+            self._save()
 
     def drop(self, name: str) -> None:
         """Remove a file that is not needed any more, whether it is there or not."""

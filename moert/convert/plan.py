@@ -73,7 +73,8 @@ class ConversionPlan:
     """The content that the store will have.
 
     max_size: of the whole store in bytes, None without a limit. Where it holds less than all slices, `cut` is true:
-    all are then written first, under other names, and `allocate` says how many are kept. Raises UsageError for a limit
+    all are then written first, under other names, and `allocate` says how many are kept. auto: so they are, too, where
+    some of the widths may be left out. Raises UsageError for a limit
     that even the smallest widths exceed, CheckpointError for a source that cannot be stored like this.
     """
 
@@ -87,8 +88,9 @@ class ConversionPlan:
         source_name: str,
         max_size: int | None = None,
         code: str = LINEAR,
+        auto: bool = False,
     ) -> None:
-        self.source, self.quantiser, self.source_name = source, quantiser, source_name
+        self.source, self.quantiser, self.source_name, self.auto = source, quantiser, source_name, auto
         self.group_size, self.dense_bits, self.max_size = group_size, dense_bits, max_size
         arch = source.architecture
         dtype = source.expert_dtype
@@ -142,7 +144,8 @@ class ConversionPlan:
             for file in self.experts
         }
         files[DENSE_FILE] = Finished(1 << 62, 1 << 62, [_LARGEST] * len(self.dense))
-        meta = self.meta(files, dict.fromkeys((CONFIG_FILE, TOKENIZER_FILE), CopiedFile(1 << 62, _LARGEST)), all_kept)
+        copies = dict.fromkeys((CONFIG_FILE, TOKENIZER_FILE), CopiedFile(1 << 62, _LARGEST))
+        meta = self.meta(files, copies, all_kept, [_LONGEST] * B)
         copied = sum(path.stat().st_size for path in self.copied_files())
         return len(json_bytes(meta.as_json())) + copied + self.dense_bytes + sum(len(f.header) for f in self.experts)
 
@@ -151,15 +154,27 @@ class ConversionPlan:
         """Bytes of all weights with all slices."""
         return self.dense_bytes + sum(file.size for file in self.experts)
 
+    @property
+    def staged(self) -> bool:
+        """Whether it is decided only when all is written what is kept of it."""
+        return self.cut or self.auto
+
     def first_name(self, file: ExpertFile) -> str:
         """Under which name the experts of a layer are written first, with all slices."""
-        return "whole-" + file.name if self.cut else file.name
+        return "whole-" + file.name if self.staged else file.name
+
+    def with_widths(self, widths: tuple[int, ...]) -> ConversionPlan:
+        """Return the plan of a store with some of the widths."""
+        code = self.layout.code
+        return ConversionPlan(
+            self.source, widths, self.group_size, self.dense_bits, self.quantiser, self.source_name, None, code
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must have in common with the one before; `version`: the codes may change."""
         return {
             "version": __version__,
-            "widths": list(self.layout.widths),
+            "widths": "auto" if self.auto else list(self.layout.widths),
             "code": self.layout.code,
             "group_size": self.group_size,
             "dense_bits": self.dense_bits,
@@ -194,8 +209,11 @@ class ConversionPlan:
         files: Mapping[str, Finished],
         copies: Mapping[str, CopiedFile],
         kept: Mapping[int, Sequence[int]] | None,
+        kl: Sequence[float] | None = None,
     ) -> StoreMeta:
-        """Return what moert.json says when the files are written; `kept` where not all slices are."""
+        """Return what moert.json says when the files are written; `kept` where not all slices are; kl: at each width,
+        where the whole model was measured.
+        """
         arch = self.source.architecture
         layers = arch.moe_layers
         counts = kept or {file.layer: file.counts for file in self.experts}
@@ -223,6 +241,7 @@ class ConversionPlan:
             sensitivity=_all_known(sensitivity),
             router_weights=_all_known(router_weights),
             kept=kept,
+            kl=None if kl is None else tuple(kl),
         )
 
 

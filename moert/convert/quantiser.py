@@ -1,6 +1,6 @@
 """The protocol that chooses the codes of a conversion, and a quantiser that looks at the weights alone."""
 
-# D hidden, E experts, F expert inner size, B widths
+# D hidden, E experts, F expert inner size, B widths, K experts per token, n tokens
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moert.convert.parallel import Workers
+from moert.models.architecture import Architecture
 from moert.quant import nested
 from moert.quant.format import LINEAR, ExpertLayout
+from moert.quant.matmul import PackedExpert
+from moert.store.meta import QUANTILES
+
+_ROUTED = 2048  # tokens of the router that is assumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +73,28 @@ class Quantiser(Protocol):
         ...
 
 
+def weight_quantiles(weights: Tensor) -> list[float]:
+    """Return what moert.json says of an expert's router weights [n]: their number and their quantiles."""
+    if not len(weights):
+        return [0.0] * (2 + QUANTILES)
+    ordered = weights.sort().values
+    places = torch.linspace(0, len(ordered) - 1, 1 + QUANTILES).round().long()
+    return [float(len(ordered)), *(round(w, 6) for w in ordered[places].tolist())]
+
+
 class RoundToNearest:
-    """Codes from the weights alone, with a search of the clipping range."""
+    """Codes from the weights alone, with a search of the clipping range.
+
+    How sensitive an expert is it takes from the errors of the weights, and its router weights from a router whose
+    logits are normal and of deviation 1.
+    """
 
     name = "round-to-nearest"
     files: Sequence[str] = ()
+
+    def __init__(self, arch: Architecture) -> None:
+        self._arch = arch
+        self._errors: dict[int, list[float]] = {}
 
     def code(self, widths: Sequence[int]) -> str:
         return LINEAR
@@ -85,10 +108,29 @@ class RoundToNearest:
     def __call__(
         self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor, layout: ExpertLayout
     ) -> Sequence[Tensor]:
-        return nested.pack_expert(gate, up, down, layout)
+        slices = nested.pack_expert(gate, up, down, layout)
+        if not layout.raw:
+            errors = []
+            for count in range(1, layout.num_slices + 1):
+                found = PackedExpert.from_slices(slices[:count], layout).floats()
+                pairs = [(w.float(), q) for w, q in zip((gate, up, down), found, strict=True)]
+                shares = [float((q - w).square().sum() / w.square().sum().clamp_min(1e-30)) for w, q in pairs]
+                errors.append(sum(shares) / len(shares))
+            self._errors[expert] = errors
+        return slices
 
     def finish(self, layer: int) -> Measured | None:
-        return None
+        if not self._errors:
+            return None
+        E, K = self._arch.num_experts, self._arch.top_k
+        logits = torch.randn(_ROUTED, E, generator=torch.Generator().manual_seed(0))
+        weights = logits.softmax(-1).topk(K).values
+        if self._arch.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        usage = float(weights.square().sum(-1).mean()) / E
+        sensitivity = [self._errors[e] for e in range(E)]
+        self._errors = {}
+        return Measured(sensitivity, [usage] * E, [weight_quantiles(weights.flatten())] * E)
 
     def dense(self, name: str, start: int, weights: Tensor) -> Tensor:
         return weights

@@ -56,7 +56,7 @@ def default_threads() -> int:
 
 
 def read_precision(text: str | None, store: StoredModel) -> Precision:
-    """The precision that `text` names, None the widest stored. UsageError where the store does not have it."""
+    """The precision that `text` names, None the usual one. UsageError where the store does not have it."""
     try:
         # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
         kind = None if text is None else text.partition(":")[0]
@@ -209,7 +209,7 @@ class ModelRunner:
     ) -> None:
         chosen = []
         if config.precision is None:
-            chosen.append(f"precision {self.precision} (widest stored)")
+            chosen.append(f"precision {self.precision} (the default)")
         elif isinstance(self.precision, RoutedPrecision):
             how = "trained bit router" if self.precision.router.trained else "thresholds on the router's weights"
             chosen.append(f"precision {self.precision} ({how})")

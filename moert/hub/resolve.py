@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from moert.config import cache_folder
 from moert.convert import calibration_text
+from moert.convert.widths import AUTO_WIDTHS, DEFAULT_WIDTHS
 from moert.errors import CheckpointError, MoertError, StoreError, UsageError
 
 if TYPE_CHECKING:
@@ -40,9 +41,12 @@ Status = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Conversion:
-    """Settings of a conversion. fast: experts are rounded, where a text would otherwise choose their codes."""
+    """Settings of a conversion. fast: experts are rounded, where a text would otherwise choose their codes.
 
-    widths: tuple[int, ...] = (2, 3, 4)
+    widths: None if they are chosen from AUTO_WIDTHS by what the whole model loses at each.
+    """
+
+    widths: tuple[int, ...] | None = None
     group_size: int = 64
     dense_bits: int = 8
     fast: bool = False
@@ -54,11 +58,16 @@ class Conversion:
         """The settings given, and the defaults for those that are None."""
         default = cls()
         return cls(
-            default.widths if widths is None else tuple(widths),
+            (DEFAULT_WIDTHS if fast else None) if widths is None else tuple(widths),
             default.group_size if group_size is None else group_size,
             default.dense_bits if dense_bits is None else dense_bits,
             fast,
         )
+
+    @property
+    def most_widths(self) -> tuple[int, ...]:
+        """The widths that the store may get."""
+        return self.widths or AUTO_WIDTHS
 
     @property
     def calibrated(self) -> bool:
@@ -75,7 +84,12 @@ class Conversion:
         return ", rounded" if self.fast and self.widths != (_RAW_WIDTH,) else ""
 
     def __str__(self) -> str:
-        return f"widths {','.join(map(str, self.widths))}, groups of {self.group_size}, dense {self.dense_bits} bits"
+        widths = f"those of {_listed(AUTO_WIDTHS)} that pay" if self.widths is None else _listed(self.widths)
+        return f"widths {widths}, groups of {self.group_size}, dense {self.dense_bits} bits"
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ",".join(map(str, widths))
 
 
 def shipped_model() -> Path:
@@ -158,7 +172,7 @@ def cached_store(model: str | Path, settings: Conversion) -> Path:
     how = ["calibrated", calibration_text.DEFAULT_TOKENS] if settings.calibrated else []
     text = json.dumps([identity, [*astuple(settings)[:3], *how]])
     name = folder.resolve().name if folder.is_dir() else str(model).replace("/", "--")
-    widths = ".".join(map(str, settings.widths))
+    widths = ".".join(map(str, settings.widths or ["auto"]))
     return cache_folder() / f"{name}-w{widths}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

@@ -162,14 +162,14 @@ def store_shape(path: Path) -> ModelShape:
         dense_bits=store.meta.dense_bits,
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
-        calibrated=router is not None,
+        calibrated=store.meta.quantiser.startswith("calibrated"),
         router=router,
     )
 
 
 def checkpoint_shape(source: Checkpoint, settings: Conversion, name: str, origin: str) -> ModelShape:
     """Return the sizes of a checkpoint as it would be converted, from names, types and shapes of its tensors."""
-    widths = check_settings(settings.widths, settings.group_size, settings.dense_bits)
+    widths = check_settings(settings.most_widths, settings.group_size, settings.dense_bits)
     code = calibrated_code(widths) if settings.calibrated else LINEAR
     arch: Architecture | UnsupportedModel
     try:

@@ -17,7 +17,9 @@ checksums         layer -> expert -> slice that is kept: CRC-32 of the padded sl
 kept              optional; layer -> expert: how many slices are kept of it, at least 1; absent: all of all
 sensitivity       optional; layer -> expert -> width, stored or not: what the expert adds to the harm of a token that
                   gives it the router weight 1 (one that gives it w suffers w^2 times as much). See convert/harm.py.
-router_weights    optional, of a calibrated store; layer -> expert: how many tokens of the text are routed to it, and 17
+kl                optional; width -> nats per token that the whole model loses there (mean KL from its source), on the
+                  calibration text
+router_weights    optional; layer -> expert: how many tokens of the text are routed to it, and 17
                   quantiles, from least to largest, of the router weights that they give it (zeros where there are none)
 """
 
@@ -83,6 +85,7 @@ class StoreMeta:
     sensitivity: dict[int, list[list[float]]] | None = None
     router_weights: dict[int, list[list[float]]] | None = None
     kept: Mapping[int, Sequence[int]] | None = None
+    kl: tuple[float, ...] | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -99,6 +102,8 @@ class StoreMeta:
         for name in ("sensitivity", "router_weights"):
             if (table := getattr(self, name)) is not None:
                 optional[name] = {str(layer): rows for layer, rows in table.items()}
+        if self.kl is not None:
+            optional["kl"] = list(self.kl)
         if self.kept is not None:
             optional["kept"] = {str(layer): list(counts) for layer, counts in self.kept.items()}
         return {
@@ -237,6 +242,7 @@ def parse(value: Any, file: Path) -> StoreMeta:
         kept=kept,
         sensitivity=_table(top, "sensitivity", layers, count, len(widths), "an error"),
         router_weights=_table(top, "router_weights", layers, count, 2 + QUANTILES, "a weight"),
+        kl=_kl(top, len(widths)),
     )
 
 
@@ -271,6 +277,17 @@ def _table(
         if any(type(n) is not float or not 0 <= n < math.inf for row in rows for n in row):
             raise fields.error(str(layer), f"has {what} that is not a number from 0 on")
     return {layer: fields.get(str(layer)) for layer in layers}
+
+
+def _kl(top: _Fields, length: int) -> tuple[float, ...] | None:
+    if "kl" not in top.value:
+        return None
+    found = top.get("kl")
+    if not isinstance(found, list) or len(found) != length:
+        raise top.error("kl", f"is not a list of {length} numbers")
+    if any(type(n) is not float or not 0 <= n < math.inf for n in found):
+        raise top.error("kl", "has a divergence that is not a number from 0 on")
+    return tuple(found)
 
 
 def _kept(fields: _Fields, layers: Sequence[int], num_experts: int, num_slices: int) -> dict[int, tuple[int, ...]]:
