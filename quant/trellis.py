@@ -82,13 +82,14 @@ def from_ring(x: Tensor) -> Tensor:
     return x.view(len(x), STRIDE, -1).transpose(1, 2).reshape(x.shape)
 
 
-def windows(codes: Tensor, bits: int) -> Tensor:
-    """Return the index of each code's window, int64 [N, K], for the codes [N, K] of one plane."""
-    result = codes.long() << (WINDOW_BITS[bits] - bits)
-    ring = to_ring(codes)
+def windows(ring: Tensor, bits: int) -> Tensor:
+    """Return the index of each code's window, int32 [N, K], for the codes of one plane, uint8 [N, K], in the order of the
+    ring.
+    """
+    result = ring << (WINDOW_BITS[bits] - bits)
     for back in range(1, WINDOW_BITS[bits] // bits):
-        result |= from_ring(ring.roll(back, 1)).long() << (WINDOW_BITS[bits] - bits * (back + 1))
-    return result
+        result |= ring.roll(back, 1) << (WINDOW_BITS[bits] - bits * (back + 1))
+    return result.int()
 
 
 def levels(codes: Tensor, layout: MatrixLayout, num_slices: int) -> Tensor:
@@ -96,7 +97,7 @@ def levels(codes: Tensor, layout: MatrixLayout, num_slices: int) -> Tensor:
     width, total = layout.widths[num_slices - 1], torch.zeros(codes.shape, dtype=torch.int32)
     for bits, above in plane_list(layout, num_slices):
         part = codes >> (width - above - bits) & (2**bits - 1)
-        total += table(bits, above)[windows(part, bits)]
+        total += table(bits, above)[from_ring(windows(to_ring(part), bits))]
     return total
 
 

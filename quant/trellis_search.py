@@ -118,7 +118,7 @@ class _Search:
             targets[:, kept:].addmm_(rest, self.coupling[start:kept, kept:], alpha=-1)
             if ahead_targets is not None:
                 ahead_targets[:, kept:].addmm_(ahead_rest, self.coupling[start:kept, kept:], alpha=-1)
-        self.levels += table[trellis.to_ring(trellis.windows(trellis.from_ring(codes), bits))]
+        self.levels += table[trellis.windows(codes, bits)]
         product = self.levels @ self.hessian
         fitted = (product * self.targets).sum(1) / (product * self.levels).sum(1).clamp_min(1e-30)
         self.scale = _half(torch.where(fitted > 0, fitted, self.scale))

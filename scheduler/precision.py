@@ -114,22 +114,21 @@ class FixedPrecision(_Reproducible):
 class BitRouter:
     """Chooses for a token that gives expert e of a layer the router weight w the width b that minimises
 
-        w ** exponents[layer] * sensitivity[layer][e][b] + price * b.
+        w ** 2 * sensitivity[layer][e][b] + price * b,
 
-    widths: those of the store, ascending. sensitivity: of each expert, at as many of these widths as it has, the harm
-    that it does to a token with weight 1. usage: of each expert, the number of tokens of the calibration text that were
-    routed to it, and quantiles of the weights that they gave it, at even distances from least to largest.
+    for errors add up squared. widths: those of the store, ascending. sensitivity: of each expert, at as many of these
+    widths as it has, the harm that it does to a token with weight 1. usage: of each expert, the number of tokens of the
+    calibration text that were routed to it, and quantiles of the weights that they gave it, at even distances from
+    least to largest.
     """
 
     widths: tuple[int, ...]
     sensitivity: Mapping[int, Sequence[Sequence[float]]]
-    exponents: Mapping[int, float]
     usage: Mapping[int, Sequence[Sequence[float]]]
-    trained: bool = False
 
     @cached_property
     def _rates(self) -> Floats:
-        """[N, B - 1]: an expert gets more than i + 1 slices where price * rates[i] is below the power of the weight.
+        """[N, B - 1]: an expert gets more than i + 1 slices where price * rates[i] is below the weight squared.
 
         Infinite for slices that it does not have or that do it no good. What is minimised lies on the lower convex
         hull of sensitivity over width, so that widths above the hull are skipped: both steps have the same rate.
@@ -148,11 +147,6 @@ class BitRouter:
         return rows
 
     @cached_property
-    def _powers(self) -> Floats:
-        """[N, 1]: 1 / exponent."""
-        return np.array([[1 / self.exponents[layer]] for layer, curves in self.sensitivity.items() for _ in curves])
-
-    @cached_property
     def _usage(self) -> Floats:
         """[N, 1 + Q]"""
         return np.array([row for layer in self.sensitivity for row in self.usage[layer]], dtype=np.float64)
@@ -160,7 +154,7 @@ class BitRouter:
     def thresholds(self, price: float) -> Floats:
         """[N, B - 1]: a token gives an expert one slice, and one more for each threshold that its weight reaches."""
         with np.errstate(over="ignore"):
-            return (price * self._rates) ** self._powers
+            return np.sqrt(price * self._rates)
 
     def shares(self, thresholds: Floats) -> list[float]:
         """Return, of all uses of experts by the calibration text, the share with more than i slices; the first is 1."""

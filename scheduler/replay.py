@@ -61,7 +61,7 @@ def read_precision(text: str, trace: Trace, widths: Sequence[int], router: BitRo
         return parse_precision(text, widths, router)
     weights = [w for s in trace.steps if s.phase == DECODE for r in s.layers.values() for w in r.weights]
     usage = {0: [[1.0, *np.quantile(weights, np.linspace(0, 1, _QUANTILES)).tolist()]]}
-    router = BitRouter(tuple(widths), {0: [generic_sensitivity(widths)]}, {0: 2.0}, usage)
+    router = BitRouter(tuple(widths), {0: [generic_sensitivity(widths)]}, usage)
     return _AnyExpert(parse_precision(text, widths, router))  # type: ignore[return-value]
 
 

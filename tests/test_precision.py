@@ -38,7 +38,7 @@ class Text:
 TEXT = Text()
 
 
-def router(widths=(2, 3, 4), kept=None, exponent=2.0, seed=1):
+def router(widths=(2, 3, 4), kept=None, seed=1):
     g = np.random.default_rng(seed)
     scale = g.lognormal(size=(LAYERS, EXPERTS, 1))
     sensitivity = scale * 4.0 ** -np.array(widths) * g.uniform(0.7, 1.4, size=(LAYERS, EXPERTS, len(widths)))
@@ -46,7 +46,7 @@ def router(widths=(2, 3, 4), kept=None, exponent=2.0, seed=1):
         layer: [row[: kept[e] if kept else len(widths)].tolist() for e, row in enumerate(sensitivity[layer])]
         for layer in range(LAYERS)
     }
-    return BitRouter(tuple(widths), curves, dict.fromkeys(range(LAYERS), exponent), TEXT.usage)
+    return BitRouter(tuple(widths), curves, TEXT.usage)
 
 
 def chosen(precision):
@@ -62,13 +62,12 @@ curves = st.lists(st.floats(0, 1), min_size=1, max_size=5)
     curves,
     st.floats(1e-6, 10),
     st.floats(1e-4, 1),
-    st.floats(0.5, 4),
 )
-def test_the_choice_costs_as_little_as_the_best_of_all(widths, sensitivity, price, weight, exponent):
-    one = BitRouter(tuple(widths), {0: [sensitivity]}, {0: exponent}, {0: [quantiles(np.ones(1))]})
+def test_the_choice_costs_as_little_as_the_best_of_all(widths, sensitivity, price, weight):
+    one = BitRouter(tuple(widths), {0: [sensitivity]}, {0: [quantiles(np.ones(1))]})
     count = 1 + int((one.thresholds(price)[0] <= weight).sum())
     assert 1 <= count <= len(sensitivity), "an expert has only so many slices"
-    costs = [weight**exponent * d + price * b for d, b in zip(sensitivity, widths, strict=False)]
+    costs = [weight**2 * d + price * b for d, b in zip(sensitivity, widths, strict=False)]
     assert costs[count - 1] <= min(costs) * (1 + 1e-9)
 
 
@@ -93,9 +92,8 @@ def test_more_of_the_same_bits_go_where_they_help_more_than_anywhere_else():
     assert up.max() <= down.min() * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("exponent", [1.5, 2.0])
-def test_a_chunk_gets_the_widths_of_its_tokens_one_by_one(exponent):
-    precision = RoutedPrecision(2.7, router(exponent=exponent))
+def test_a_chunk_gets_the_widths_of_its_tokens_one_by_one():
+    precision = RoutedPrecision(2.7, router())
     for layer, t in itertools.product(range(LAYERS), range(0, TOKENS, 97)):
         experts, weights = TEXT.experts[layer, t], TEXT.weights[layer, t]
         one = precision.one(layer, experts.tolist(), weights.tolist())
@@ -111,7 +109,7 @@ def test_a_chunk_gets_the_widths_of_its_tokens_one_by_one(exponent):
 def test_slices_that_the_text_never_asked_for_have_a_place():
     """The calibration text had weights of a half alone; another text may have more, so every slice gets a slot."""
     usage = {0: [[1.0, *[0.5] * 17]]}
-    precision = RoutedPrecision(3, BitRouter((2, 3, 4), {0: [[0.1, 0.03, 0.01]]}, {0: 2.0}, usage))
+    precision = RoutedPrecision(3, BitRouter((2, 3, 4), {0: [[0.1, 0.03, 0.01]]}, usage))
     assert precision.one(0, [0], [1.0]) == [3]
     shares = precision.shares((2, 3, 4))
     assert len(shares) == 3

@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "convert": {"errors", "config", "quant", "kernels", "store", "checkpoints", "text", "models", "engine"},
     "hub": {"errors", "config", "store", "checkpoints", "models", "convert"},
-    "train": {"errors", "config", "quant", "scheduler", "hardware", "store", "models", "convert"},
+    "train": {"errors", "config", "quant", "scheduler", "hardware", "store", "models"},
     "planning": {
         "errors", "config", "quant", "scheduler", "hardware", "store", "checkpoints", "models", "runtime", "engine",
         "convert", "hub",

@@ -5,11 +5,12 @@ import errno
 import pytest
 import torch
 
-from moert.errors import StoreError
+from moert import LLM
+from moert.errors import StoreError, UsageError
 from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert
 from moert.quant.reference import unpack_codes
-from moert.store.bit_router import ROUTER_FILE, TrainedRouter, write_router
+from moert.scheduler.precision import RoutedPrecision
 from moert.train import distil
 from moert.train import rescale as rescaling
 from moert.train import scales as train_scales
@@ -47,6 +48,25 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_the_lossless_model_is_that_of_transformers(calibrated, lossless, tiny_checkpoint, reference_logits):
+    trainer = Trainer(StoredModel.open(calibrated), lossless, WINDOWS, seed=0)
+    with distil.torch_alone(), torch.no_grad():
+        got = distil.logits(trainer._lossless, [torch.tensor(WINDOWS[0])])
+    assert torch.allclose(got, reference_logits(tiny_checkpoint("qwen3_moe"), WINDOWS[0]), atol=2e-3)
+
+
+def test_the_nested_model_is_that_of_the_runtime(calibrated, lossless):
+    store, ids = StoredModel.open(calibrated), [*WINDOWS[0], *WINDOWS[1]]
+    trainer = Trainer(store, lossless, WINDOWS, seed=0)
+    trainer._experts.learning = False
+    trainer._experts.chooser = RoutedPrecision(2.6, store.bit_router())
+    with distil.torch_alone(), torch.no_grad():
+        got = distil.logits(trainer._model, [torch.tensor(ids)]).log_softmax(-1)
+    with LLM(calibrated, precision="routed:2.6") as llm, LLM(calibrated, precision="routed:2.4") as other:
+        near, far = ((llm.logits(ids).log_softmax(-1) - got).square().mean() for llm in (llm, other))
+    assert near < far / 2, "inputs rounded to 8 bits are the only difference"
+
+
 def test_the_divergence_on_the_text_falls_and_is_the_same_each_time(calibrated, lossless):
     store = StoredModel.open(calibrated)
     found = []
@@ -63,7 +83,6 @@ def test_the_divergence_on_the_text_falls_and_is_the_same_each_time(calibrated, 
 
 
 def test_the_store_has_what_was_learnt_and_the_codes_it_had(calibrated_copy, lossless, tmp_path):
-    write_router(calibrated_copy, TrainedRouter(torch.ones(2, 8, 3).numpy(), torch.ones(2).numpy(), "test"))
     (calibrated_copy / "NOTICE.md").write_text("Whose it is.")
     store = StoredModel.open(calibrated_copy)
     trainer = Trainer(store, lossless, WINDOWS, seed=0)
@@ -74,7 +93,7 @@ def test_the_store_has_what_was_learnt_and_the_codes_it_had(calibrated_copy, los
     assert files(calibrated_copy) == before
     assert new.meta.quantiser == store.meta.quantiser + "; scales trained: for a test"
     after = files(new.path)
-    assert before.keys() - after.keys() == {ROUTER_FILE}
+    assert before.keys() == after.keys()
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"moert.json", "experts-00000.safetensors", "experts-00001.safetensors"}
     for layer in (0, 1):
@@ -176,7 +195,6 @@ def test_the_command_writes_what_is_better(moert, options, monkeypatch):
     assert "step 1 of 1: KL" in err
     new = options[7]
     assert f"Stored in {new} after 1 steps" in err
-    assert f"moert train-router -m {new}" in err
     quantiser = StoredModel.open(new).meta.quantiser
     assert "scales trained: 1 steps on train.txt (" in quantiser
     assert quantiser.endswith("seed 7")
@@ -219,10 +237,15 @@ def test_what_cannot_be_trained_or_written_is_said(moert, options, lossless, cal
     assert "is not lossless, so --against cannot be it" in refused("--against", calibrated)[1]
     assert "is not a store: make one with moert convert" in refused("-m", tmp_path)[1]
     assert "--steps must be at least 1" in refused("--steps", "0")[1]
+    assert "--minutes above 0" in refused("--minutes", "0")[1]
+    assert "--threads 0 must be at least 1" in refused("-t", "0")[1]
+    assert "Cannot read the calibration text" in refused("--text", "nowhere.txt")[1]
     assert "lies inside the store that is read" in refused("--out", calibrated / "new")[1]
     assert "to write the new store to with --out" in moert("train-scales", *map(str, options[:6])).err
     monkeypatch.setattr(distil, "available_bytes", lambda: 1 << 20)
     assert "1.0 MiB are available: train on a larger machine" in refused()[1]
+    with pytest.raises(UsageError, match="at least two windows"):
+        Trainer(StoredModel.open(calibrated), lossless, WINDOWS[:1], seed=0)
 
 
 def test_a_folder_that_is_left_over_is_not_touched(calibrated, tmp_path):

@@ -61,8 +61,7 @@ def _routed(store: StoredModel) -> str:
     """Describe what `--precision routed` goes by."""
     if store.meta.sensitivity is None or store.meta.router_weights is None:
         return "not possible: the store does not say how sensitive its experts are"
-    trained = store.trained_router()
-    return "thresholds on the router's weights" if trained is None else f"trained bit router: {trained.about}"
+    return "thresholds on the router's weights"
 
 
 def _elastic(store: StoredModel) -> str:

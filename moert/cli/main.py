@@ -21,7 +21,6 @@ COMMANDS = {
     "bench": "measure speed, bytes and memory",
     "eval": "measure what a width costs in quality",
     "train-scales": "fit a store's scales to the whole model",
-    "train-router": "learn where a calibrated store needs bits",
     "train-predictor": "learn from traces which experts to read ahead",
     "plan": "what a memory budget buys, before anything is downloaded",
     "simulate": "predict the speed on another device from a routing trace",

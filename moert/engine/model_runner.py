@@ -58,10 +58,7 @@ def default_threads() -> int:
 def read_precision(text: str | None, store: StoredModel) -> Precision:
     """The precision that `text` names, None the usual one. UsageError where the store does not have it."""
     try:
-        # What was trained has no exponent 2: the bound of elastic precision sums up squared errors.
-        kind = None if text is None else text.partition(":")[0]
-        router = store.bit_router(trained=kind == "routed") if kind in ("routed", "elastic") else None
-        return parse_precision(text, store.layout.widths, router)
+        return parse_precision(text, store.layout.widths, store.bit_router())
     except ValueError as error:
         raise UsageError(f"{error}.") from None
 
@@ -211,8 +208,7 @@ class ModelRunner:
         if config.precision is None:
             chosen.append(f"precision {self.precision} (the default)")
         elif isinstance(self.precision, RoutedPrecision):
-            how = "trained bit router" if self.precision.router.trained else "thresholds on the router's weights"
-            chosen.append(f"precision {self.precision} ({how})")
+            chosen.append(f"precision {self.precision} (thresholds on the router's weights)")
         elif isinstance(self.precision, ElasticPrecision):
             how = "depends on what is in memory: the same prompt and seed can give another text"
             chosen.append(f"precision {self.precision} ({how})")

@@ -150,7 +150,7 @@ def read_shape(
 def store_shape(path: Path) -> ModelShape:
     """Return the sizes of a store. Raises StoreError where it is damaged, UnsupportedModelError."""
     store = StoredModel.open(path)
-    router = store.bit_router(trained=False)
+    router = store.bit_router()
     return _shape(
         store.architecture,
         store.meta.dense,

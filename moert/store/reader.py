@@ -19,7 +19,6 @@ from moert.hardware.allocator import allocate
 from moert.quant.format import SLICE_ALIGN, ExpertLayout
 from moert.quant.matmul import PackedMatrix
 from moert.scheduler.precision import BitRouter
-from moert.store.bit_router import TrainedRouter, read_router
 from moert.store.fileio import as_bytes, opened, read_into
 from moert.store.layout import (
     CONFIG_FILE,
@@ -154,25 +153,16 @@ class Store:
             return PackedMatrix(tensor.packed, (data,))
         return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
-    def trained_router(self) -> TrainedRouter | None:
-        """The bit router that was trained for this store, if one was. StoreError where it is damaged."""
-        return read_router(self.path, (len(self.moe_layers), self.num_experts, len(self.meta.widths)))
-
-    def bit_router(self, trained: bool = True) -> BitRouter | None:
-        """Return what decides on routed widths: trained if there is such, else sensitivities.
-
-        None where the conversion did not measure these. Raises StoreError where what was trained is damaged.
-        """
-        meta, kept, layers = self.meta, self.kept, self.moe_layers
+    def bit_router(self) -> BitRouter | None:
+        """Return what decides on routed widths; None where the conversion did not measure sensitivities."""
+        meta, kept = self.meta, self.kept
         if meta.sensitivity is None or meta.router_weights is None:
             return None
-        sensitivity, exponents = meta.sensitivity, dict.fromkeys(layers, 2.0)  # errors add up squared
-        found = self.trained_router() if trained else None
-        if found is not None:
-            sensitivity = dict(zip(layers, found.sensitivity.tolist(), strict=True))
-            exponents = dict(zip(layers, found.exponents.tolist(), strict=True))
-        curves = {layer: [row[:n] for row, n in zip(sensitivity[layer], kept[layer], strict=True)] for layer in layers}
-        return BitRouter(meta.widths, curves, exponents, meta.router_weights, found is not None)
+        curves = {
+            layer: [row[:n] for row, n in zip(meta.sensitivity[layer], kept[layer], strict=True)]
+            for layer in self.moe_layers
+        }
+        return BitRouter(meta.widths, curves, meta.router_weights)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every byte that has a checksum; `progress` gets the bytes checked and the bytes in all.
@@ -190,7 +180,6 @@ class Store:
         for name, copy in self.meta.copies.items():
             if zlib.crc32(_read(self.path / name)) != copy.crc32:
                 raise changed(self.path / name, "is not as it was written")
-        self.trained_router()
         start = self.meta.weights[DENSE_FILE].data_start
         with _reading(self.path / DENSE_FILE) as fd:
             for tensor, crc in zip(self.meta.dense, self.meta.dense_checksums, strict=True):

@@ -1,1 +1,1 @@
-"""Scales, bit router and routing-path predictor learnt from a whole model, and the traces they learn from."""
+"""Scales and routing-path predictor learnt from a whole model, and the traces they learn from."""

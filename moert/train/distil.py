@@ -123,12 +123,10 @@ def set_apart(windows: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Tens
     return [window for i, window in enumerate(ids) if i not in at], [ids[i] for i in at]
 
 
-def check_memory(store: StoredModel, lossless: StoredModel, copies: int) -> None:
-    """Raise UsageError where all experts in float32, the store's `copies` times at each of its widths, do not fit in
-    memory.
-    """
+def check_memory(store: StoredModel, lossless: StoredModel) -> None:
+    """Raise UsageError where all experts in float32, the store's twice at each of its widths, do not fit in memory."""
     weights = sum(rows * cols for rows, cols in store.layout.shapes)
-    experts = sum(copies * sum(counts) + len(counts) for counts in store.kept.values())
+    experts = sum(2 * sum(counts) + len(counts) for counts in store.kept.values())
     needed = 4 * weights * experts + 3 * (store.dense_bytes + lossless.dense_bytes)
     available = available_bytes()
     if needed > available:

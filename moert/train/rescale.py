@@ -16,7 +16,6 @@ from moert.errors import StoreError
 from moert.models.stored_model import StoredModel
 from moert.quant.matmul import PackedExpert, PackedMatrix
 from moert.quant.reference import put_scales
-from moert.store.bit_router import ROUTER_FILE
 from moert.store.fileio import atomic_file, sync_folder, write_json
 from moert.store.layout import META_FILE
 from moert.store.meta import WeightFile
@@ -42,13 +41,13 @@ def rescale(
     """Write `store` to the folder `out`, which appears whole or not at all, with the scales that `scales` gives.
 
     scales(layer, expert): for each slice that is kept of it, those of gate, up and down, float [N, K / G] each.
-    sensitivity: with these, as in moert.json. about: is added to the name of the quantiser. A bit router is not taken
-    along, for it was trained for other scales. Raises StoreError where `out` exists or cannot be written.
+    sensitivity: with these, as in moert.json. about: is added to the name of the quantiser. Raises StoreError
+    where `out` exists or cannot be written.
     """
     check_out(store, out)
     meta, checksums = store.meta, {}
     weights = dict(meta.weights)
-    rewritten = {META_FILE, ROUTER_FILE, *(meta.expert_file(layer).name for layer in store.moe_layers)}
+    rewritten = {META_FILE, *(meta.expert_file(layer).name for layer in store.moe_layers)}
     try:
         with _folder(out) as folder:
             for path in sorted(store.path.iterdir()):

@@ -108,7 +108,7 @@ class Trainer:
         if store.layout.raw:
             raise UsageError(f"{store.path} keeps its experts as they are, without scales: name one of 2 to 8 bits.")
         self._windows, self._checked = distil.set_apart(windows)
-        distil.check_memory(store, lossless, copies=2)
+        distil.check_memory(store, lossless)
         self._store = store
         self._generator = torch.Generator().manual_seed(seed)
         self._experts = _Scaled(store)
