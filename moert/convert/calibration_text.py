@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 DEFAULT_FILE = Path(__file__).with_name("calibration.txt")
 LEAST_TOKENS, MOST_TOKENS = 2048, 65536
+# Tokens that an expert sees in the mean. Four times as many lowered the KL at 2 bits by 5%, and at 3 and 4 bits not.
+MOST_OF_EXPERT = 16384
 DEFAULT_TOKENS = 4096  # of the text that comes along, where no text is asked for
 WINDOW = 512
 
@@ -37,9 +39,14 @@ def read(text: str) -> str:
 def tokens(text: str, content: str, checkpoint: Path, most: int = MOST_TOKENS) -> CalibrationText:
     """The tokens of `content`, which `text` names, by the tokenizer of a checkpoint.
 
-    Of a long text windows are taken at even distances, `most` tokens in all. Raises UsageError for a text that has too
-    few tokens, StoreError for the tokenizer.
+    Of a long text windows are taken at even distances, `most` tokens in all, or fewer where each expert would see more
+    than MOST_OF_EXPERT. Raises UsageError for a text that has too few tokens, StoreError for the tokenizer, and what
+    opening the checkpoint raises.
     """
+    from moert.convert.source_model import SourceModel  # loads torch
+
+    arch = SourceModel.open(checkpoint).architecture
+    most = min(most, MOST_OF_EXPERT * arch.num_experts // arch.top_k)
     ids = Tokenizer(checkpoint).encode(content, add_special_tokens=False)
     if len(ids) < LEAST_TOKENS:
         raise UsageError(
