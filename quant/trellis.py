@@ -83,7 +83,7 @@ def from_ring(x: Tensor) -> Tensor:
 
 
 def windows(ring: Tensor, bits: int) -> Tensor:
-    """Return the index of each code's window, int32 [N, K], for codes of one plane, uint8 [N, K], both in ring order."""
+    """Return the index of each code's window, int32 [N, K], for a plane of codes, uint8 [N, K]: both in ring order."""
     result = ring << (WINDOW_BITS[bits] - bits)
     for back in range(1, WINDOW_BITS[bits] // bits):
         result |= ring.roll(back, 1) << (WINDOW_BITS[bits] - bits * (back + 1))
