@@ -11,7 +11,7 @@ experts, all of which every token uses, with equal weight. `moert convert` makes
 and its routing is not: it shows that answers are right, and says nothing of caches or of the speed of a MoE.
 
 Everything is kept in one folder (0.8 GB), and what is there already is used again; a run that was interrupted leaves
-nothing that a later one would take for whole. The first run takes four minutes on two cores.
+nothing that a later one would take for whole. The first run takes two minutes on two cores.
 """
 
 from __future__ import annotations

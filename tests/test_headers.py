@@ -52,7 +52,7 @@ def is_router(name: str) -> bool:
 
 
 def check(shape: ModelShape, model: torch.nn.Module) -> None:
-    """All sizes against the parameters of transformers' model, in widths 2, 3, 4 with dense weights at 8 bits.
+    """All sizes against the parameters of transformers' model, in widths 2, 3, 4, 6 with dense weights at 8 bits.
 
     What is not packed keeps the type that it has in the model: transformers has the routers of some families in float32
     whatever the rest is in.
@@ -71,7 +71,7 @@ def check(shape: ModelShape, model: torch.nn.Module) -> None:
     assert shape.embedding_bytes == ends.pop("model.embed_tokens.weight")
     assert shape.head_bytes == sum(ends.values())
     D, F = shape.hidden_size, shape.expert_inner
-    slices = [2 * packed(F, D, bits, trellis=True) + packed(D, F, bits, trellis=True) for bits in (2, 1, 1)]
+    slices = [2 * packed(F, D, bits, trellis=True) + packed(D, F, bits, trellis=True) for bits in (2, 1, 1, 2)]
     for size, exact in zip(shape.slice_bytes, slices, strict=True):
         assert size % 4096 == 0
         assert exact <= size < exact + 4096 + 2 * 2 * (2 * F + D) * (shape.model_type == "gpt_oss")

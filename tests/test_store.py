@@ -175,7 +175,8 @@ def leaves(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 def test_every_missing_or_wrongly_typed_field_is_named(store: StoredModel) -> None:
     text = (store.path / "moert.json").read_text()
-    paths = [path for path in leaves(json.loads(text)) if path]
+    measured = ("sensitivity", "router_weights")  # may be missing; test_sensitivity.py
+    paths = [path for path in leaves(json.loads(text)) if path and path[0] not in measured]
     assert len(paths) > 60
     for path in paths:
         for wrong in (None, "absent", [], -1, True, 1.5, {"a": 1}, [[[-1]]]):

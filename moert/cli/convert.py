@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         common.check_kernel()
         text = None
         if content is not None:
-            text = calibration.tokens(args.calibrate, content, folder)
+            text = calibration.tokens(args.calibrate, content, folder, calibration.worth_while(folder))
         elif settings.calibrated:
             text = calibration.by_default(folder, status.say)
     with conversion_progress(status) as progress:

@@ -39,14 +39,9 @@ def read(text: str) -> str:
 def tokens(text: str, content: str, checkpoint: Path, most: int = MOST_TOKENS) -> CalibrationText:
     """The tokens of `content`, which `text` names, by the tokenizer of a checkpoint.
 
-    Of a long text windows are taken at even distances, `most` tokens in all, or fewer where each expert would see more
-    than MOST_OF_EXPERT. Raises UsageError for a text that has too few tokens, StoreError for the tokenizer, and what
-    opening the checkpoint raises.
+    Of a long text windows are taken at even distances, `most` tokens in all. Raises UsageError for a text that has too
+    few tokens, StoreError for the tokenizer.
     """
-    from moert.convert.source_model import SourceModel  # loads torch
-
-    arch = SourceModel.open(checkpoint).architecture
-    most = min(most, MOST_OF_EXPERT * arch.num_experts // arch.top_k)
     ids = Tokenizer(checkpoint).encode(content, add_special_tokens=False)
     if len(ids) < LEAST_TOKENS:
         raise UsageError(
@@ -54,6 +49,17 @@ def tokens(text: str, content: str, checkpoint: Path, most: int = MOST_TOKENS) -
             " name a longer one, or use --calibrate default."
         )
     return _chosen(text, ids, most)
+
+
+def worth_while(checkpoint: Path) -> int:
+    """Return how many tokens are of use for a checkpoint, by how many experts a token visits.
+
+    Raises CheckpointError and UnsupportedModelError for the checkpoint.
+    """
+    from moert.convert.source_model import SourceModel  # loads torch
+
+    arch = SourceModel.open(checkpoint).architecture
+    return min(MOST_TOKENS, MOST_OF_EXPERT * arch.num_experts // arch.top_k)
 
 
 def by_default(checkpoint: Path, say: Callable[[str], None]) -> CalibrationText | None:
