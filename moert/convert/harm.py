@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -86,7 +87,7 @@ def divergences(
 def _divergence(logits: Tensor, lossless: Tensor) -> float:
     """Sum over tokens, for logits [T, V] each."""
     step = max(1, _FLOATS // logits.shape[1])
-    parts = zip(logits.split(step), lossless.split(step), strict=True)
+    parts = zip(torch.split(logits, step), torch.split(lossless, step), strict=True)
     return sum(
         float(functional.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="sum", log_target=True))
         for a, b in parts
