@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moert.convert import harm, settle
-from moert.convert.calibration import CalibrationText
+from moert.convert.calibration import Calibrated, CalibrationText
 from moert.convert.convert import convert
+from moert.convert.parallel import workers
 from moert.convert.partial import Finished
+from moert.convert.source_model import SourceModel
 from moert.convert.widths import AUTO_WIDTHS, ENOUGH_KL, MOST_BASE_KL, chosen
 from moert.errors import BudgetError, StoreError
 from moert.models.stored_model import StoredModel
@@ -75,9 +77,13 @@ def test_sensitivities_add_up_to_what_the_model_loses(kl, seed):
     usage = torch.rand(2, 4, generator=generator).double() + 0.01
     files = {at: Finished(1, 1, [], errors[at].tolist(), usage[at].tolist(), None) for at in (0, 1)}
     rows = torch.stack([torch.tensor(file.sensitivity) for file in harm.in_nats(files, kl).values()])
-    for width, total in enumerate((usage[..., None] * rows).sum((0, 1)).tolist()):
-        if least := max(kl[width:]):
-            assert total == pytest.approx(least)
+    totals = (usage[..., None] * rows).sum((0, 1)).tolist()
+    if kl[0] > kl[1] > kl[2] > 0:
+        assert totals == pytest.approx(kl)
+    elif kl[0] > 0 and not kl[0] > kl[1] > kl[2]:
+        assert totals[0] == pytest.approx(kl[0])
+        ratio = rows / errors  # one factor for all, so that an expert's widths compare as they were measured
+        assert ratio.min() == pytest.approx(float(ratio.max()))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,26 @@ def test_divergences_are_those_from_transformers(every, tiny_checkpoint, referen
     # The source's own logits, by the calibration, are those of transformers but for rounding.
     assert store.meta.kl == pytest.approx(found, rel=0.2)
     assert list(store.meta.kl) == sorted(store.meta.kl, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "over"),
+    [
+        ("mixtral", {}),
+        ("olmoe", {}),
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {"mlp_only_layers": [1]}),
+        ("qwen3_moe", {"tie_word_embeddings": True}),
+    ],
+)
+def test_the_logits_of_the_source_are_those_of_transformers(family, over, tiny_checkpoint, reference_logits, tmp_path):
+    path = tiny_checkpoint(family, **over)
+    calibrated = Calibrated(SourceModel.open(path), TEXT)
+    calibrated.begin(tmp_path)
+    with workers(1 << 20) as pool:
+        for ids, logits in calibrated.lossless(2, pool):
+            assert len(ids) > 1
+            torch.testing.assert_close(logits, reference_logits(path, ids.tolist()).float(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_divergence_is_that_of_torch():

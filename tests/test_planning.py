@@ -282,7 +282,7 @@ WIDTHS = {"fixed:4": 4.0, "routed:3": 2.96, "elastic:3": 2.8, "fixed:3": 3.0, "f
 @given(st.lists(st.tuples(st.sampled_from(ORDER), st.floats(0.05, 60), st.integers(1, 4)), min_size=1, max_size=8))
 def test_the_choice_is_the_best_of_all_by_the_rule(drawn_settings):
     every = [prediction(name, speed, WIDTHS[name], budget << 30) for name, speed, budget in drawn_settings]
-    chosen = choose(every, True).prediction
+    chosen = choose(every).prediction
 
     def allowed(p):
         wide = [q for q in every if q.mean_width >= LEAST_WIDTH]
@@ -301,15 +301,15 @@ def test_the_choice_is_the_best_of_all_by_the_rule(drawn_settings):
 
 
 def test_the_reason_is_one_sentence_that_says_what_was_chosen():
-    fast = choose([prediction("fixed:4", 6, 4.0), prediction("fixed:3", 12, 3.0)], True)
+    fast = choose([prediction("fixed:4", 6, 4.0), prediction("fixed:3", 12, 3.0)])
     assert fast.reason == (
         "fixed:3 at 1.00 GiB, context 512: the best quality that answers faster than people read (12 tokens/s, 10 are"
         " wanted)."
     )
-    slow = choose([prediction("fixed:4", 3.5, 4.0), prediction("fixed:3", 3.6, 3.0)], True)
+    slow = choose([prediction("fixed:4", 3.5, 4.0), prediction("fixed:3", 3.6, 3.0)])
     assert slow.precision == "fixed:4"
     assert "nothing of 2.5 bits or more reaches the 10" in slow.reason
-    narrow = choose([prediction("fixed:4", 0.5, 4.0), prediction("fixed:2", 4, 2.0)], True)
+    narrow = choose([prediction("fixed:4", 0.5, 4.0), prediction("fixed:2", 4, 2.0)])
     assert narrow.precision == "fixed:2"
     assert "below 2.5 bits large models lose much" in narrow.reason
     assert (fast.memory_budget, fast.ctx_size) == (1 << 30, 512)
@@ -323,7 +323,7 @@ def test_the_recommendation_is_the_choice_among_all_policies(disk, memory):
     device = dataclasses.replace(DEVICE, disk_bytes_per_s=disk)
     found = recommend(shape, device, trace, 1 << 30, 512, memory_budget=memory * MIB)
     every = [predict(shape, device, trace, name, memory * MIB, 512, most_tokens=48) for name in policies(shape)]
-    assert found == choose(every, True)
+    assert found == choose(every)
 
 
 def test_a_recommendation_stays_within_what_is_available():
@@ -363,6 +363,15 @@ def test_policies_are_those_that_the_store_can_have():
     lossless = shape_of(widths=(16,), slice_bytes=(MIB,), slice_counts=(16,), calibrated=False)
     assert policies(lossless) == ["fixed:16"]
     assert policies(shape_of(widths=(4, 8), slice_bytes=(MIB, MIB), slice_counts=(16, 16))) == ["fixed:8", "fixed:4"]
+
+
+def test_quality_is_what_the_conversion_measured():
+    losses = {2: 0.64, 4: 0.04}
+    found = {name: quality_of(name, True, losses) for name in ("fixed:4", "fixed:2", "routed:3", "elastic:3,skip=0.1")}
+    assert [found[name].kl_nats[0] for name in found] == pytest.approx([0.04, 0.64, 0.16, 0.16])
+    assert all(quality.perplexity_ratio is None for quality in found.values())
+    assert found["fixed:2"].text == "KL 0.64"
+    assert quality_of("fixed:16", True, losses).kl_nats == (0, 0)
 
 
 def test_quality_is_what_the_documentation_says():

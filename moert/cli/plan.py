@@ -174,8 +174,10 @@ def _title(shape: ModelShape) -> str:
 
 
 def _quality_note(shape: ModelShape) -> str:
-    from moert.planning.quality import SMALL_MODELS
+    from moert.planning.quality import CONVERSION, SMALL_MODELS
 
+    if shape.losses:
+        return f"divergence from the lossless model (KL) in nats per token, {CONVERSION}"
     how = "calibrated" if shape.calibrated else "rounded"
     return f"perplexity lost against the lossless model, {how} experts, {SMALL_MODELS}"
 
@@ -249,7 +251,7 @@ class _Plan:
 
         fitting = [p for p in self.predictions if p.budget_bytes <= self.profile.memory_bytes]
         every = fitting or self.predictions
-        return choose(every, self.shape.calibrated) if every else None
+        return choose(every) if every else None
 
     def least(self) -> str:
         """Say what would fit where nothing does."""

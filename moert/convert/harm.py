@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ def _divergence(logits: Tensor, lossless: Tensor) -> float:
 def in_nats(measured: Mapping[int, Finished], kl: Sequence[float]) -> dict[int, Finished]:
     """Scale the sensitivities of all layers so that those of a width add up to what the whole model was found to lose.
 
-    kl: [B]. Where a width was found to lose no more than a wider one, both lose the same.
+    kl: [B]. Where a width was found to lose no more than a wider one, what all of them lose alike hides the experts'
+    part (dense weights of few bits may): then all have the factor of the base.
     """
     total = [0.0] * len(kl)
     for file in measured.values():
@@ -105,8 +107,9 @@ def in_nats(measured: Mapping[int, Finished], kl: Sequence[float]) -> dict[int, 
         assert file.usage is not None
         for usage, row in zip(file.usage, file.sensitivity, strict=True):
             total = [sum_ + usage * error for sum_, error in zip(total, row, strict=True)]
-    least = [max(kl[i:]) for i in range(len(kl))]
-    factors = [found / sum_ if sum_ > 0 and found > 0 else 1.0 for found, sum_ in zip(least, total, strict=True)]
+    factors = [found / sum_ if sum_ > 0 and found > 0 else 1.0 for found, sum_ in zip(kl, total, strict=True)]
+    if any(narrow <= wide for narrow, wide in pairwise(kl)):
+        factors = factors[:1] * len(kl)
     return {
         layer: replace(file, sensitivity=[[f * x for f, x in zip(factors, row, strict=True)] for row in rows])
         for layer, file in measured.items()

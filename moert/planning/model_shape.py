@@ -9,7 +9,7 @@ conversion with the settings given would write, worked out from config.json and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class ModelShape:
     dense_bytes: by layer, all that is resident of it, which every token reads. head_bytes: final norm and head, read by
     every token too. embedding_bytes: resident, but a token reads one row; 0 where it is the head. store_bytes: of the
     files with weights; tokenizer and moert.json come on top. parameters: of the whole model.
+    losses: width -> nats per token that the conversion of the store measured, if it did.
     calibrated: the store knows how sensitive its experts are, which `routed` precision wants, or would know it if the
     checkpoint was converted. router: what it knows.
     """
@@ -73,6 +74,7 @@ class ModelShape:
     parameters: int
     calibrated: bool = False
     router: BitRouter | None = field(default=None, repr=False, compare=False)
+    losses: Mapping[int, float] | None = field(default=None, compare=False)
 
     @property
     def runnable(self) -> bool:
@@ -163,6 +165,7 @@ def store_shape(path: Path) -> ModelShape:
         store_bytes=sum(file.size for file in store.meta.weights.values()),
         counts=[count for counts in store.kept.values() for count in counts],
         calibrated=store.meta.quantiser.startswith("calibrated"),
+        losses=dict(zip(store.meta.widths, store.meta.kl, strict=True)) if store.meta.kl else None,
         router=router,
     )
 
@@ -217,6 +220,7 @@ def _shape(
     counts: Sequence[int],
     calibrated: bool,
     router: BitRouter | None = None,
+    losses: Mapping[int, float] | None = None,
 ) -> ModelShape:
     """counts: of every expert of every layer, how many slices it has."""
     by_layer, ends, embedding = [0] * arch.num_layers, 0, 0
@@ -260,5 +264,6 @@ def _shape(
         store_bytes=store_bytes,
         parameters=len(counts) * weights + sum(math.prod(tensor.shape) for tensor in dense),
         calibrated=calibrated,
+        losses=losses,
         router=router,
     )

@@ -123,7 +123,7 @@ def predict(
         width_histogram=decoding.mass_at_width,
         peak_rss_bytes=min(budget.total, used.fixed + int(min(found.held_bytes, budget.arena))),
         store_bytes=shape.store_bytes,
-        quality=quality_of(str(policy), shape.calibrated),
+        quality=quality_of(str(policy), shape.calibrated, shape.losses),
     )
 
 

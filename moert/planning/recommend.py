@@ -10,7 +10,7 @@ from moert.config import format_bytes
 from moert.errors import BudgetError
 from moert.planning.model_shape import ModelShape
 from moert.planning.predict import RECALLS, Prediction, policy_of, predict
-from moert.planning.quality import quality_of
+from moert.planning.quality import Quality, quality_of
 from moert.runtime.budget import Needs, split_budget
 from moert.scheduler.profile import Profile
 from moert.scheduler.trace import Trace
@@ -54,12 +54,12 @@ def policies(shape: ModelShape) -> list[str]:
     names = [f"fixed:{width}" for width in widths]
     if len(widths) > 1 and widths[0] < 3 <= widths[-1]:
         names += ["elastic:3", "routed:3"] if shape.calibrated else ["elastic:3"]
-    return sorted(names, key=lambda name: _rank(name, shape.calibrated))
+    return sorted(names, key=lambda name: _rank(name, quality_of(name, shape.calibrated, shape.losses)))
 
 
-def _rank(precision: str, calibrated: bool) -> tuple[float, float, bool]:
+def _rank(precision: str, quality: Quality | None) -> tuple[float, float, bool]:
     """Less is better: what was measured first, then bits; of equals what is reproducible."""
-    quality, bits = quality_of(precision, calibrated), float(precision.partition(":")[2].partition(",")[0])
+    bits = float(precision.partition(":")[2].partition(",")[0])
     kl = quality.kl_nats[1] if quality else 0.106 * 0.28 ** (bits - 2)
     return kl, -bits, precision.startswith("elastic")
 
@@ -90,7 +90,9 @@ def recommend(
     They are tried in the order of their quality, so that most often one or two are simulated. Raises BudgetError, with
     the least that would do, where nothing fits, UsageError as `predict`.
     """
-    names = sorted(precisions or policies(shape), key=lambda name: _rank(name, shape.calibrated))
+    names = policies(shape)
+    if precisions:
+        names = sorted(precisions, key=lambda name: _rank(name, quality_of(name, shape.calibrated, shape.losses)))
     tried: list[Prediction] = []
     least: BudgetError | None = None
     for name in names:
@@ -117,7 +119,7 @@ def recommend(
             break
     if least is not None and not tried:
         raise least
-    return choose(tried, shape.calibrated)
+    return choose(tried)
 
 
 def context_for(
@@ -148,7 +150,7 @@ def context_for(
     return min(SMALL_CONTEXTS[-1], most)
 
 
-def choose(predictions: Sequence[Prediction], calibrated: bool) -> Choice:
+def choose(predictions: Sequence[Prediction]) -> Choice:
     """The rule of `recommend`; of several budgets at which that holds, the least."""
     wide = [p for p in predictions if p.mean_width >= LEAST_WIDTH]
     narrow = not any(p.decode_tokens_per_s >= USABLE for p in wide)
@@ -157,7 +159,7 @@ def choose(predictions: Sequence[Prediction], calibrated: bool) -> Choice:
     floor = READING if fastest >= READING else CLOSE * fastest
     best = min(
         (p for p in allowed if p.decode_tokens_per_s >= floor),
-        key=lambda p: (_rank(p.precision, calibrated), p.budget_bytes, -p.decode_tokens_per_s),
+        key=lambda p: (_rank(p.precision, p.quality), p.budget_bytes, -p.decode_tokens_per_s),
     )
     return Choice(best, _reason(best, fastest, narrow))
 
