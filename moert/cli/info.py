@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> int:
         if name == "widths":
             for width in value:
                 bits, size = f"{width['bits_per_weight']:.2f} bits per weight", format_bytes(width["bytes_per_expert"])
-                print(f"{'width ' + str(width['width']):22}{bits}, {size} per expert, {width['precision']}")
+                lost = "" if width["kl_nats"] is None else f", KL {width['kl_nats']:.2g} on the calibration text"
+                print(f"{'width ' + str(width['width']):22}{bits}, {size} per expert, {width['precision']}{lost}")
         else:
             shown = (
                 format_bytes(value) if name.endswith("_bytes") else f"{value:,}" if isinstance(value, int) else value
@@ -113,8 +114,9 @@ def describe(store: StoredModel) -> dict[str, Any]:
                 "bytes_per_expert": layout.bytes_at(width),
                 "precision": f"fixed:{width}",
                 "widest_of": store.widest.get(width, 0),
+                "kl_nats": None if store.meta.kl is None else store.meta.kl[i],
             }
-            for width in layout.widths
+            for i, width in enumerate(layout.widths)
         ],
         "kept": "every width of every expert" if store.meta.kept is None else store.kept_widths(),
         "routed_precision": _routed(store),

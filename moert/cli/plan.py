@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 COLUMNS = (
     *("budget", "precision", "context", "decode", "prefill", "first token", "hits", "read/token", "mean width"),
-    *("perplexity", "peak memory"),
+    *("quality lost", "peak memory"),
 )
 _POINTS = 8  # budgets of a plot, where no sweep says which
 
