@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 CONVERSION = "measured on the text that the store was calibrated on"
-SMALL_MODELS = "measured on two small models, 21 and 14 million parameters; large ones lose more, at 2 bits far more"
+SMALL_MODELS = (
+    "measured on two small models, 21 and 14 million parameters; others lose more: SmolLM2-135M, converted by default, 8%"
+    " at 4 bits and 24% at 3"
+)
 
 
 @dataclass(frozen=True, slots=True)
