@@ -15,8 +15,8 @@ import numpy as np
 
 CONVERSION = "measured on the text that the store was calibrated on"
 SMALL_MODELS = (
-    "measured on two small models, 21 and 14 million parameters; others lose more: SmolLM2-135M, converted by default, 8%"
-    " at 4 bits and 24% at 3"
+    "measured on two small models, 21 and 14 million parameters; others lose more: SmolLM2-135M, converted by default,"
+    " 8% at 4 bits and 24% at 3"
 )
 
 
