@@ -304,7 +304,7 @@ def test_the_quantiser_is_a_choice_and_is_recorded(tmp_path: Path) -> None:
             return super().__call__(layer, expert, gate / 2, up, down, layout)
 
     source = make_checkpoint(tmp_path / "src")
-    store = convert(source, tmp_path / "out", quantiser=Halved(source_module.SourceModel.open(source).architecture))
+    store = convert(source, tmp_path / "out", quantiser=Halved(source_module.SourceModel.open(source)))
     assert store.meta.quantiser == "halved"
     assert expert_bytes(store, 0, 0) != expert_bytes(convert(source, tmp_path / "plain"), 0, 0)
 

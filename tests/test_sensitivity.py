@@ -116,7 +116,7 @@ def test_a_rounded_store_has_the_errors_of_its_weights(store, tiny_checkpoint):
             pairs = zip(stored_matrices(rounded, layer, expert, count), right, strict=True)
             shares = [float((q - w).square().sum() / w.square().sum()) for q, w in pairs]
             assert rounded.meta.sensitivity[layer][expert][count - 1] == pytest.approx(sum(shares) / 3, rel=1e-4)
-    # A router of no weights in particular: those of 3 of 8 add up to 1.
+    # Of normal inputs; the weights of 3 of 8 add up to 1.
     count, *quantiles = rounded.meta.router_weights[0][0]
     assert count > 1000
     assert quantiles == sorted(quantiles)

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moert.convert.parallel import Workers
-from moert.convert.quantiser import Measured, weight_quantiles
+from moert.convert.quantiser import GATE, NORM, Measured, weight_quantiles
 from moert.convert.source_model import SourceModel, row_chunks
 from moert.errors import CheckpointError, StoreError
 from moert.kernels.layer_step import Place
@@ -53,8 +53,7 @@ FEW_TOKENS = 256  # an expert that sees fewer borrows tokens of its layer
 SENSITIVITY_TOKENS = 512  # of those that an expert sees, at even distances: more would slow the conversion down
 MOST_SHIFT = 12
 # What stands before the experts, and what reads the same inputs as they do.
-_NORM = "post_attention_layernorm"
-_READERS = ("mlp.gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
+_READERS = (GATE, "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class Calibrated:
         if shift is None:
             return weights
         part = ".".join(parts[3:-1])
-        if part == _NORM:
+        if part == NORM:
             return (weights.float() * torch.exp2(-shift[start : start + len(weights)].float())).to(weights.dtype)
         if part in _READERS:
             return (weights.float() * torch.exp2(shift.float())).to(weights.dtype)
@@ -315,8 +314,8 @@ class Calibrated:
         prefix = f"model.layers.{layer}."
         for name in self._arch.dense_tensors():
             reader = name.removeprefix(prefix).removesuffix(".weight")
-            if name.startswith(prefix) and (reader in _READERS or reader == _NORM):
-                tensor, sign = self._source.dense(name), -1.0 if reader == _NORM else 1.0
+            if name.startswith(prefix) and (reader in _READERS or reader == NORM):
+                tensor, sign = self._source.dense(name), -1.0 if reader == NORM else 1.0
                 scale = torch.exp2(sign * shift.float())
                 exact = (tensor.float() * scale).to(tensor.dtype).float() == tensor.float() * scale
                 shift[~(exact if exact.ndim == 1 else exact.all(0))] = 0

@@ -115,7 +115,7 @@ def convert(
     warnings = check_side_files(source, model.architecture.vocab_size)
     if calibration is not None:
         quantiser = Calibrated(model, calibration)
-    quantiser = quantiser or RoundToNearest(model.architecture)
+    quantiser = quantiser or RoundToNearest(model)
     name = source_name or source.resolve().name
     plan = ConversionPlan(
         model,

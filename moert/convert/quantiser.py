@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from moert.convert.parallel import Workers
-from moert.models.architecture import Architecture
+from moert.convert.source_model import SourceModel
 from moert.quant import nested
 from moert.quant.format import LINEAR, ExpertLayout
 from moert.quant.matmul import PackedExpert
 from moert.store.meta import QUANTILES
 
-_ROUTED = 2048  # tokens of the router that is assumed
+NORM, GATE = "post_attention_layernorm", "mlp.gate"  # what stands before the experts of a layer
+_ROUTED = 2048  # normal inputs of a router
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +86,15 @@ def weight_quantiles(weights: Tensor) -> list[float]:
 class RoundToNearest:
     """Codes from the weights alone, with a search of the clipping range.
 
-    How sensitive an expert is it takes from the errors of the weights, and its router weights from a router whose
-    logits are normal and of deviation 1.
+    How sensitive an expert is it takes from the errors of the weights, and its router weights from what the router of
+    the layer makes of normal inputs.
     """
 
     name = "round-to-nearest"
     files: Sequence[str] = ()
 
-    def __init__(self, arch: Architecture) -> None:
-        self._arch = arch
+    def __init__(self, source: SourceModel) -> None:
+        self._source, self._arch = source, source.architecture
         self._errors: dict[int, list[float]] = {}
 
     def code(self, widths: Sequence[int]) -> str:
@@ -123,8 +124,10 @@ class RoundToNearest:
         if not self._errors:
             return None
         E, K = self._arch.num_experts, self._arch.top_k
-        logits = torch.randn(_ROUTED, E, generator=torch.Generator().manual_seed(0))
-        weights = logits.softmax(-1).topk(K).values
+        prefix = f"model.layers.{layer}."
+        gain, gate = (self._source.dense(f"{prefix}{name}.weight").float() for name in (NORM, GATE))
+        x = torch.randn(_ROUTED, len(gain), generator=torch.Generator().manual_seed(0)) * gain
+        weights = (x @ gate.T).softmax(-1).topk(K).values
         if self._arch.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         usage = float(weights.square().sum(-1).mean()) / E
