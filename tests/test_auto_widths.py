@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ TEXT = CalibrationText(
         ((MOST_BASE_KL, 0.2, ENOUGH_KL, 0.01), (2, 3, 4)),
         ((0.8, 0.2, 0.06, 0.02), (3, 4, 6)),
         ((9.0, 2.0, 0.01, 0.0), (3, 4)),
+        ((9.0, 9.0, 8.0, 8.1), (3, 4)),
     ],
 )
 def test_the_base_can_be_computed_with_and_more_than_enough_is_left_out(kl, widths):
@@ -184,6 +186,13 @@ def test_broken_off_it_goes_on_to_the_same_bytes(losses, kl, stage, tiny_checkpo
     assert broken or chosen(kl) == AUTO_WIDTHS
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_names_may_be_relative(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = Path(tiny_checkpoint("olmoe"))
+    store = convert(source, Path("here/out"), calibration=TEXT)
+    assert store.meta.kl is not None
 
 
 def test_broken_off_while_the_model_is_run(tiny_checkpoint, tmp_path):

@@ -88,7 +88,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "--fast",
         action="store_true",
         help="round the experts instead of calibrating them on a text: for a first try, in a fraction of the time; much"
-        " worse at low widths, and without --precision routed",
+        " worse at low widths",
     )
 
 

@@ -49,7 +49,7 @@ def trial_store(folder: Path, files: Mapping[str, Path], meta: StoreMeta) -> Ite
     try:
         write_json(folder / META_FILE, meta.as_json())
         for name, path in files.items():
-            (folder / name).symlink_to(path)
+            (folder / name).symlink_to(path.absolute())
         yield StoredModel.open(folder)
     finally:
         _remove(folder)

@@ -70,7 +70,9 @@ def settle(plan: ConversionPlan, partial: Partial, progress: Callable[[str, int,
         rows = found[file.layer].sensitivity
         columns = None if rows is None else [[row[i] for i in places] for row in rows]
         files[file.name] = replace(files[file.name], sensitivity=columns)
-    return Settled(final, files, kept, None if kl is None else [kl[i] for i in places], said, gap)
+    # Of a store without some slices it would not be true.
+    losses = None if kl is None or kept is not None else [kl[i] for i in places]
+    return Settled(final, files, kept, losses, said, gap)
 
 
 def _keep(

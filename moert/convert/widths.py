@@ -13,5 +13,5 @@ ENOUGH_KL = 0.02  # nats per token, 1 to 2% of perplexity: where 4 bits lose no 
 def chosen(kl: Sequence[float]) -> tuple[int, ...]:
     """Choose from AUTO_WIDTHS, whose mean KL is `kl`, in nats per token."""
     first = 0 if kl[0] <= MOST_BASE_KL else 1
-    last = 3 if kl[2] > ENOUGH_KL else 2
+    last = 3 if kl[2] > ENOUGH_KL and kl[3] < kl[2] else 2
     return AUTO_WIDTHS[first : last + 1]
