@@ -134,6 +134,7 @@ class _Expert:
 
         Of those held it is the number up to `most` of least sensitivity, the lowest of equals; the base where none is.
         """
+        most = min(most, len(self.sensitivity) - 1)  # a plan may not know that an expert has fewer slices
         found = self._begins.get((held, most))
         if found is None:
             n = self._best[min(max(held, 1), most)]
@@ -145,7 +146,7 @@ class _Expert:
 
         None where more slices than these, up to `most`, are no less sensitive.
         """
-        key = n, held, most
+        key = n, held, min(most, len(self.sensitivity) - 1)
         if key not in self._steps:
             self._steps[key] = self._find(*key)
         return self._steps[key]

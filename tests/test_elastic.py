@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moert.api import LLM
 from moert.runtime.executor import ExpertRunner
 from moert.scheduler.cache import SliceCache
-from moert.scheduler.elastic import ErrorBudget, absence_sensitivity, generic_sensitivity
+from moert.scheduler.elastic import ErrorBudget, _Expert, absence_sensitivity, generic_sensitivity
 from moert.scheduler.planner import Scheduler
 from moert.scheduler.precision import ElasticPrecision, parse_precision
 from moert.scheduler.types import ExpertKey, Load, Prediction, RoutedExpert
@@ -298,3 +298,10 @@ def test_the_status_says_that_the_text_can_differ(store):
     said = []
     LLM(store(), precision="elastic:3", on_status=said.append).close()
     assert any("precision elastic:3 (depends on what is in memory: the same prompt" in line for line in said)
+
+
+def test_a_plan_may_not_know_that_an_expert_has_fewer_slices():
+    expert = _Expert([1.0, 0.5, 0.1], 0.2, [10, 10, 10])
+    for held in (0, 1, 2):
+        assert expert.begin(held, 3) == expert.begin(held, 2)
+        assert expert.step(1, held, 3) == expert.step(1, held, 2)

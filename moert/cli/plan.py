@@ -164,7 +164,7 @@ def _assumed(
     yield f"routing: {routes.about}"
     yield f"quality: {_quality_note(shape)}"
     if not shape.calibrated and shape.widths[-1] < 16:
-        yield "note: the experts are rounded; without --fast narrow widths are better, and routed:B is possible."
+        yield "note: the experts are rounded; calibrated ones, without --fast, are better at narrow widths."
     yield f"prompt: {args.prompt_tokens} tokens, starting with no expert in memory; prefill: 512 tokens once it is warm"
 
 
