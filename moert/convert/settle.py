@@ -71,8 +71,8 @@ def settle(plan: ConversionPlan, partial: Partial, progress: Callable[[str, int,
         columns = None if rows is None else [[row[i] for i in places] for row in rows]
         files[file.name] = replace(files[file.name], sensitivity=columns)
     # Of a store without some slices it would not be true.
-    losses = None if kl is None or kept is not None else [kl[i] for i in places]
-    return Settled(final, files, kept, losses, said, gap)
+    of_all = None if kl is None or kept is not None else [kl[i] for i in places]
+    return Settled(final, files, kept, of_all, said, gap)
 
 
 def _keep(
