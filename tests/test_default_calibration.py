@@ -91,7 +91,7 @@ def all_unknown(source: Path, target: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (None, "it has 1 tokens for this model, and 2048 are needed"),
+        (None, "for this model it has 1 of the 2048 tokens that are needed"),
         (copy_tokenizer, "it has tokens beyond the 64 that this model knows"),
         (all_unknown, "for this model most of it is one and the same token"),
     ],
@@ -106,7 +106,10 @@ def test_where_the_text_is_of_no_use_it_rounds_and_says_so(
     source, out = make_checkpoint(tmp_path / "tiny", vocab_size=64), tmp_path / "out"
     if change is not None:
         change(tiny_checkpoint("olmoe"), source)
-    line = f"The text that comes along cannot be used: {why}. The weights are rounded instead, as with --fast."
+    line = (
+        f"The text that comes along cannot be used: {why}. The weights are rounded instead, as with --fast, to 2, 3 and"
+        " 4 bits unless --widths names others."
+    )
     assert line in run(capsys, source, out).splitlines()
     assert StoredModel.open(out).meta.quantiser == "round-to-nearest"
     said: list[str] = []
