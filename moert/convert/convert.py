@@ -1,8 +1,8 @@
 """Turns a checkpoint into a store: one expert, or some rows of a dense matrix, in memory at a time for each core.
 
 Works in OUT.partial beside OUT: progress.json records every finished file with its checksums, and store/ becomes OUT
-by one rename at the end, so that OUT is whole or not there. The source is only read. Under a limit of the size, or where
-the widths are chosen, all experts are quantised and measured before it is known what is kept of them (settle.py).
+by one rename at the end, so that OUT is whole or not there. The source is only read. Under a limit of the size, or
+where widths are chosen, all experts are quantised and measured before it is known what is kept of them (settle.py).
 """
 
 from __future__ import annotations
